@@ -1,0 +1,113 @@
+# Everything starts here: `make demo` shows the package at work, `make test` proves it.
+# A machine needs make, Python 3.11 or newer and (for torch.compile on a CPU) a C++ compiler; each target makes or
+# reuses .venv and installs there what it lacks, pinned by constraints.txt.
+#
+#   make demo        fine-tune a Llama-3 debug model through lora_fx.compile; writes loss_curves.png
+#   make test        lint, then the fast tests, then the slow ones: what CI runs
+#   make test-fast   the tests to run while working (below five minutes)
+#   make test-slow   the others
+#   make test-gpu    tests/gpu, on a machine with a CUDA device
+#   make lint        ruff (lint and format) and mypy
+#   make format      let ruff rewrite what it can
+#   make bench       the CPU benchmark
+#   make clean       remove what builds and tools leave; `make distclean` removes .venv as well
+#
+# Variables:
+#   PYTHON=python3.12   the interpreter that makes .venv (default: the first of the list below that is new enough)
+#   PY=python           an interpreter that has everything already: nothing is installed, .venv is not used
+#   TORCH_INDEX=auto    where torch comes from, see below; `none`, or the address of a package index
+#   JOBS=4              processes that run the tests (default: one per core, at most 8)
+#   ARGS="-k stack"     passed on to pytest, or to the program that the target runs
+
+TORCH_INDEX ?= auto
+VENV        ?= .venv
+ARGS        ?=
+
+ifdef PY
+ready =
+else
+PY    := $(VENV)/bin/python
+ready = $(VENV)/.ready-$(1)
+endif
+
+# One thread per test process: the machine is shared out between processes, and threads that wait for each other on
+# taken cores cost more than they give.
+pytest := OMP_NUM_THREADS=1 $(PY) -m pytest
+spread := -n $(or $(JOBS),auto --maxprocesses 8) --dist worksteal
+
+.PHONY: demo test test-fast test-slow test-gpu lint format bench clean distclean
+.NOTPARALLEL:
+.SUFFIXES:
+
+demo: $(call ready,examples)
+	$(PY) examples/finetune.py $(ARGS)
+
+test: lint test-fast test-slow
+
+test-fast: $(call ready,test)
+	$(pytest) -m "not slow and not gpu" $(spread) $(ARGS)
+
+test-slow: $(call ready,test)
+	$(pytest) -m "slow and not gpu" $(spread) $(ARGS)
+
+test-gpu: $(call ready,test)
+	$(PY) -m pytest tests/gpu $(ARGS)
+
+lint: $(call ready,test)
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+
+format: $(call ready,test)
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+
+bench: $(call ready,bench)
+	$(PY) examples/benchmarks/cpu.py $(ARGS)
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
+	find lora_fx/ passes tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
+
+# ---- the environment ------------------------------------------------------------------------------------------------
+
+# `.ready-examples` says that .venv has the package with its extra `examples`, and so on: the demo does not wait for
+# what only the tests need.
+$(VENV)/.ready-%: $(VENV)/.torch pyproject.toml
+	@echo "installing lora_fx[$*] into $(VENV)"
+	@$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	@touch $@
+.PRECIOUS: $(VENV)/.ready-%
+
+# torch by itself and first, because on Linux the torch of PyPI brings several GB of CUDA libraries along. Where no
+# NVIDIA driver is found, the CPU builds of download.pytorch.org are offered beside what pip is set up to use; their
+# version, 2.13.0+cpu, satisfies torch==2.13.0 and is preferred to it. That host is asked first and left out when it
+# does not answer: pip would go on without it too, but only after eight seconds of retries for each package, and a
+# machine behind a mirror (or with the wheel in a find-links folder) needs none of it. Only torch is looked up there.
+$(VENV)/.torch: constraints.txt
+	@python="$(PYTHON)"; \
+	for candidate in python3 python python3.13 python3.12 python3.11 python3.14; do \
+		test -z "$$python" || break; \
+		"$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && python="$$candidate"; \
+	done; \
+	test -n "$$python" || { echo "lora_fx needs Python 3.11 or newer: none found, name one with PYTHON=..." >&2; exit 1; }; \
+	echo "making $(VENV) with $$("$$python" --version)"; \
+	"$$python" -m venv "$(VENV)"
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || test -n "$$CXX" || \
+		echo "warning: no C++ compiler found; torch.compile needs one to run on a CPU" >&2
+	@index="$(TORCH_INDEX)"; \
+	if [ "$$index" = auto ]; then \
+		index=none; \
+		if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; then \
+			cpu=https://download.pytorch.org/whl/cpu; \
+			"$(VENV)/bin/python" -c "import urllib.request as r; r.urlopen('$$cpu/torch/', timeout=5)" 2>/dev/null \
+				&& index=$$cpu || echo "$$cpu does not answer: taking torch from where pip is set up to look"; \
+		fi; \
+	fi; \
+	set -- --constraint constraints.txt --no-deps torch; \
+	test "$$index" = none || set -- --extra-index-url "$$index" "$$@"; \
+	"$(VENV)/bin/python" -m pip install "$$@"
+	@touch $@
