@@ -1,0 +1,25 @@
+"""LoRA fine-tuning at the cost of the frozen model: a class swap, and graph rewrites under `torch.compile`."""
+
+from lora_fx.config import LoRAConfig
+from lora_fx.install import (
+    adapter_parameters,
+    disabled,
+    freeze,
+    install,
+    is_installed,
+    named_adapter_parameters,
+    remove,
+)
+from lora_fx.linear import LoRAModule
+
+__all__ = [
+    "LoRAConfig",
+    "LoRAModule",
+    "adapter_parameters",
+    "disabled",
+    "freeze",
+    "install",
+    "is_installed",
+    "named_adapter_parameters",
+    "remove",
+]

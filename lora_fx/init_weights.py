@@ -1,0 +1,62 @@
+"""A model's own `init_weights`, followed by a fresh start of the adapters.
+
+`init_weights` is what trainers call after ``model.to_empty()``: it fills the base weights, and knows nothing of
+adapters. The patch is an instance attribute that calls whatever was there before it, so it does not matter which of
+several patchers came first, and taking it out does not take out theirs.
+"""
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from lora_fx.linear import LoRAModule
+
+_NAME = "init_weights"
+
+
+class InitWeights:
+    """Stands in for ``model.init_weights``: same arguments, same result, adapters initialised after it.
+
+    A class and not a closure, so that the model can be pickled and deep-copied: a copy refers to the copied model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.active = True
+        # A method of the class is looked up when it is called: a bound method would be pickled as "the attribute
+        # init_weights of the model", which is this object.
+        self.instance_attribute: tuple[Any, ...] = (model.__dict__[_NAME],) if _NAME in model.__dict__ else ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = self._previous()(*args, **kwargs)
+        if self.active:
+            for module in self.model.modules():
+                if isinstance(module, LoRAModule):
+                    module.reset_adapters()
+        return result
+
+    def _previous(self) -> Any:
+        if self.instance_attribute:
+            return self.instance_attribute[0]
+        attribute = inspect.getattr_static(type(self.model), _NAME)
+        return attribute.__get__(self.model, type(self.model)) if hasattr(attribute, "__get__") else attribute
+
+    def undo(self) -> None:
+        """Put back what was there; if another patch lies on top of this one, only become transparent."""
+        self.active = False
+        if self.model.__dict__.get(_NAME) is not self:
+            return
+        if self.instance_attribute:
+            setattr(self.model, _NAME, self.instance_attribute[0])
+        else:
+            delattr(self.model, _NAME)
+
+
+def patch_init_weights(model: nn.Module) -> InitWeights | None:
+    """Replace ``model.init_weights`` by an `InitWeights`; nothing is done, and None returned, where there is none."""
+    if not callable(getattr(model, _NAME, None)):
+        return None
+    patch = InitWeights(model)
+    setattr(model, _NAME, patch)
+    return patch

@@ -1,0 +1,289 @@
+"""Putting adapters into a model, taking them out again, and what one does with them while they are there."""
+
+import contextlib
+import inspect
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx import _torch
+from lora_fx.bypass import Patch, check_called, fast_path_patches
+from lora_fx.config import LoRAConfig
+from lora_fx.init_weights import InitWeights, patch_init_weights
+from lora_fx.linear import (
+    ATTRIBUTES,
+    BUFFERS,
+    PARAMETERS,
+    Adapter,
+    LoRAModule,
+    is_activation_dtype,
+    lora_class,
+    new_adapter,
+    swap,
+    unswap,
+)
+from lora_fx.targets import Target, clean_path, find_targets
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# Where the record of an installation lives on the model.
+_RECORD = "_lora_fx"
+
+
+@dataclass
+class Installation:
+    """What `remove` needs to know. It names things instead of holding them, so copies and pickles of a model work."""
+
+    config: LoRAConfig
+    requires_grad: dict[str, bool]
+    patches: list[Patch] = field(default_factory=list)
+    init_weights: InitWeights | None = None
+
+
+def install(model: Model, config: LoRAConfig | None = None) -> Model:
+    """Give every linear of `model` that `config` targets a low-rank adapter, in place, and freeze everything else.
+
+    Each linear's class becomes ``LoRA<its class>``, with the parameters ``lora_a`` [R, K] and ``lora_b`` [N, R]; see
+    `LoRAModule`. Module structure, base parameters and their names stay as they are. The outputs stay too, until the
+    first training step, because B starts at zero. Adapters take the device and dtype of the weight; beside a packed
+    weight (integers, float8) they take the activation dtype: the bias's if it is floating point, or else the most
+    frequent floating point dtype of 16 bits or more among the model's parameters, or else torch's default dtype.
+
+    `nn.TransformerEncoderLayer`s that hold a target leave their inference fast path, which would go past the adapters.
+    Two linears that share one weight get an adapter each; a linear that is registered under two names gets one.
+
+    Install before `torch.compile`, and before FSDP or DDP wrap the model.
+
+    Args:
+        model: any module; a linear itself, too.
+        config: `LoRAConfig()` when left out.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: `model` or `config` is of the wrong type.
+        ValueError: the configuration does not fit the model (see `LoRAConfig`), or an adapter could not work there. The
+            text names the module and what to do. The model is then exactly as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    config = LoRAConfig() if config is None else config
+    if not isinstance(config, LoRAConfig):
+        raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}")
+    _check_model(model)
+    targets = find_targets(model, config)
+    for target in targets:
+        _check_linear(target.path, target.module)
+    check_called(model, [(target.path, target.module) for target in targets])
+
+    # Everything that can fail comes before the first change.
+    adapters = _new_adapters(model, targets, config)
+    record = Installation(
+        config=config,
+        requires_grad={clean_path(name): p.requires_grad for name, p in _named_parameters(model)},
+        patches=list(fast_path_patches(model, [target.module for target in targets])),
+    )
+    setattr(model, _RECORD, record)
+    try:
+        for target, adapter in zip(targets, adapters):
+            swap(target.module, adapter)
+        for patch in record.patches:
+            setattr(model.get_submodule(patch.path), patch.name, patch.value)
+        record.init_weights = patch_init_weights(model)
+        freeze(model)
+    except BaseException:
+        _undo(model, record)
+        raise
+    return model
+
+
+def remove(model: Model) -> Model:
+    """Take out what `install` put in: classes, parameters, buffers, `requires_grad` and `init_weights` as before.
+
+    The base weights are what they were, so the model computes what it computed before it was installed on. A compiled
+    model stays compiled and recompiles at its next call.
+
+    Raises:
+        ValueError: `install` was not called on `model`, or a wrapper changed its modules since (FSDP, for instance).
+    """
+    record = _record(model)
+    for path, module in model.named_modules():
+        wrapper = _torch.data_parallel_wrapper(module)
+        if wrapper is not None:
+            raise ValueError(f"{_shown(path)} is wrapped by {wrapper}: remove the adapters before wrapping")
+        if isinstance(module, LoRAModule) and "_lora_parent" not in type(module).__dict__:
+            raise ValueError(f"{_shown(path)} became a {type(module).__name__} after install: undo that first")
+    _undo(model, record)
+    return model
+
+
+def freeze(model: Model) -> Model:
+    """Make the adapters of `model` the only parameters that require gradients. Repeat it whenever something thawed one.
+
+    Tensor parallelism's `SequenceParallel`, for one, replaces frozen parameters by trainable ones.
+
+    Raises:
+        ValueError: `model` holds no adapters.
+    """
+    adapters = adapter_parameters(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in adapters:
+        parameter.requires_grad_(True)
+    return model
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters to give to an optimizer: A and B of every swapped linear, in the order of `model.modules()`.
+
+    Raises:
+        ValueError: `model` holds no adapters.
+    """
+    return [parameter for _, parameter in named_adapter_parameters(model)]
+
+
+def named_adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """As `adapter_parameters`, with names as in ``model.named_parameters()``."""
+    return [
+        (f"{path}.{name}".removeprefix("."), module._parameters[name])  # type: ignore[misc]  # never None once swapped
+        for path, module in _adapted(model)
+        for name in PARAMETERS
+    ]
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within this context `model` computes what it would without adapters, compiled or not, without recompiling.
+
+    Contexts nest, and the state from before is restored however the block ends.
+
+    Raises:
+        ValueError: `model` holds no adapters.
+    """
+    modules = [module for _, module in _adapted(model)]
+    before = [module.lora_enabled for module in modules]
+    try:
+        for module in modules:
+            module.lora_enabled = module.disabled_buffer()
+        yield
+    finally:
+        for module, enabled in zip(modules, before):
+            module.lora_enabled = enabled
+
+
+def is_installed(model: nn.Module) -> bool:
+    """Whether `model` or a part of it holds adapters."""
+    return any(isinstance(module, LoRAModule) for module in model.modules())
+
+
+def _adapted(model: nn.Module) -> list[tuple[str, LoRAModule]]:
+    found = [(path, module) for path, module in model.named_modules() if isinstance(module, LoRAModule)]
+    if not found:
+        raise ValueError(f"{type(model).__name__} holds no adapters: call lora_fx.install(model, config) first")
+    return found
+
+
+def _record(model: nn.Module) -> Installation:
+    record = getattr(model, _RECORD, None)
+    if isinstance(record, Installation):
+        return record
+    for path, module in model.named_modules():
+        if hasattr(module, _RECORD):
+            raise ValueError(f"adapters were installed on {_shown(path)}, not on the module given: pass that one")
+    raise ValueError("this module is not the one that lora_fx.install was called on")
+
+
+def _undo(model: nn.Module, record: Installation) -> None:
+    for module in list(model.modules()):
+        if isinstance(module, LoRAModule):
+            unswap(module)
+    present = dict(model.named_modules())
+    for patch in record.patches:
+        # A part may be gone: pipeline stages drop the layers of other stages.
+        if patch.path in present:
+            setattr(present[patch.path], patch.name, patch.previous)
+    if record.init_weights is not None:
+        record.init_weights.undo()
+    for name, parameter in _named_parameters(model):
+        parameter.requires_grad_(record.requires_grad.get(clean_path(name), parameter.requires_grad))
+    delattr(model, _RECORD)
+
+
+def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return model.named_parameters(remove_duplicate=False)
+
+
+def _shown(path: str) -> str:
+    return path or "the model itself"
+
+
+def _check_model(model: nn.Module) -> None:
+    """Refuse models in a state in which adapters would be missed, whatever the configuration says."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoRAModule) or hasattr(module, _RECORD):
+            raise ValueError(f"{_shown(path)} holds adapters already: call lora_fx.remove(model) before a new install")
+        if _torch.is_compiled(module):
+            raise ValueError(
+                f"{_shown(path)} is compiled already: install on the model as it was before torch.compile, and compile "
+                f"after; lora_fx.compile(model, config) does both"
+            )
+        wrapper = _torch.data_parallel_wrapper(module)
+        if wrapper is not None:
+            raise ValueError(
+                f"{_shown(path)} is wrapped by {wrapper} already: install first, then wrap "
+                f"(the order is: quantise, install, parallelise, shard, compile)"
+            )
+
+
+def _check_linear(path: str, module: nn.Linear) -> None:
+    """Refuse a linear on which an adapter could not work, or would never run."""
+    what = f"{_shown(path)} ({type(module).__name__})"
+    fix = f"leave it out with exclude_modules=[{path!r}]"
+    if any(isinstance(parameter, nn.UninitializedParameter) for parameter in module.parameters()):
+        raise ValueError(f"{what} is lazy and has no shape yet: run the model once before install, or {fix}")
+    if _torch.has_instance_forward(module):
+        raise ValueError(f"{what} has a `forward` of its own on the instance, which would hide the adapter's: {fix}")
+    extra = _extra_arguments(type(module))
+    if extra:
+        raise ValueError(f"{what} takes more than its input in `forward` ({', '.join(extra)}): {fix}")
+    if type(module).__module__.startswith("torch.ao.nn.intrinsic"):
+        raise ValueError(f"{what} applies more than a linear map; an adapter would be added after that: {fix}")
+    taken = [name for name in (*PARAMETERS, *BUFFERS, *ATTRIBUTES) if hasattr(module, name)]
+    if taken:
+        raise ValueError(f"{what} has an attribute called {taken[0]} already: {fix}")
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.dtype.is_complex:
+        raise ValueError(f"{what} has a complex weight, for which adapters are not defined here: {fix}")
+    try:
+        lora_class(type(module))
+    except Exception as error:
+        raise ValueError(f"{what} has a class that refuses to be subclassed ({error}): {fix}") from error
+
+
+def _extra_arguments(cls: type[nn.Linear]) -> list[str]:
+    """The names of the parameters of ``cls.forward`` beside self and the input."""
+    signature = inspect.signature(cls.forward)
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = [name for name, parameter in signature.parameters.items() if parameter.kind not in variadic]
+    return named[2:]
+
+
+def _new_adapters(model: nn.Module, targets: list[Target], config: LoRAConfig) -> list[Adapter]:
+    dtypes = Counter(p.dtype for p in model.parameters() if is_activation_dtype(p.dtype))
+    activation_dtype = dtypes.most_common(1)[0][0] if dtypes else torch.get_default_dtype()
+    return [
+        new_adapter(
+            target.module,
+            rank=target.rank,
+            scale=config.scale(target.rank, target.alpha),
+            dropout=config.dropout,
+            init=config.init,
+            activation_dtype=activation_dtype,
+        )
+        for target in targets
+    ]

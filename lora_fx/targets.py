@@ -1,0 +1,180 @@
+"""Which linears a configuration adapts, with which rank and alpha. Reads the model, changes nothing."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
+
+from lora_fx.config import ALL_LINEAR, LoRAConfig, PatternLike, matches
+
+# Path segments that a wrapper puts between a module and its parent, and that no user means to write.
+_WRAPPER_SEGMENTS = ("_checkpoint_wrapped_module",)
+
+Number = TypeVar("Number", int, float)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear to adapt; `path` is its first path in the model."""
+
+    path: str
+    module: nn.Linear
+    rank: int
+    alpha: float
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """A linear and every path that leads to it: one module may be registered in several places."""
+
+    module: nn.Linear
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Paths:
+    """All paths of a model, those of its linears apart."""
+
+    linears: tuple[_Linear, ...]
+    others: Mapping[str, nn.Module]
+
+
+def find_targets(model: nn.Module, config: LoRAConfig) -> list[Target]:
+    """The linears of `model` that `config` adapts, in the order of ``model.named_modules()``.
+
+    The path of a model that is a linear itself is the empty string: ``"all-linear"`` and regular expressions reach it.
+
+    Raises:
+        ValueError: a pattern of the configuration matches nothing, or only modules that are no linear (the message
+            lists near misses); nothing is left to adapt; one module is known by several names that disagree; two
+            entries of `rank_pattern` or `alpha_pattern` give one module different numbers.
+    """
+    paths = _paths(model)
+    if not paths.linears:
+        raise ValueError(f"{type(model).__name__} holds no nn.Linear: there is nothing to adapt")
+    kept = _without_excluded(_targeted(config.target_modules, paths), config.exclude_modules, paths)
+    if not kept:
+        raise ValueError("exclude_modules leaves no linear to adapt")
+    ranks = _numbers("rank_pattern", config.rank_pattern, kept, paths)
+    alphas = _numbers("alpha_pattern", config.alpha_pattern, kept, paths)
+    return [
+        Target(path, linear.module, ranks.get(path, config.rank), alphas.get(path, config.alpha))
+        for linear in kept
+        for path in linear.paths[:1]
+    ]
+
+
+def clean_path(path: str) -> str:
+    """`path` without the segments that activation-checkpoint wrappers add."""
+    return ".".join(segment for segment in path.split(".") if segment not in _WRAPPER_SEGMENTS)
+
+
+def _paths(model: nn.Module) -> _Paths:
+    linears: dict[nn.Linear, list[str]] = {}
+    others: dict[str, nn.Module] = {}
+    for raw, module in model.named_modules(remove_duplicate=False):
+        path = clean_path(raw)
+        if isinstance(module, nn.Linear):
+            linears.setdefault(module, []).append(path)
+        else:
+            others[path] = module
+    return _Paths(tuple(_Linear(module, tuple(where)) for module, where in linears.items()), others)
+
+
+def _targeted(target_modules: object, paths: _Paths) -> list[tuple[_Linear, tuple[str, ...]]]:
+    """Every targeted linear with those of its paths that are targeted."""
+    if target_modules == ALL_LINEAR:
+        return [(linear, linear.paths) for linear in paths.linears]
+    assert isinstance(target_modules, tuple)
+    for pattern in target_modules:
+        if not any(matches(pattern, path) for linear in paths.linears for path in linear.paths):
+            raise ValueError(_no_match("target_modules", pattern, paths))
+    named = [
+        (linear, tuple(path for path in linear.paths if any(matches(pattern, path) for pattern in target_modules)))
+        for linear in paths.linears
+    ]
+    return [(linear, where) for linear, where in named if where]
+
+
+def _without_excluded(
+    targeted: list[tuple[_Linear, tuple[str, ...]]], exclude_modules: object, paths: _Paths
+) -> list[_Linear]:
+    assert isinstance(exclude_modules, tuple)
+    for pattern in exclude_modules:
+        if not any(_covers(pattern, path) for linear in paths.linears for path in linear.paths):
+            raise ValueError(_no_match("exclude_modules", pattern, paths))
+    kept = []
+    for linear, where in targeted:
+        excluded = [path for path in linear.paths if any(_covers(pattern, path) for pattern in exclude_modules)]
+        wanted = [path for path in where if path not in excluded]
+        if excluded and wanted:
+            raise ValueError(
+                f"{wanted[0]} and {excluded[0]} are the same module, and only one of the names is excluded: "
+                f"exclude both (exclude_modules=[..., {wanted[0]!r}]) or neither"
+            )
+        if wanted:
+            kept.append(linear)
+    return kept
+
+
+def _covers(pattern: str, path: str) -> bool:
+    """Whether `pattern` matches `path` or a module that holds it."""
+    segments = path.split(".")
+    return any(matches(pattern, ".".join(segments[:end])) for end in range(1, len(segments) + 1))
+
+
+def _numbers(
+    field: str, patterns: Mapping[PatternLike, Number], kept: Sequence[_Linear], paths: _Paths
+) -> dict[str, Number]:
+    """The number that `patterns` gives to each adapted linear that one of them matches, by its first path."""
+    found: dict[str, tuple[str, Number]] = {}
+    for pattern, number in patterns.items():
+        assert isinstance(pattern, str)
+        hits = [linear for linear in kept if any(matches(pattern, path) for path in linear.paths)]
+        if not hits:
+            raise ValueError(_no_match(field, pattern, paths))
+        for linear in hits:
+            path = linear.paths[0]
+            earlier, value = found.setdefault(path, (pattern, number))
+            if value != number:
+                names = "" if len(linear.paths) == 1 else f" (also known as {', '.join(linear.paths[1:])})"
+                raise ValueError(
+                    f"{field}: {earlier!r} gives {path}{names} {value} and {pattern!r} gives it {number}; "
+                    f"make the patterns exclude one another"
+                )
+    return {path: number for path, (_, number) in found.items()}
+
+
+def _no_match(field: str, pattern: str, paths: _Paths) -> str:
+    """Why `pattern` has no effect, and what its writer may have meant."""
+    linear_paths = [path for linear in paths.linears for path in linear.paths]
+    if any(matches(pattern, path) for path in linear_paths):
+        return f"{field}: {pattern!r} matches only linears that are not adapted: target them, or drop the entry"
+    hits = [path for path in paths.others if path and matches(pattern, path)]
+    if hits:
+        kind = type(paths.others[hits[0]]).__name__
+        below = [path for path in linear_paths if any(path.startswith(hit + ".") for hit in hits)]
+        hint = f"; the linears below it: {_listed(below)}" if below else ""
+        return f"{field}: {pattern!r} matches only modules that are no nn.Linear ({_listed(hits)}: {kind}){hint}"
+    return (
+        f"{field}: {pattern!r} matches no module. A name matches whole path segments from the end, and "
+        f"'re:...' the full path. {_near_misses(pattern, linear_paths)}"
+    )
+
+
+def _near_misses(pattern: str, linear_paths: list[str]) -> str:
+    text = pattern.removeprefix("re:")
+    # Compared with paths of as many segments as were written: "atention.wq" is nearer to "attention.wq" than to "wq".
+    depth = text.count(".") + 1
+    names = list(dict.fromkeys(".".join(path.split(".")[-depth:]) for path in linear_paths if path))
+    near = difflib.get_close_matches(text, names, n=5, cutoff=0.5)
+    near += [name for name in names if text.lower() in name.lower() and name not in near]
+    if near:
+        return f"Near misses: {_listed(near)}"
+    return f"The linears are called: {_listed(names) or 'nothing (the model itself is one)'}"
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
