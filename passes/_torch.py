@@ -1,0 +1,59 @@
+"""Every private name of torch that the passes use, in one place.
+
+Checked on torch 2.11, 2.13. When a release moves one of these names, importing this module fails with a message
+that says which name and which version, instead of an AttributeError in the middle of a user's compilation.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+
+CHECKED = "2.11 and 2.13"
+
+
+def _private(path: str) -> Any:
+    """Import ``package.module:name`` or say that this release of torch is not supported."""
+    module_name, name = path.split(":")
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"lora_fx needs {module_name}.{name}, which torch {torch.__version__} does not have "
+            f"(lora_fx was checked on torch {CHECKED}). Install one of those versions, or a newer lora_fx."
+        ) from error
+
+
+CustomGraphPass = _private("torch._inductor.custom_graph_pass:CustomGraphPass")
+"""Base class of graph passes that take part in Inductor's cache key."""
+
+detect_fake_mode = _private("torch._guards:detect_fake_mode")
+"""The fake tensor mode that the graph's ``meta["val"]`` belong to."""
+
+extract_tensor_metadata = _private("torch.fx.passes.shape_prop:_extract_tensor_metadata")
+"""Shape, stride and dtype in the form that ``meta["tensor_meta"]`` wants."""
+
+statically_known_true = _private("torch.fx.experimental.symbolic_shapes:statically_known_true")
+"""Whether a symbolic comparison holds without adding a guard."""
+
+auto_functionalized = _private("torch._higher_order_ops.auto_functionalize:auto_functionalized")
+"""Higher-order operator that wraps a mutation; Inductor runs it in place where nothing else reads the operand."""
+
+CheckpointPolicy = _private("torch.utils.checkpoint:CheckpointPolicy")
+"""The values of ``meta["recompute"]`` that the partitioner reads."""
+
+trace_structured = _private("torch._logging:trace_structured")
+"""Writes an artifact into ``TORCH_TRACE`` for tlparse."""
+
+
+def stable_topological_sort(graph: torch.fx.Graph) -> None:
+    """Sort the graph's nodes, moving as few as possible (Inductor's own sort)."""
+    # Importing the pattern matcher costs a second; only a compilation needs it, and by then it is loaded.
+    _private("torch._inductor.pattern_matcher:stable_topological_sort")(graph)
+
+
+def inductor_config() -> Any:
+    """``torch._inductor.config``, with the patches of the compilation that is running."""
+    return importlib.import_module("torch._inductor.config")

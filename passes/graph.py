@@ -1,0 +1,195 @@
+"""How the passes read an ATen graph: which nodes are views, which values are equal, what a matrix is.
+
+Nothing here changes a graph. Two nodes that hold the same value under different names are common before common
+subexpression elimination (every linear has its own ``view(x)``, and under autocast its own cast of ``x``), so operands
+are compared by :meth:`Values.key`, not by identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import torch
+from torch.fx import Graph, Node
+
+from lora_fx.passes._torch import statically_known_true
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+MM = aten.mm.default
+VIEWS = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
+COPIES = frozenset({aten.clone.default, aten.alias.default, aten.detach.default})
+CONVERT = prims.convert_element_type.default
+
+Key: TypeAlias = Any
+"""A hashable name for a value; equal keys mean equal values (up to how leading dimensions are grouped)."""
+
+
+def is_call(node: object, *targets: Callable[..., Any]) -> bool:
+    """Whether ``node`` calls one of ``targets``."""
+    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def val(node: Node) -> Any:
+    """The fake value of a node: a tensor, a symbolic number, or a tuple of them."""
+    return node.meta["val"]
+
+
+def shape(node: Node) -> tuple[int | torch.SymInt, ...]:
+    """The shape of a node that holds one tensor."""
+    return tuple(val(node).shape)
+
+
+def is_tensor(node: object) -> bool:
+    """Whether ``node`` is a graph node that holds one tensor."""
+    return isinstance(node, Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def same_shape(a: Node, b: Node) -> bool:
+    """Whether two nodes have the same shape, without adding a guard on a symbolic one."""
+    left, right = shape(a), shape(b)
+    return len(left) == len(right) and all(statically_known_true(m == n) for m, n in zip(left, right, strict=True))
+
+
+def is_row_view(node: object) -> bool:
+    """Whether ``node`` only regroups leading dimensions: ``[B, T, K] <-> [B * T, K]``."""
+    if not (is_call(node, *VIEWS) and isinstance(node, Node)):
+        return False
+    source = node.args[0]
+    if not (is_tensor(source) and isinstance(source, Node)):
+        return False
+    ours, theirs = shape(node), shape(source)
+    return len(ours) >= 2 and len(theirs) >= 2 and statically_known_true(ours[-1] == theirs[-1])
+
+
+def is_sum(node: object) -> bool:
+    """Whether ``node`` adds two different nodes, unscaled."""
+    return (
+        isinstance(node, Node)
+        and is_call(node, aten.add.Tensor)
+        and node.kwargs.get("alpha", 1) == 1
+        and isinstance(node.args[0], Node)
+        and isinstance(node.args[1], Node)
+        and node.args[0] is not node.args[1]
+    )
+
+
+def is_transpose(node: object) -> bool:
+    """Whether ``node`` swaps the two dimensions of a matrix."""
+    if not (isinstance(node, Node) and node.op == "call_function" and is_tensor(node) and len(shape(node)) == 2):
+        return False
+    if node.target is aten.permute.default:
+        return [int(d) % 2 for d in node.args[1]] == [1, 0]  # type: ignore[union-attr,arg-type]  # a list of two ints
+    return node.target in (aten.t.default, aten.transpose.int)
+
+
+def peel(node: Any) -> Any:
+    """The value under row views and copies."""
+    while is_row_view(node) or is_call(node, *COPIES):
+        node = node.args[0]
+    return node
+
+
+def peel_views(node: Any) -> Any:
+    """The value under row views alone."""
+    while is_row_view(node):
+        node = node.args[0]
+    return node
+
+
+def source_of(node: Any) -> Any:
+    """The value under views, copies and transposes: the same numbers, in another arrangement."""
+    while is_row_view(node) or is_transpose(node) or is_call(node, *COPIES):
+        node = node.args[0]
+    return node
+
+
+def root(node: Any) -> Any:
+    """The value under views, copies, transposes and casts."""
+    while is_row_view(node) or is_transpose(node) or is_call(node, *COPIES, CONVERT):
+        node = node.args[0]
+    return node
+
+
+def transposed(key: Key) -> Key:
+    """The key of the transpose of the matrix that ``key`` names."""
+    return key[1] if isinstance(key, tuple) and key[0] == "T" else ("T", key)
+
+
+def uses(node: Node) -> Iterator[Node]:
+    """Every user of a value, looking through row views, copies and transposes."""
+    for user in node.users:
+        if is_row_view(user) or is_transpose(user) or is_call(user, *COPIES):
+            yield from uses(user)
+        else:
+            yield user
+
+
+class Values:
+    """Value numbers of one graph, computed on demand.
+
+    Keys are remembered, so an instance is only good while the graph does not change: make one for each search.
+    """
+
+    def __init__(self) -> None:
+        self._keys: dict[Node, Key] = {}
+
+    def key(self, node: Any) -> Key:
+        """The key of a node's value; constants are their own keys."""
+        if not isinstance(node, Node):
+            return ("const", repr(node))
+        chain: list[Node] = []
+        current: Any = node
+        # Iterative on the way down: chains of views are long in deep models.
+        while isinstance(current, Node) and current not in self._keys and self._is_transparent(current):
+            chain.append(current)
+            current = current.args[0]
+        result = self._keys.get(current, current)
+        for link in reversed(chain):
+            if is_transpose(link):
+                result = transposed(result)
+            elif is_call(link, CONVERT):
+                result = ("cast", str(link.args[1]), result)
+            self._keys[link] = result
+        return result
+
+    @staticmethod
+    def _is_transparent(node: Node) -> bool:
+        return is_row_view(node) or is_transpose(node) or is_call(node, *COPIES, CONVERT)
+
+
+def backward_nodes(graph: Graph) -> set[Node]:
+    """Every node that depends on a gradient of an output (a ``tangents`` input): the backward half of a joint graph."""
+    pending = [node for node in graph.find_nodes(op="placeholder") if "tangents" in str(node.target)]
+    found: set[Node] = set(pending)
+    while pending:
+        for user in pending.pop().users:
+            if user not in found:
+                found.add(user)
+                pending.append(user)
+    return found
+
+
+_STACKS = ("nn_module_stack", "fwd_nn_module_stack")
+
+
+def module_path(node: Node) -> str:
+    """The dotted path of the module that created ``node``; empty for the compiled module itself."""
+    for name in _STACKS:
+        stack = node.meta.get(name)
+        if stack:
+            path = str(list(stack.values())[-1][0])
+            return _dotted(path)
+    return ""
+
+
+def _dotted(path: str) -> str:
+    """``L['self'].layers._modules['0'].wq`` -> ``layers.0.wq``."""
+    for noise, plain in (("._modules[", "["), ("['", "."), ("']", ""), ('["', "."), ('"]', ""), ("[", "."), ("]", "")):
+        path = path.replace(noise, plain)
+    parts = [part for part in path.split(".") if part]
+    if parts and parts[0] in ("L", "G"):
+        parts = parts[2:]
+    return ".".join(parts)

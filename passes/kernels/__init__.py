@@ -1,0 +1,1 @@
+"""Operators that rewritten graphs call, and how each is lowered."""

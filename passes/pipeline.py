@@ -1,0 +1,237 @@
+"""The passes in order, the hooks that run them inside Inductor, and the identity that goes into its cache keys."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.fx import Graph
+
+from lora_fx.passes import accumulate, fold_scale, pair_gradients, recompute_dropout, stack_siblings
+from lora_fx.passes._torch import CustomGraphPass, inductor_config, trace_structured
+from lora_fx.passes.graph import module_path
+from lora_fx.passes.kernels import lowering
+from lora_fx.passes.printer import graph_text
+from lora_fx.passes.report import GraphReport, SiteReport
+from lora_fx.passes.rewriter import Rewriter
+from lora_fx.passes.site import Site, find_sites
+
+log = logging.getLogger("lora_fx.passes")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One rewrite: ``find`` decides which groups of sites it is for, ``rewrite`` does one group."""
+
+    name: str
+    find: Callable[[list[Site]], Iterable[list[Site]]]
+    rewrite: Callable[[list[Site], Rewriter], None]
+
+
+PASSES = (
+    # First: the others look at products, not at scaled products.
+    Pass("fold_scale", fold_scale.find, fold_scale.rewrite),
+    # While each site still has its own down-projection and its own term in dX.
+    Pass("stack_siblings", stack_siblings.find, stack_siblings.rewrite),
+    # After stacking, which collects the g of siblings wherever they come from.
+    Pass("pair_gradients", pair_gradients.find, pair_gradients.rewrite),
+    # Last: it swallows the up-projection, its sum, and the (by now single) term in dX.
+    Pass("accumulate", accumulate.find, accumulate.rewrite),
+)
+
+
+class LoRARewriteError(RuntimeError):
+    """Raised in strict mode when a LoRA branch was left as it was."""
+
+
+def rewrite_graph(graph: Graph, passes: tuple[Pass, ...] = PASSES) -> GraphReport:
+    """Run ``passes`` over a joint (or inference) graph in place and say what became of every site.
+
+    Never raises for a reason of its own: a rewrite that fails is undone and named in the report.
+    """
+    report = GraphReport()
+    try:
+        sites, declined = find_sites(graph)
+    except Exception as error:
+        report.failures.append(_failure("find_sites", "", error))
+        return report
+    report.sites = [SiteReport.declined(d) for d in declined]
+    if not sites:
+        return report
+    rewriter = Rewriter(graph)
+    for step in passes:
+        for group in list(step.find(sites)):
+            _attempt(step, group, rewriter, report)
+    try:
+        rewriter.commit()
+    except Exception as error:
+        report.failures.append(_failure("commit", "", error))
+        report.sites += [
+            SiteReport(s.path, s.rank, s.in_features, s.out_features, reason="the rewritten graph was not valid")
+            for s in sites
+        ]
+        return report
+    for site in sites:
+        if site.dropout:
+            site.down.meta[recompute_dropout.MARK] = True
+    report.sites = [SiteReport.of(site) for site in sites] + report.sites
+    return report
+
+
+def _attempt(step: Pass, group: list[Site], rewriter: Rewriter, report: GraphReport) -> None:
+    """One rewrite of one group: all of it, or nothing and a line in the report."""
+    before = [copy.copy(site.__dict__) for site in group]
+    for state in before:
+        state.update({name: list(value) for name, value in state.items() if isinstance(value, list)})
+    try:
+        with rewriter.transaction():
+            step.rewrite(group, rewriter)
+    except Exception as error:
+        for site, state in zip(group, before, strict=True):
+            site.__dict__.update(state)
+            site.notes.append(f"{step.name} failed: {error}")
+        report.failures.append(_failure(step.name, ", ".join(site.path or "(root)" for site in group), error))
+
+
+def _failure(step: str, where: str, error: Exception) -> str:
+    message = f"{step} failed{f' at {where}' if where else ''}: {type(error).__name__}: {error}"
+    _warn_once(message)
+    log.debug("%s", message, exc_info=error)
+    return message
+
+
+@functools.lru_cache(maxsize=256)
+def _warn_once(message: str) -> None:
+    log.warning("%s. The graph compiles as it was there; please report this.", message)
+
+
+@functools.cache
+def source_hash() -> str:
+    """A hash of the source of every pass: compiled code of another version must not be reused."""
+    folder = Path(__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(str(file.relative_to(folder)).encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+class Stage(CustomGraphPass):  # type: ignore[misc]  # the base class is private to torch and untyped for us
+    """One of the places in Inductor where we look at a graph. Holds settings only, so equal ones are interchangeable."""
+
+    def __init__(self, strict: bool = False) -> None:
+        self.strict = strict
+
+    def uuid(self) -> Any:
+        """The identity in Inductor's cache key: our source and what we were asked to do."""
+        return (type(self).__qualname__, source_hash(), self.strict)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other.uuid() == self.uuid()
+
+    def __hash__(self) -> int:
+        return hash(self.uuid())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Stage:
+        return self
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(strict={self.strict})"
+
+    def __call__(self, graph: Graph) -> None:
+        raise NotImplementedError
+
+
+class RewriteStage(Stage):
+    """Rewrites the joint graph (``joint_custom_pre_pass``)."""
+
+    def __call__(self, graph: Graph) -> None:
+        before = graph_text(graph) if log.isEnabledFor(logging.DEBUG) else ""
+        report = rewrite_graph(graph)
+        if report.sites or report.failures:
+            _publish(report)
+            if before:
+                log.debug("graph before\n%s\ngraph after\n%s", before, graph_text(graph))
+        if self.strict and not report.complete:
+            raise LoRARewriteError("left as they were:\n  " + "\n  ".join(report.problems()))
+
+
+class DropoutStage(Stage):
+    """Tags dropout for recomputation (``joint_custom_post_pass``: its random numbers have seeds by then)."""
+
+    def __call__(self, graph: Graph) -> None:
+        for down in recompute_dropout.tag(graph):
+            log.debug("%s: dropout is drawn again in backward", module_path(down) or "(root)")
+
+
+class LoweringStage(Stage):
+    """Chooses implementations (``post_grad_custom_pre_pass``: forward and backward are apart by then)."""
+
+    def __call__(self, graph: Graph) -> None:
+        lowering.lower(graph)
+
+
+def _publish(report: GraphReport) -> None:
+    rewritten = sum(site.rewritten for site in report.sites)
+    log.info("rewrote %d of %d LoRA branches", rewritten, len(report.sites))
+    for site in report.sites:
+        log.debug("%s", site)
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "lora_fx_report", "encoding": "json"},
+        payload_fn=lambda: json.dumps([site.as_dict() for site in report.sites], indent=1),
+    )
+
+
+HOOKS: dict[str, type[Stage]] = {
+    "joint_custom_pre_pass": RewriteStage,
+    "joint_custom_post_pass": DropoutStage,
+    "post_grad_custom_pre_pass": LoweringStage,
+}
+"""Inductor's configuration names and what we run there."""
+
+
+def hooks(options: dict[str, Any] | None = None, *, strict: bool = False) -> dict[str, Any]:
+    """Inductor options that run the passes, together with the caller's ``options``.
+
+    A pass that the caller put on one of our hooks (in ``options`` or in ``torch._inductor.config``) runs before ours.
+    """
+    merged = dict(options or {})
+    config = inductor_config()
+    for name, stage in HOOKS.items():
+        theirs = merged.get(name, getattr(config, name))
+        ours = stage(strict)
+        merged[name] = ours if theirs is None else Sequence(theirs, ours)
+    return merged
+
+
+class Sequence(CustomGraphPass):  # type: ignore[misc]  # as above
+    """The caller's passes, then ours, on one hook."""
+
+    def __init__(self, theirs: Any, ours: Stage) -> None:
+        self.steps: tuple[Any, ...] = (*(theirs if isinstance(theirs, (list, tuple)) else (theirs,)), ours)
+
+    def uuid(self) -> Any:
+        """Everybody's identity; None (do not cache) when a caller's pass has none."""
+        identities = [step.uuid() if isinstance(step, CustomGraphPass) else None for step in self.steps]
+        return None if None in identities else tuple(identities)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and self.steps == other.steps
+
+    def __hash__(self) -> int:
+        return hash(self.steps)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sequence:
+        return self
+
+    def __call__(self, graph: Graph) -> None:
+        for step in self.steps:
+            step(graph)

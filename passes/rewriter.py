@@ -1,0 +1,150 @@
+"""The only way in which a pass changes a graph: new nodes and re-pointed operands, undone when something goes wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from lora_fx.passes._torch import detect_fake_mode, extract_tensor_metadata, stable_topological_sort
+from lora_fx.passes.graph import aten, is_row_view, is_tensor, is_transpose, peel_views, same_shape, shape, val
+
+# What a rewritten node inherits from the node that it stands for: the side of the partition, checkpointing tags,
+# and where it came from in the user's model.
+_INHERITED = (
+    "partitioner_tag",
+    "recompute",
+    "ac_graph_id",
+    "stack_trace",
+    "nn_module_stack",
+    "fwd_nn_module_stack",
+    "source_fn_stack",
+    "fwd_source_fn_stack",
+    "seq_nr",
+    "from_node",
+    "custom",
+)
+
+
+class Rewriter:
+    """Adds nodes to a graph and re-points users of old nodes to new ones.
+
+    Old nodes are never erased here: what a rewrite leaves without users goes when :meth:`commit` removes dead code. So a
+    rewrite that raises half-way is undone exactly, and the user's graph compiles as it came.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self._made: list[Node] = []
+        self._redirected: list[tuple[Node, tuple[Any, ...], dict[str, Any]]] = []
+        self.changed = False
+
+    def emit(self, target: Callable[..., Any], *args: Any, like: Node, **kwargs: Any) -> Node:
+        """Add ``target(*args, **kwargs)`` before ``like``, with its fake value computed and ``like``'s metadata.
+
+        Raises whatever the operator raises on fake tensors: a rewrite with wrong shapes fails here, before it is used.
+        """
+        with self.graph.inserting_before(like):
+            node = self.graph.call_function(target, args, kwargs)
+        self._made.append(node)
+        for name in _INHERITED:
+            if name in like.meta:
+                node.meta[name] = like.meta[name]
+        with detect_fake_mode([val(like), *[val(a) for a in node.all_input_nodes]]):
+            fake_args, fake_kwargs = torch.fx.node.map_arg((args, kwargs), val)
+            node.meta["val"] = target(*fake_args, **fake_kwargs)
+        if isinstance(node.meta["val"], torch.Tensor):
+            node.meta["tensor_meta"] = extract_tensor_metadata(node.meta["val"])
+        return node
+
+    def transpose(self, matrix: Any, *, like: Node) -> Node:
+        """The transpose of a matrix; undoes a transpose rather than stacking a second one."""
+        if is_transpose(matrix):
+            source = matrix.args[0]
+            assert isinstance(source, Node)
+            return source
+        return self.emit(aten.permute.default, matrix, [1, 0], like=like)
+
+    def flatten_rows(self, node: Any, *, like: Node) -> Node:
+        """``[..., N] -> [M, N]``, looking through row views to a matrix that is there already."""
+        matrix = peel_views(node)
+        if len(shape(matrix)) == 2:
+            return matrix  # type: ignore[no-any-return]  # fx types the operands of a node as Any
+        return self.emit(aten.reshape.default, matrix, [-1, shape(matrix)[-1]], like=like)
+
+    def view_like(self, matrix: Node, like: Node) -> Node:
+        """``[M, N]`` in the shape of ``like``."""
+        if len(shape(matrix)) == len(shape(like)):
+            return matrix
+        return self.emit(aten.view.default, matrix, self._sizes(like), like=like)
+
+    def _sizes(self, node: Node) -> list[Any]:
+        """The shape of ``node`` as operands: numbers, or the nodes that hold symbolic sizes."""
+        if all(isinstance(size, int) for size in shape(node)):
+            return list(shape(node))
+        if is_row_view(node):
+            return list(node.args[1])  # type: ignore[arg-type]  # the sizes that the view was made with
+        for operand in node.all_input_nodes:
+            # Not a size of node itself: that would keep what is being replaced alive.
+            if node.op == "call_function" and is_tensor(operand) and same_shape(operand, node):
+                return self._sizes(operand)
+        return [
+            size if isinstance(size, int) else self.emit(aten.sym_size.int, node, dim, like=node)
+            for dim, size in enumerate(shape(node))
+        ]
+
+    def replace(self, old: Node, new: Node) -> None:
+        """Give every user of ``old`` the value ``new``, which must have the same shape and dtype."""
+        if is_tensor(old) and (not same_shape(old, new) or val(old).dtype != val(new).dtype):
+            raise AssertionError(f"{new} ({describe(new)}) cannot stand for {old} ({describe(old)})")
+        self.redirect(old, new, list(old.users))
+
+    def redirect(self, old: Node, new: Node, users: list[Node]) -> None:
+        """Give the named users of ``old`` the value ``new``."""
+        for user in users:
+            if user is not new:
+                self._redirected.append((user, user.args, user.kwargs))
+                user.replace_input_with(old, new)
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Undo everything done inside when it raises; the exception goes on."""
+        made, redirected = len(self._made), len(self._redirected)
+        try:
+            yield
+        except Exception:
+            self._undo(made, redirected)
+            raise
+        self.changed |= len(self._made) > made
+
+    def commit(self) -> None:
+        """Put the nodes in order, check the graph, drop the dead nodes; on an invalid graph undo everything and raise."""
+        if not self.changed:
+            return
+        try:
+            stable_topological_sort(self.graph)
+            self.graph.lint()
+        except Exception:
+            self._undo(0, 0)
+            stable_topological_sort(self.graph)
+            raise
+        self.graph.eliminate_dead_code()
+
+    def _undo(self, made: int, redirected: int) -> None:
+        """Take back everything after the given numbers of new nodes and re-pointed users."""
+        for user, args, kwargs in reversed(self._redirected[redirected:]):
+            user.args, user.kwargs = args, kwargs
+        for node in reversed(self._made[made:]):
+            self.graph.erase_node(node)
+        del self._made[made:], self._redirected[redirected:]
+
+
+def describe(node: Node) -> str:
+    """``float32[4, 8]``: the type of a node, for messages."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"

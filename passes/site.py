@@ -1,0 +1,367 @@
+"""Finding LoRA sites in a joint graph.
+
+A site is one low-rank branch together with the linear that it adapts, forward and (where the graph has it) backward::
+
+    forward    h = mm(x, A^T)          down     [M, R]
+               u = mm(h, B^T)          up       [M, N]
+               y = add(base, u * s)    add      [M, N]       base = mm | addmm | scaled_mm | anything that multiplies x
+    backward   t = dy * s
+               dB = mm(t^T, h)         grad_b   [N, R]
+               g = mm(t, B)            grad_h   [M, R]
+               dA = mm(g^T, x)         grad_a   [R, K]
+               dX = mm(g, A)           grad_x   [M, K]
+
+M tokens, K in, N out, R rank. The search is rooted at the low-rank side, so it does not care what the base is made of;
+that the base is a product of the same ``x`` is then proved, because an ordinary pair of small matrix products that
+happens to be added to something is not ours to touch.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from lora_fx.passes.graph import (
+    MM,
+    Key,
+    Values,
+    aten,
+    backward_nodes,
+    is_call,
+    is_row_view,
+    is_sum,
+    is_tensor,
+    module_path,
+    peel,
+    root,
+    same_shape,
+    shape,
+    source_of,
+    transposed,
+    uses,
+    val,
+)
+
+Scale = float | int | Node
+
+
+@dataclass
+class Site:
+    """One LoRA branch. Node fields are re-pointed by passes as they replace what they name."""
+
+    path: str
+    """Module path of the linear, relative to what was compiled; empty for the compiled module itself."""
+    down: Node
+    up: Node
+    add: Node
+    rank: int
+    in_features: int
+    out_features: int
+    x_key: Key
+    """Equal for two sites that read the same input."""
+    scale: Scale | None
+    """Multiplies the product: a number, a 0-d tensor node, or None when there is nothing (left) to multiply."""
+    scaled: Node
+    """What is added to the base: ``up`` after its scale and views."""
+    dropout: bool
+    grad_b: Node | None = None
+    grad_b_transposed: bool = False
+    """``grad_b`` is computed as [R, N] (a model that stores B transposed)."""
+    grad_h: Node | None = None
+    grad_a: Node | None = None
+    grad_a_transposed: bool = False
+    grad_x: Node | None = None
+    forward_rewrites: list[str] = field(default_factory=list)
+    backward_rewrites: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """Reasons why a pass left this site, or half of it, alone."""
+
+    @property
+    def x(self) -> Any:
+        """The input matrix [M, K] as it stands in the graph now."""
+        return self.down.args[0]
+
+    @property
+    def base(self) -> Node:
+        """What the branch is added to, as it stands in the graph now."""
+        left, right = self.add.args[:2]
+        other = right if left is self.scaled else left
+        assert isinstance(other, Node)
+        return other
+
+    @property
+    def has_backward(self) -> bool:
+        """Whether the gradients of both factors were found."""
+        return self.grad_b is not None and self.grad_h is not None
+
+
+@dataclass(frozen=True)
+class Declined:
+    """A low-rank branch that is left alone, and why."""
+
+    path: str
+    rank: int
+    in_features: int
+    out_features: int
+    reason: str
+
+
+class _NotASite(Exception):
+    """Carries the reason."""
+
+
+def find_sites(graph: Graph) -> tuple[list[Site], list[Declined]]:
+    """Every LoRA site of ``graph`` in graph order, and every low-rank branch that was left alone with the reason."""
+    values, backward = Values(), backward_nodes(graph)
+    sites: list[Site] = []
+    declined: list[Declined] = []
+    for up in graph.find_nodes(op="call_function", target=MM):
+        if up in backward:
+            continue
+        down = peel(up.args[0])
+        if not (is_call(down, MM) and _is_parameter(down.args[1]) and _is_parameter(up.args[1])):
+            continue
+        sizes = shape(down)[1], shape(down.args[0])[1], shape(up)[1]
+        if not all(isinstance(size, int) for size in sizes):
+            continue
+        rank, in_features, out_features = (int(size) for size in sizes)
+        try:
+            sites.append(_complete(up, down, values, backward, rank, in_features, out_features))
+        except _NotASite as reason:
+            declined.append(Declined(module_path(up), rank, in_features, out_features, str(reason)))
+    for site in sites:
+        _match_backward(site, values, backward)
+    return _drop_trained_bases(sites, declined, values, backward)
+
+
+def _is_parameter(node: Any) -> bool:
+    """A factor must be an input of the graph (through casts and transposes) or the result of a collective on one."""
+    source = root(node)
+    while isinstance(source, Node) and "wait_tensor" in str(source.target):
+        source = root(root(source.args[0]).args[0])
+    return isinstance(source, Node) and source.op in ("placeholder", "get_attr")
+
+
+def _complete(
+    up: Node, down: Node, values: Values, backward: set[Node], rank: int, in_features: int, out_features: int
+) -> Site:
+    """Walk from the up-projection to the add, and prove that what it is added to is a product of the same input."""
+    if any(user.op == "output" for user in uses(down)):
+        raise _NotASite(f"its rank-{rank} activations are returned to the caller")
+    add, scaled, scale = _walk_to_add(up, backward)
+    left, right = add.args[:2]
+    base = right if left is scaled else left
+    if not (isinstance(base, Node) and is_tensor(base) and same_shape(base, add)):
+        raise _NotASite("it is added to something of another shape")
+    if not val(base).dtype == val(scaled).dtype == val(add).dtype == val(up).dtype:
+        names = [str(val(n).dtype).removeprefix("torch.") for n in (base, up)]
+        raise _NotASite(f"the base is {names[0]} and the branch {names[1]}: give the adapters the dtype of the base's output")
+    source, dropout = _before_dropout(down.args[0])
+    if not _is_product_of(base, root(source)):
+        raise _NotASite("what it is added to is not a matrix product of the same input")
+    if 2 * rank > min(in_features, out_features):
+        raise _NotASite(
+            f"rank {rank} is more than half of min({in_features}, {out_features}): merging costs less than the branch"
+        )
+    x_key = values.key(down.args[0])
+    return Site(module_path(up), down, up, add, rank, in_features, out_features, x_key, scale, scaled, dropout)
+
+
+def _walk_to_add(up: Node, backward: set[Node]) -> tuple[Node, Node, Scale | None]:
+    """From ``up`` through views and one scale to the add: returns the add, its operand, and the scale."""
+    node, scale = up, None
+    while True:
+        users = [user for user in node.users if user not in backward]
+        if len(users) != 1 or len(node.users) != 1:
+            if any(user in backward for user in node.users):
+                raise _NotASite("its scale is trained" if scale is None else "the backward pass reads the scaled product")
+            raise _NotASite(f"its product has {len(users)} readers besides the base's sum")
+        (user,) = users
+        if is_row_view(user):
+            node = user
+        elif is_call(user, aten.mul.Tensor) and scale is None and (found := _scale_of(user, node)) is not None:
+            node, scale = user, found
+        elif is_sum(user):
+            return user, node, scale
+        else:
+            raise _NotASite(f"its product goes into {_name(user)}, not into a sum with the base")
+
+
+def _scale_of(mul: Node, product: Node) -> Scale | None:
+    """The other factor of ``mul`` when it is a number or a 0-d tensor."""
+    left, right = mul.args[:2]
+    other = right if left is product else left
+    if isinstance(other, (int, float)) and not isinstance(other, bool):
+        return other
+    if isinstance(other, Node) and is_tensor(other) and shape(other) == ():
+        return other
+    return None
+
+
+def _before_dropout(x: Any) -> tuple[Any, bool]:
+    """The value that dropout was applied to, and whether there was dropout: ``mul(mul(gt(rand), x), 1 / (1 - p))``."""
+    node = peel(x)
+    if is_call(node, aten.mul.Tensor) and is_call(inner := peel(node.args[0]), aten.mul.Tensor):
+        for mask, value in (inner.args[:2], inner.args[1::-1]):
+            if is_call(root(mask), aten.gt.Scalar) and is_tensor(value):
+                return value, True
+    if is_call(node, operator.getitem) and is_call(node.args[0], aten.native_dropout.default):
+        return node.args[0].args[0], True
+    return x, False
+
+
+_PRODUCT_WORDS = ("mm", "matmul", "linear")
+# Between an input and the product of its quantised form stand only casts, clamps, roundings and multiplications by
+# scales. One of these on the way means that the product reads another activation, not a form of the same one.
+_NONLINEAR = frozenset(
+    {"sigmoid", "tanh", "erf", "exp", "relu", "gelu", "silu", "rsqrt", "sin", "cos", "native_layer_norm", "_fused_rms_norm"}
+)
+_SEARCH_LIMIT = 128
+
+
+def _is_product_of(base: Node, source: Node) -> bool:
+    """Whether ``base`` is a (scaled, biased, cast, accumulated) matrix product of the value whose root is ``source``."""
+    pending, seen = [base], {base}
+    while pending and len(seen) < _SEARCH_LIMIT:
+        node = pending.pop()
+        operands = [operand for operand in node.all_input_nodes if is_tensor(operand) and operand not in seen]
+        if _is_matmul(node):
+            if any(_reads(operand, source) for operand in node.all_input_nodes):
+                return True
+        elif node.op == "call_function":
+            seen.update(operands)
+            pending.extend(operands)
+    return False
+
+
+def _reads(operand: Node, source: Node) -> bool:
+    """Whether ``operand`` is the value whose root is ``source``, or a quantised or fake-quantised form of it."""
+    pending, seen, found = [operand], {operand}, False
+    while pending:
+        node = pending.pop()
+        if root(node) is source:
+            found = True
+        elif node.op == "call_function" and not _is_matmul(node):
+            if _op_name(node) in _NONLINEAR or len(seen) > _SEARCH_LIMIT:
+                return False
+            operands = [operand for operand in node.all_input_nodes if operand not in seen]
+            seen.update(operands)
+            pending.extend(operands)
+    return found
+
+
+def _op_name(node: Node) -> str:
+    target = node.target
+    return target._schema.name.split("::")[-1] if isinstance(target, torch._ops.OpOverload) else _name(node)
+
+
+def _is_matmul(node: Node) -> bool:
+    return node.op == "call_function" and any(word in _op_name(node) for word in _PRODUCT_WORDS)
+
+
+def _name(node: Node) -> str:
+    if node.op != "call_function":
+        return "the caller" if node.op == "output" else node.op
+    return str(node.target)
+
+
+def _match_backward(site: Site, values: Values, backward: set[Node]) -> None:
+    """Find dB, g, dA and dX of a site; leaves what is not there as None."""
+    candidates = [found for user in uses(site.down) if (found := _as_grad_b(user, site, backward)) is not None]
+    if len(candidates) > 1:
+        site.notes.append("backward: its rank-R activations have several gradients")
+        return
+    if candidates:
+        site.grad_b, scaled_dy, site.grad_b_transposed = candidates[0]
+        readers: Iterable[Node] = uses(scaled_dy)
+    else:
+        # B is frozen, or this graph has no backward.
+        readers = (user for user in uses(source_of(site.up.args[1])) if user in backward)
+    b_key = transposed(values.key(site.up.args[1]))
+    grad_h = {n for n in readers if is_call(n, MM) and n in backward and values.key(n.args[1]) == b_key}
+    if len(grad_h) != 1:
+        site.grad_b = None
+        return
+    (site.grad_h,) = grad_h
+    t = peel(site.grad_h.args[0])
+    if site.scale is not None and not (
+        is_call(t, aten.mul.Tensor) and _same_scale(scale_operand(t), site.scale)
+    ):
+        site.grad_b = site.grad_h = None
+        site.notes.append("backward: its gradient is not scaled like its output")
+        return
+    a_key, x_key = transposed(values.key(site.down.args[1])), values.key(site.x)
+    for user in uses(site.grad_h):
+        if not is_call(user, MM):
+            continue
+        left, right = values.key(user.args[0]), values.key(user.args[1])
+        if peel(user.args[0]) is site.grad_h and right == a_key:
+            site.grad_x = user
+        elif right == x_key and source_of(user.args[0]) is site.grad_h:
+            site.grad_a = user
+        elif left == transposed(x_key) and source_of(user.args[1]) is site.grad_h:
+            site.grad_a, site.grad_a_transposed = user, True
+
+
+def _as_grad_b(user: Node, site: Site, backward: set[Node]) -> tuple[Node, Node, bool] | None:
+    """``user`` as dB = mm(t^T, h) or its transpose mm(h^T, t): returns it, the value t, and whether it is transposed."""
+    if not (is_call(user, MM) and user in backward):
+        return None
+    left, right = user.args[:2]
+    if source_of(right) is site.down and shape(user)[0] == site.out_features:
+        return user, source_of(left), False
+    if source_of(left) is site.down and shape(user)[1] == site.out_features:
+        return user, source_of(right), True
+    return None
+
+
+def scale_operand(mul: Node) -> Any:
+    """The operand of a multiplication that is a number or a 0-d tensor, or None."""
+    return next((a for a in reversed(mul.args[:2]) if not is_tensor(a) or shape(a) == ()), None)  # type: ignore[arg-type]
+
+
+def _same_scale(a: Any, b: Any) -> bool:
+    if isinstance(a, Node) and isinstance(b, Node):
+        return root(a) is root(b)
+    return not isinstance(a, Node) and not isinstance(b, Node) and bool(a == b)
+
+
+def _drop_trained_bases(
+    sites: list[Site], declined: list[Declined], values: Values, backward: set[Node]
+) -> tuple[list[Site], list[Declined]]:
+    """Leave alone the sites whose base weight gets a gradient: full fine-tuning with a branch, not LoRA."""
+    kept = []
+    for site in sites:
+        if any(_is_weight_grad(user, site, values, backward) for user in uses(_output_gradient(site))):
+            declined.append(
+                Declined(site.path, site.rank, site.in_features, site.out_features, "its base weight is trained as well")
+            )
+        else:
+            kept.append(site)
+    return kept, declined
+
+
+def _output_gradient(site: Site) -> Node:
+    """The gradient of y under its views (any node without readers when the graph has no backward)."""
+    if site.grad_h is None:
+        return site.up
+    t = peel(site.grad_h.args[0])
+    if site.scale is not None:
+        t = peel(t.args[0] if scale_operand(t) is t.args[1] else t.args[1])
+    assert isinstance(t, Node)
+    return t
+
+
+def _is_weight_grad(user: Node, site: Site, values: Values, backward: set[Node]) -> bool:
+    """Whether ``user`` is mm(dy^T, x) [N, K] or its transpose."""
+    if not (is_call(user, MM) and user in backward):
+        return False
+    source, _ = _before_dropout(site.x)
+    x_key, sizes = values.key(source), (site.out_features, site.in_features)
+    left, right = values.key(user.args[0]), values.key(user.args[1])
+    return (shape(user) == sizes and right == x_key) or (shape(user) == sizes[::-1] and left == transposed(x_key))
