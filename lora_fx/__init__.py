@@ -1,6 +1,7 @@
 """LoRA fine-tuning at the cost of the frozen model: a class swap, and graph rewrites under `torch.compile`."""
 
 from lora_fx.config import LoRAConfig
+from lora_fx.converter import Converters, LoRAConverter, ModelConverter, convert
 from lora_fx.install import (
     adapter_parameters,
     disabled,
@@ -13,9 +14,13 @@ from lora_fx.install import (
 from lora_fx.linear import LoRAModule
 
 __all__ = [
+    "Converters",
     "LoRAConfig",
+    "LoRAConverter",
     "LoRAModule",
+    "ModelConverter",
     "adapter_parameters",
+    "convert",
     "disabled",
     "freeze",
     "install",

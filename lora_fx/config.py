@@ -191,12 +191,12 @@ def _regex_text(pattern: re.Pattern[str]) -> str:
     """An expression that compiles to `pattern`, flags included."""
     letters = {"a": re.ASCII, "i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL, "x": re.VERBOSE}
     flags = "".join(letter for letter, flag in letters.items() if pattern.flags & flag)
-    # An expression may carry its flags itself, and Python refuses a second group of global flags.
+    # An expression may carry its flags itself, and Python refuses a group of global flags that is not at the start.
     for text in (pattern.pattern, f"(?{flags}){pattern.pattern}"):
         with contextlib.suppress(re.error):
             if re.compile(text).flags == pattern.flags:
                 return text
-    raise ValueError(f"{pattern!r} has flags that cannot be written into it: put all of them at its start, as (?ix)")
+    raise ValueError(f"{pattern!r} has flags that cannot be written into it: put them at its start, as (?ix)")
 
 
 def matches(pattern: str, path: str) -> bool:

@@ -131,10 +131,11 @@ def freeze(model: Model) -> Model:
         ValueError: `model` holds no adapters.
     """
     adapters = adapter_parameters(model)
+    # By assignment: uninitialised parameters of lazy modules refuse `requires_grad_`.
     for parameter in model.parameters():
-        parameter.requires_grad_(False)
+        parameter.requires_grad = False
     for parameter in adapters:
-        parameter.requires_grad_(True)
+        parameter.requires_grad = True
     return model
 
 
@@ -210,7 +211,7 @@ def _undo(model: nn.Module, record: Installation) -> None:
     if record.init_weights is not None:
         record.init_weights.undo()
     for name, parameter in _named_parameters(model):
-        parameter.requires_grad_(record.requires_grad.get(clean_path(name), parameter.requires_grad))
+        parameter.requires_grad = record.requires_grad.get(clean_path(name), parameter.requires_grad)
     delattr(model, _RECORD)
 
 

@@ -141,7 +141,7 @@ def _numbers(
             if value != number:
                 names = "" if len(linear.paths) == 1 else f" (also known as {', '.join(linear.paths[1:])})"
                 raise ValueError(
-                    f"{field}: {earlier!r} gives {path}{names} {value} and {pattern!r} gives it {number}; "
+                    f"{field}: {earlier!r} gives {path}{names} {value:g} and {pattern!r} gives it {number:g}; "
                     f"make the patterns exclude one another"
                 )
     return {path: number for path, (_, number) in found.items()}
