@@ -7,6 +7,7 @@ are compared by :meth:`Values.key`, not by identity.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
@@ -125,6 +126,45 @@ def uses(node: Node) -> Iterator[Node]:
             yield from uses(user)
         else:
             yield user
+
+
+_LAYOUT = frozenset(
+    {
+        aten.permute.default,
+        aten.transpose.int,
+        aten.t.default,
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.expand.default,
+        operator.getitem,
+    }
+)
+
+
+def stays_in_kernel(node: Node) -> bool:
+    """Whether every forward (or every backward) reader of a value is pointwise, so that the value need not be written.
+
+    A reader in the other half of a joint graph does not count: the partitioner decides what crosses.
+    """
+    half = node.meta.get("partitioner_tag")
+    readers = [user for user in node.users if half is None or user.meta.get("partitioner_tag", half) == half]
+    return bool(readers) and all(
+        stays_in_kernel(user) if user.target in VIEWS or user.target in _LAYOUT else is_pointwise(user)
+        for user in readers
+    )
+
+
+def is_pointwise(node: Node) -> bool:
+    """Whether ``node`` computes each element from the same element of its operands."""
+    if node.op != "call_function":
+        return False
+    if node.target is CONVERT:
+        return True
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
 
 
 class Values:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.fx import Graph
 
-from lora_fx.passes import accumulate, fold_scale, pair_gradients, recompute_dropout, stack_siblings
+from lora_fx.passes import accumulate, fold_scale, pair_gradients, recompute_branch, recompute_dropout, stack_siblings
 from lora_fx.passes._torch import CustomGraphPass, inductor_config, trace_structured
 from lora_fx.passes.graph import module_path
 from lora_fx.passes.kernels import lowering
@@ -42,8 +42,10 @@ PASSES = (
     Pass("stack_siblings", stack_siblings.find, stack_siblings.rewrite),
     # After stacking, which collects the g of siblings wherever they come from.
     Pass("pair_gradients", pair_gradients.find, pair_gradients.rewrite),
-    # Last: it swallows the up-projection, its sum, and the (by now single) term in dX.
+    # It swallows the up-projection, its sum, and the (by now single) term in dX, where those are written to memory.
     Pass("accumulate", accumulate.find, accumulate.rewrite),
+    # Last: for the up-projections that are left.
+    Pass("recompute_branch", recompute_branch.find, recompute_branch.rewrite),
 )
 
 

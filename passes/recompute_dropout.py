@@ -21,13 +21,10 @@ from torch.fx import Graph, Node
 
 from lora_fx.passes._torch import CheckpointPolicy
 from lora_fx.passes.graph import CONVERT, COPIES, MM, VIEWS, aten, is_call, is_row_view, prims
+from lora_fx.passes.recompute_branch import REGION
 
 MARK = "lora_fx_dropout"
 """Set by the first stage in the metadata of the down-projections that it proved to be of a LoRA site with dropout."""
-
-# One number for all chains: regions of user checkpointing count from 0, and a node between two different regions is saved.
-_REGION = 1 << 20
-
 
 def tag(graph: Graph) -> list[Node]:
     """Tag the dropout chains of every marked down-projection; returns the down-projections whose chain was tagged."""
@@ -36,7 +33,7 @@ def tag(graph: Graph) -> list[Node]:
         if down.meta.get(MARK) and (chain := _chain(down.args[0])):
             for node in chain:
                 node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
-                node.meta["ac_graph_id"] = _REGION
+                node.meta["ac_graph_id"] = REGION
             tagged.append(down)
     return tagged
 

@@ -40,6 +40,7 @@ class Rewriter:
         self.graph = graph
         self._made: list[Node] = []
         self._redirected: list[tuple[Node, tuple[Any, ...], dict[str, Any]]] = []
+        self._tagged: list[tuple[Node, dict[str, Any]]] = []
         self.changed = False
 
     def emit(self, target: Callable[..., Any], *args: Any, like: Node, **kwargs: Any) -> Node:
@@ -109,16 +110,21 @@ class Rewriter:
                 self._redirected.append((user, user.args, user.kwargs))
                 user.replace_input_with(old, new)
 
+    def tag(self, node: Node, **meta: Any) -> None:
+        """Set metadata of a node."""
+        self._tagged.append((node, {name: node.meta.get(name) for name in meta}))
+        node.meta.update(meta)
+
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Undo everything done inside when it raises; the exception goes on."""
-        made, redirected = len(self._made), len(self._redirected)
+        start = len(self._made), len(self._redirected), len(self._tagged)
         try:
             yield
         except Exception:
-            self._undo(made, redirected)
+            self._undo(*start)
             raise
-        self.changed |= len(self._made) > made
+        self.changed |= len(self._made) > start[0]
 
     def commit(self) -> None:
         """Put the nodes in order, check the graph, drop the dead nodes; on an invalid graph undo everything and raise."""
@@ -128,18 +134,20 @@ class Rewriter:
             stable_topological_sort(self.graph)
             self.graph.lint()
         except Exception:
-            self._undo(0, 0)
+            self._undo(0, 0, 0)
             stable_topological_sort(self.graph)
             raise
         self.graph.eliminate_dead_code()
 
-    def _undo(self, made: int, redirected: int) -> None:
-        """Take back everything after the given numbers of new nodes and re-pointed users."""
+    def _undo(self, made: int, redirected: int, tagged: int) -> None:
+        """Take back everything after the given numbers of new nodes, re-pointed users and tagged nodes."""
+        for node, meta in reversed(self._tagged[tagged:]):
+            node.meta.update(meta)
         for user, args, kwargs in reversed(self._redirected[redirected:]):
             user.args, user.kwargs = args, kwargs
         for node in reversed(self._made[made:]):
             self.graph.erase_node(node)
-        del self._made[made:], self._redirected[redirected:]
+        del self._made[made:], self._redirected[redirected:], self._tagged[tagged:]
 
 
 def describe(node: Node) -> str:

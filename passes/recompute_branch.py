@@ -1,0 +1,38 @@
+"""Keep a branch's sum for the kernel that reads it, and compute its product again in backward instead of saving it.
+
+Before, for z = silu(y_gate) * y_up, autograd saves base and u of both: four matrices [M, N]. After, it saves the two
+bases, as the frozen model does, and h [M, R]::
+
+    y: f[M, N] = base + scaled_mm(h, B^T, s)       with scaled_mm tagged for recomputation
+
+The sum is exact in the consumer's registers, where a written y would be rounded. The product costs as much again in
+backward as reading it back would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lora_fx.passes._torch import CheckpointPolicy
+from lora_fx.passes.graph import stays_in_kernel
+from lora_fx.passes.rewriter import Rewriter
+from lora_fx.passes.site import Site
+
+# Regions of the user's checkpointing count from 0; a value between two different regions is saved, so ours is one.
+REGION = 1 << 20
+
+
+def find(sites: list[Site]) -> Iterator[list[Site]]:
+    """Every site with a backward whose output is read by pointwise operations alone, and which is not checkpointed."""
+    return (
+        [site]
+        for site in sites
+        if site.grad_h is not None and stays_in_kernel(site.add) and site.up.meta.get("recompute") is None
+    )
+
+
+def rewrite(group: list[Site], rewriter: Rewriter) -> None:
+    """Tag the product; the partitioner does the rest."""
+    (site,) = group
+    rewriter.tag(site.up, recompute=CheckpointPolicy.PREFER_RECOMPUTE, ac_graph_id=REGION)
+    site.forward_rewrites.append("recompute")
