@@ -15,6 +15,9 @@ INITS = ("kaiming", "gaussian")
 
 # A pattern as a user writes it: a module name, "re:<regular expression>", or a compiled regular expression.
 PatternLike = str | re.Pattern[str]
+# The keys of a Mapping are invariant: with the last kind alone, a `dict[str, int]` would not do.
+Ranks = Mapping[str, int] | Mapping[re.Pattern[str], int] | Mapping[PatternLike, int]
+Alphas = Mapping[str, float] | Mapping[re.Pattern[str], float] | Mapping[PatternLike, float]
 
 _REGEX = "re:"
 
@@ -56,8 +59,8 @@ class LoRAConfig:
     target_modules: PatternLike | Sequence[PatternLike] = ALL_LINEAR
     exclude_modules: PatternLike | Sequence[PatternLike] = ()
     # Dictionaries are compared and left out of the hash: equal configurations still hash equal.
-    rank_pattern: Mapping[PatternLike, int] = dataclasses.field(default_factory=dict, hash=False)
-    alpha_pattern: Mapping[PatternLike, float] = dataclasses.field(default_factory=dict, hash=False)
+    rank_pattern: Ranks = dataclasses.field(default_factory=dict, hash=False)
+    alpha_pattern: Alphas = dataclasses.field(default_factory=dict, hash=False)
     use_rslora: bool = False
     init: str = "kaiming"
 

@@ -3,11 +3,11 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
-from lora_fx.config import ALL_LINEAR, LoRAConfig, PatternLike, matches
+from lora_fx.config import ALL_LINEAR, LoRAConfig, matches
 
 # Path segments that a wrapper puts between a module and its parent, and that no user means to write.
 _WRAPPER_SEGMENTS = ("_checkpoint_wrapped_module",)
@@ -125,9 +125,7 @@ def _covers(pattern: str, path: str) -> bool:
     return any(matches(pattern, ".".join(segments[:end])) for end in range(1, len(segments) + 1))
 
 
-def _numbers(
-    field: str, patterns: Mapping[PatternLike, Number], kept: Sequence[_Linear], paths: _Paths
-) -> dict[str, Number]:
+def _numbers(field: str, patterns: Mapping[Any, Number], kept: Sequence[_Linear], paths: _Paths) -> dict[str, Number]:
     """The number that `patterns` gives to each adapted linear that one of them matches, by its first path."""
     found: dict[str, tuple[str, Number]] = {}
     for pattern, number in patterns.items():

@@ -35,6 +35,17 @@ class Block(nn.Module):
         return x + self.w2(F.silu(self.w1(x)))
 
 
+class Mlp(nn.Module):
+    # Not an nn.Sequential: Dynamo does not compile the forward of torch's own containers as one frame.
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(dim, dim)
+        self.down = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.up(x)))
+
+
 class Toy(nn.Module):
     """Two blocks and a head, with an `init_weights` that takes and returns something."""
 
@@ -80,12 +91,15 @@ def shake(model: nn.Module, std: float = 0.2, seed: int = 1) -> nn.Module:
     return model
 
 
-def oracle(module: nn.Linear, x: Tensor, scale: float) -> Tensor:
-    """An adapted linear in float64, written out."""
-    x, weight = x.double(), module.weight.double()
-    a, b = module.lora_a.double(), module.lora_b.double()  # type: ignore[union-attr, operator]
-    y = x @ weight.T + scale * ((x @ a.T) @ b.T)
-    return y if module.bias is None else y + module.bias.double()
+def oracle(module: nn.Linear, x: Tensor, scale: float = 0.0) -> Tensor:
+    """A linear in float64, written out; with its adapter if a scale is given."""
+    x = x.double()
+    y = x @ module.weight.double().T
+    if module.bias is not None:
+        y = y + module.bias.double()
+    if isinstance(module, lora_fx.LoRAModule):
+        y = y + scale * ((x @ module.lora_a.double().T) @ module.lora_b.double().T)
+    return y
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
