@@ -1,17 +1,18 @@
 """Graph passes that rewrite LoRA branches inside ``torch.compile``. They know graphs only, never modules.
 
-=====================  =============================================  ==============================================
-pass                   before                                         after
-=====================  =============================================  ==============================================
-``fold_scale``         ``base + mm(h, B^T) * s``                      ``base + mm(h, (B * s)^T)``
-``stack_siblings``     ``mm(x, A_q^T), mm(x, A_k^T), mm(x, A_v^T)``   ``mm(x, cat(A_q, A_k, A_v)^T)`` and slices of it
-``pair_gradients``     ``mm(dy, b), mm(dy^T, h) * s``                 ``gradient_pair(dy, b, h, s)``
-``accumulate``         ``base + mm(h, b^T)``                          ``accumulate(base, h, b^T)``
-``recompute_dropout``  saves ``drop(x)`` and its mask                 saves a seed
-=====================  =============================================  ==============================================
+=====================  ============================================  =============================================
+pass                   before                                        after
+=====================  ============================================  =============================================
+``fold_scale``         ``mm(h, B^T) * s``                            ``scaled_mm(h, B^T, s)``
+``stack_siblings``     ``mm(x, A_q^T), mm(x, A_k^T), mm(x, A_v^T)``  ``mm(x, cat(A_q, A_k, A_v)^T)`` and slices of it
+``pair_gradients``     ``mm(dy, B) * s, mm(dy^T, h) * s``            ``gradient_pair(dy, B, h, s)``
+``accumulate``         ``base + scaled_mm(h, B^T, s)``, written      ``accumulate(base, h, B^T, s)``
+``recompute_branch``   saves ``base`` and the product                saves ``base``
+``recompute_dropout``  saves ``drop(x)`` and its mask                saves a seed
+=====================  ============================================  =============================================
 
-``site`` finds LoRA branches and proves what they are; ``rewriter`` is the only way to change a graph; ``pipeline`` holds
-the order, the hooks in Inductor and the cache identity; ``printer`` and ``report`` say what happened; ``kernels`` holds
-the operators and their lowerings; ``low_rank`` is the expression that all of this rewrites. The entry points are
+``site`` finds LoRA branches and proves what they are; ``rewriter`` is the only way to change a graph; ``pipeline``
+holds the order, the hooks in Inductor and the cache identity; ``printer`` and ``report`` say what happened; ``kernels``
+holds the operators and their lowerings; ``low_rank`` is the expression that all of this rewrites. The entry points are
 :func:`lora_fx.passes.pipeline.hooks` and :func:`lora_fx.passes.pipeline.rewrite_graph`.
 """

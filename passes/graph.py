@@ -62,7 +62,7 @@ def is_row_view(node: object) -> bool:
     if not (is_tensor(source) and isinstance(source, Node)):
         return False
     ours, theirs = shape(node), shape(source)
-    return len(ours) >= 2 and len(theirs) >= 2 and statically_known_true(ours[-1] == theirs[-1])
+    return len(ours) >= 2 and len(theirs) >= 2 and bool(statically_known_true(ours[-1] == theirs[-1]))
 
 
 def is_sum(node: object) -> bool:

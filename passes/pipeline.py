@@ -125,8 +125,8 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
-class Stage(CustomGraphPass):  # type: ignore[misc]  # the base class is private to torch and untyped for us
-    """One of the places in Inductor where we look at a graph. Holds settings only, so equal ones are interchangeable."""
+class Stage(CustomGraphPass):
+    """One of the places in Inductor where we look at a graph. Holds settings only: equal ones are interchangeable."""
 
     def __init__(self, strict: bool = False) -> None:
         self.strict = strict
@@ -214,7 +214,7 @@ def hooks(options: dict[str, Any] | None = None, *, strict: bool = False) -> dic
     return merged
 
 
-class Sequence(CustomGraphPass):  # type: ignore[misc]  # as above
+class Sequence(CustomGraphPass):
     """The caller's passes, then ours, on one hook."""
 
     def __init__(self, theirs: Any, ours: Stage) -> None:

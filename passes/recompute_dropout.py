@@ -26,6 +26,7 @@ from lora_fx.passes.recompute_branch import REGION
 MARK = "lora_fx_dropout"
 """Set by the first stage in the metadata of the down-projections that it proved to be of a LoRA site with dropout."""
 
+
 def tag(graph: Graph) -> list[Node]:
     """Tag the dropout chains of every marked down-projection; returns the down-projections whose chain was tagged."""
     tagged = []

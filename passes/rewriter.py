@@ -32,8 +32,8 @@ _INHERITED = (
 class Rewriter:
     """Adds nodes to a graph and re-points users of old nodes to new ones.
 
-    Old nodes are never erased here: what a rewrite leaves without users goes when :meth:`commit` removes dead code. So a
-    rewrite that raises half-way is undone exactly, and the user's graph compiles as it came.
+    Old nodes are never erased here: what a rewrite leaves without users goes when :meth:`commit` removes dead code.
+    So a rewrite that raises half-way is undone exactly, and the user's graph compiles as it came.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -73,7 +73,7 @@ class Rewriter:
         """``[..., N] -> [M, N]``, looking through row views to a matrix that is there already."""
         matrix = peel_views(node)
         if len(shape(matrix)) == 2:
-            return matrix  # type: ignore[no-any-return]  # fx types the operands of a node as Any
+            return matrix
         return self.emit(aten.reshape.default, matrix, [-1, shape(matrix)[-1]], like=like)
 
     def view_like(self, matrix: Node, like: Node) -> Node:
@@ -127,7 +127,7 @@ class Rewriter:
         self.changed |= len(self._made) > start[0]
 
     def commit(self) -> None:
-        """Put the nodes in order, check the graph, drop the dead nodes; on an invalid graph undo everything and raise."""
+        """Put the nodes in order, check the graph and drop the dead ones; if it is invalid, undo all and raise."""
         if not self.changed:
             return
         try:

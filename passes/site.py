@@ -160,7 +160,9 @@ def _complete(
         raise _NotASite("it is added to something of another shape")
     if not val(base).dtype == val(scaled).dtype == val(add).dtype == val(up).dtype:
         names = [str(val(n).dtype).removeprefix("torch.") for n in (base, up)]
-        raise _NotASite(f"the base is {names[0]} and the branch {names[1]}: give the adapters the dtype of the base's output")
+        raise _NotASite(
+            f"the base is {names[0]} and the branch {names[1]}: give the adapters the dtype of the base's output"
+        )
     source, dropout = _before_dropout(down.args[0])
     if not _is_product_of(base, root(source)):
         raise _NotASite("what it is added to is not a matrix product of the same input")
@@ -179,7 +181,9 @@ def _walk_to_add(up: Node, backward: set[Node]) -> tuple[Node, Node, Scale | Non
         users = [user for user in node.users if user not in backward]
         if len(users) != 1 or len(node.users) != 1:
             if any(user in backward for user in node.users):
-                raise _NotASite("its scale is trained" if scale is None else "the backward pass reads the scaled product")
+                raise _NotASite(
+                    "its scale is trained" if scale is None else "the backward pass reads the scaled product"
+                )
             raise _NotASite(f"its product has {len(users)} readers besides the base's sum")
         (user,) = users
         if is_row_view(user):
@@ -219,13 +223,26 @@ _PRODUCT_WORDS = ("mm", "matmul", "linear")
 # Between an input and the product of its quantised form stand only casts, clamps, roundings and multiplications by
 # scales. One of these on the way means that the product reads another activation, not a form of the same one.
 _NONLINEAR = frozenset(
-    {"sigmoid", "tanh", "erf", "exp", "relu", "gelu", "silu", "rsqrt", "sin", "cos", "native_layer_norm", "_fused_rms_norm"}
+    {
+        "sigmoid",
+        "tanh",
+        "erf",
+        "exp",
+        "relu",
+        "gelu",
+        "silu",
+        "rsqrt",
+        "sin",
+        "cos",
+        "native_layer_norm",
+        "_fused_rms_norm",
+    }
 )
 _SEARCH_LIMIT = 128
 
 
 def _is_product_of(base: Node, source: Node) -> bool:
-    """Whether ``base`` is a (scaled, biased, cast, accumulated) matrix product of the value whose root is ``source``."""
+    """Whether ``base`` is a (scaled, biased, cast, accumulated) matrix product of the value with root ``source``."""
     pending, seen = [base], {base}
     while pending and len(seen) < _SEARCH_LIMIT:
         node = pending.pop()
@@ -289,9 +306,7 @@ def _match_backward(site: Site, values: Values, backward: set[Node]) -> None:
         return
     (site.grad_h,) = grad_h
     t = peel(site.grad_h.args[0])
-    if site.scale is not None and not (
-        is_call(t, aten.mul.Tensor) and _same_scale(scale_operand(t), site.scale)
-    ):
+    if site.scale is not None and not (is_call(t, aten.mul.Tensor) and _same_scale(scale_operand(t), site.scale)):
         site.grad_b = site.grad_h = None
         site.notes.append("backward: its gradient is not scaled like its output")
         return
@@ -309,7 +324,7 @@ def _match_backward(site: Site, values: Values, backward: set[Node]) -> None:
 
 
 def _as_grad_b(user: Node, site: Site, backward: set[Node]) -> tuple[Node, Node, bool] | None:
-    """``user`` as dB = mm(t^T, h) or its transpose mm(h^T, t): returns it, the value t, and whether it is transposed."""
+    """``user`` as dB = mm(t^T, h) or its transpose mm(h^T, t): returns it, t, and whether it is transposed."""
     if not (is_call(user, MM) and user in backward):
         return None
     left, right = user.args[:2]
@@ -339,7 +354,9 @@ def _drop_trained_bases(
     for site in sites:
         if any(_is_weight_grad(user, site, values, backward) for user in uses(_output_gradient(site))):
             declined.append(
-                Declined(site.path, site.rank, site.in_features, site.out_features, "its base weight is trained as well")
+                Declined(
+                    site.path, site.rank, site.in_features, site.out_features, "its base weight is trained as well"
+                )
             )
         else:
             kept.append(site)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from typing import Any, cast
 
 from torch.fx import Graph, Node
 
@@ -27,7 +28,11 @@ def accumulate_in_place(node: Node) -> None:
     base, a, b, *scale = node.args
     graph = node.graph
     with graph.inserting_before(node):
-        wrapper = graph.call_function(auto_functionalized, (operators.accumulate_,), {"base": base, "a": a, "b": b, "scale": scale[0] if scale else None})
+        wrapper = graph.call_function(
+            auto_functionalized,
+            (operators.accumulate_,),
+            {"base": base, "a": a, "b": b, "scale": scale[0] if scale else None},
+        )
         result = graph.call_function(operator.getitem, (wrapper, 1))
     wrapper.meta["val"] = (None, val(node))
     result.meta.update(node.meta)
@@ -35,7 +40,7 @@ def accumulate_in_place(node: Node) -> None:
     graph.erase_node(node)
 
 
-LOWERINGS: dict[object, Lowering] = {
+LOWERINGS: dict[Callable[..., Any], Lowering] = {
     operators.accumulate: accumulate_in_place,
 }
 
@@ -44,5 +49,5 @@ def lower(graph: Graph) -> int:
     """Lower every node that has a lowering; returns how many there were."""
     nodes = [node for target in LOWERINGS for node in graph.find_nodes(op="call_function", target=target)]
     for node in nodes:
-        LOWERINGS[node.target](node)
+        LOWERINGS[cast(Callable[..., Any], node.target)](node)
     return len(nodes)
