@@ -1,6 +1,6 @@
-"""Linears that torch's own modules use without calling them, so that an adapter on them would never run.
+"""Linears whose weight is read by the module that holds them, so that an adapter on them would not run.
 
-Found by reading ``torch/nn`` of 2.11 to 2.13 for reads of a child's ``.weight`` outside initialisation:
+In torch itself, found by reading ``torch/nn`` of 2.11 to 2.13:
 
 - `nn.MultiheadAttention` hands ``out_proj.weight`` to a function, always: refused;
 - `nn.LinearCrossEntropyLoss` (torch 2.13) does the same with ``linear.weight``: refused;
@@ -8,6 +8,8 @@ Found by reading ``torch/nn`` of 2.11 to 2.13 for reads of a child's ``.weight``
   when ``activation_relu_or_gelu`` is 0: handled, by setting that on the layers that hold an adapter;
 - `nn.TransformerEncoder` feeds its layers nested tensors to suit that fast path, unless ``use_nested_tensor`` is false:
   handled likewise. (Padded positions of its output are then computed instead of zero, as they are in training.)
+
+In anybody else's modules, `lora_fx.reads` finds the reads in the source: refused.
 """
 
 from collections.abc import Iterable, Iterator, Sequence, Set
@@ -17,13 +19,10 @@ from typing import Any
 from torch import nn
 
 from lora_fx.config import matches
+from lora_fx.reads import weights_read
 
-# (class of the parent, name of the child that it reads and does not call)
-_READ_BUT_NOT_CALLED: tuple[tuple[type[nn.Module], str], ...] = tuple(
-    (getattr(nn, parent), child)
-    for parent, child in (("MultiheadAttention", "out_proj"), ("LinearCrossEntropyLoss", "linear"))
-    if hasattr(nn, parent)
-)
+# (class of the parent, child that it reads): torch's own, which are known even where the source is not installed.
+_READ_BY_TORCH = (("MultiheadAttention", "out_proj"), ("LinearCrossEntropyLoss", "linear"))
 
 
 @dataclass(frozen=True)
@@ -37,27 +36,36 @@ class Patch:
 
 
 def check_called(model: nn.Module, targets: Iterable[tuple[str, nn.Module]]) -> None:
-    """Raise ValueError, stating the `exclude_modules` that is needed, if a target would never be called.
+    """Raise ValueError, stating the `exclude_modules` that is needed, if the forward of `model` goes past a target.
 
     Args:
         model: the model to install on.
         targets: path and module of every linear that is to be adapted.
     """
-    readers = {
-        id(getattr(module, child, None)): parent
-        for module in model.modules()
-        for parent, child in _READ_BUT_NOT_CALLED
-        if isinstance(module, parent)
-    }
+    readers = {id(linear): reader for linear, reader in _read(model)}
     inert = {path: readers[id(module)] for path, module in targets if id(module) in readers}
     if not inert:
         return
-    path, parent = next(iter(inert.items()))
+    path, reader = next(iter(inert.items()))
     every = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     raise ValueError(
-        f"{path} would never run its adapter: {parent.__name__} reads its weight without calling it. "
+        f"{path} would not run its adapter: {reader} reads its weight without calling it. "
         f"Leave it out: exclude_modules={_shortest(inert.keys(), every)!r}"
     )
+
+
+def _read(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """The modules whose weight is read, and who reads it."""
+    for module in model.modules():
+        for name, child in _READ_BY_TORCH:
+            if isinstance(module, getattr(nn, name, ())):
+                yield getattr(module, child), name
+        for below, read in weights_read(type(module)).items():
+            found: Any = module
+            for name in below.split("."):
+                found = getattr(found, name, None)
+            if isinstance(found, nn.Module):
+                yield found, f"{read.method} (line {read.line} of {read.file})"
 
 
 def _shortest(hit: Set[str], every: Sequence[str]) -> list[str]:
