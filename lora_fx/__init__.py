@@ -1,5 +1,6 @@
 """LoRA fine-tuning at the cost of the frozen model: a class swap, and graph rewrites under `torch.compile`."""
 
+from lora_fx.compile import compile
 from lora_fx.config import LoRAConfig
 from lora_fx.converter import Converters, LoRAConverter, ModelConverter, convert
 from lora_fx.install import (
@@ -20,6 +21,7 @@ __all__ = [
     "LoRAModule",
     "ModelConverter",
     "adapter_parameters",
+    "compile",
     "convert",
     "disabled",
     "freeze",

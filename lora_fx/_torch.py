@@ -27,6 +27,9 @@ def data_parallel_wrapper(module: nn.Module) -> str | None:
             return "fully_shard"
         if isinstance(module, fsdp.FullyShardedDataParallel):
             return "FullyShardedDataParallel"
+    replicate = sys.modules.get("torch.distributed._composable.replicate")
+    if replicate is not None and isinstance(module, getattr(replicate, "DDP", ())):
+        return "replicate"
     if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         return type(module).__name__
     return None
