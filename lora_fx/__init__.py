@@ -3,6 +3,7 @@
 from lora_fx.compile import compile
 from lora_fx.config import LoRAConfig
 from lora_fx.converter import Converters, LoRAConverter, ModelConverter, convert
+from lora_fx.explain import Report, explain
 from lora_fx.install import (
     adapter_parameters,
     disabled,
@@ -20,10 +21,12 @@ __all__ = [
     "LoRAConverter",
     "LoRAModule",
     "ModelConverter",
+    "Report",
     "adapter_parameters",
     "compile",
     "convert",
     "disabled",
+    "explain",
     "freeze",
     "install",
     "is_installed",

@@ -48,6 +48,31 @@ trace_structured = _private("torch._logging:trace_structured")
 """Writes an artifact into ``TORCH_TRACE`` for tlparse."""
 
 
+def joint_graph_passes(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Inductor's passes over a joint or inference graph, custom hooks included."""
+    values = [node.meta.get("val") for node in graph.graph.nodes]
+    with _private("torch._inductor.virtualized:V").set_fake_mode(detect_fake_mode(values)):
+        return _private("torch._inductor.fx_passes.joint_graph:joint_graph_passes")(graph)
+
+
+def partition(joint: torch.fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
+    """Inductor's partitioner: a joint graph into forward and backward."""
+    name = "torch._functorch.partitioners:min_cut_rematerialization_partition"
+    return _private(name)(joint, inputs, **kwargs)
+
+
+def aot_autograd(**kwargs: Any) -> Any:
+    """A Dynamo backend out of graph compilers, with Inductor's decompositions."""
+    decompositions = _private("torch._inductor.decomposition:select_decomp_table")()
+    make = _private("torch._dynamo.backends.common:aot_autograd")
+    return make(decompositions=decompositions, keep_inference_input_mutations=True, **kwargs)
+
+
+def boxed(graph: torch.fx.GraphModule) -> Any:
+    """The graph as a callable that takes its inputs in one list, as AOTAutograd calls compiled code."""
+    return _private("functorch.compile:make_boxed_func")(graph.forward)
+
+
 def stable_topological_sort(graph: torch.fx.Graph) -> None:
     """Sort the graph's nodes, moving as few as possible (Inductor's own sort)."""
     # Importing the pattern matcher costs a second; only a compilation needs it, and by then it is loaded.

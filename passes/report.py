@@ -29,6 +29,11 @@ class SiteReport:
         """Whether anything was rewritten here."""
         return bool(self.forward or self.backward)
 
+    @property
+    def name(self) -> str:
+        """The path, or a word for the compiled module itself."""
+        return self.path or "(root)"
+
     @staticmethod
     def of(site: Site) -> SiteReport:
         """The report of a site after the passes ran."""
@@ -77,5 +82,5 @@ class GraphReport:
 
     def problems(self) -> list[str]:
         """A line for each branch that was left alone and each failure."""
-        left = [f"{site.path or '(root)'}: {site.reason}" for site in self.sites if not site.rewritten]
+        left = [f"{site.name}: {site.reason}" for site in self.sites if not site.rewritten]
         return left + self.failures

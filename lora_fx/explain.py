@@ -1,0 +1,285 @@
+"""What the passes do to a model, shown without compiling it."""
+
+import copy
+import re
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lora_fx.linear import LoRAModule
+from lora_fx.passes.pipeline import LoRARewriteError
+from lora_fx.passes.report import SiteReport
+from lora_fx.passes.trace import GraphTrace, tracing_backend
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Errors of both forms against the model in float64, on the inputs that were explained.
+
+    Each is ``norm(form - oracle) / norm(oracle)`` over all outputs, or over all gradients (adapters, and inputs that
+    require them). Dropout is off while verifying.
+    """
+
+    output_unfused: float
+    output_rewritten: float
+    gradient_unfused: float | None
+    gradient_rewritten: float | None
+
+
+@dataclass
+class Report:
+    """What became of every LoRA branch of a model. ``print(report)`` is a table."""
+
+    sites: list[SiteReport]
+    """One entry a branch and graph, in graph order; adapters that no graph reached come last, with the reason."""
+    graphs: list[GraphTrace]
+    """One entry a graph that Dynamo captured: text before, after, and of the partitioned forward and backward."""
+    failures: list[str] = field(default_factory=list)
+    """Internal failures; the graph was left as it was there."""
+    verification: Verification | None = None
+
+    @property
+    def rewritten(self) -> int:
+        """How many branches were rewritten."""
+        return sum(site.rewritten for site in self.sites)
+
+    @property
+    def saved_bytes(self) -> tuple[int, int] | None:
+        """Bytes kept for backward before and after the passes; None without gradients."""
+        kept = [g for g in self.graphs if g.saved_bytes_before is not None]
+        if not kept:
+            return None
+        return sum(g.saved_bytes_before or 0 for g in kept), sum(g.saved_bytes_after or 0 for g in kept)
+
+    def problems(self) -> list[str]:
+        """A line for each branch that was left alone and each failure."""
+        return [f"{site.name}: {site.reason}" for site in self.sites if not site.rewritten] + self.failures
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: sites, totals, failures and verification; not the graphs' texts."""
+        return {
+            "sites": [site.as_dict() for site in self.sites],
+            "rewritten": self.rewritten,
+            "graphs": len(self.graphs),
+            "saved_bytes": self.saved_bytes,
+            "failures": self.failures,
+            "verification": None if self.verification is None else asdict(self.verification),
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+def explain(model: nn.Module, *inputs: Any, strict: bool = False, verify: bool = False, **kwargs: Any) -> Report:
+    """Trace ``model(*inputs, **kwargs)`` and report what the passes do to each LoRA branch, without compiling kernels.
+
+    The graphs run once, as plain ATen, so that the graphs behind a graph break are seen too. The model may be compiled
+    already or not; its compiled code, parameters and random state are left as they are.
+
+    Args:
+        model: A model with adapters, or a part of one.
+        *inputs: As the model is called in training. Whether gradients are enabled, autocast and ``model.training``
+            decide which graph is explained, as they do in training.
+        strict: Raise when a branch was left as it was.
+        verify: Also run copies of the model with and without the rewrite, and in float64, and state the errors. The
+            copies need five times the model's memory in bfloat16.
+        **kwargs: Keyword inputs of the model.
+
+    Raises:
+        ValueError: The model has no adapters.
+        LoRARewriteError: ``strict``, and a branch was left as it was; the text says which and why.
+    """
+    adapters = {name: module for name, module in model.named_modules() if isinstance(module, LoRAModule)}
+    if not adapters:
+        raise ValueError("the model has no adapters: call lora_fx.install(model, config) before lora_fx.explain")
+    traces: list[GraphTrace] = []
+    with _untouched(model, inputs, kwargs):
+        _run(model, tracing_backend(traces), inputs, kwargs)
+    report = Report(
+        sites=[site for trace in traces for site in trace.report.sites],
+        graphs=traces,
+        failures=[failure for trace in traces for failure in trace.report.failures],
+    )
+    seen = {site.path for site in report.sites}
+    report.sites += [_unreached(name, module) for name, module in adapters.items() if name not in seen]
+    if verify:
+        report.verification = _verify(model, inputs, kwargs)
+    if strict and report.problems():
+        raise LoRARewriteError("left as they were:\n  " + "\n  ".join(report.problems()))
+    return report
+
+
+def _unreached(path: str, module: LoRAModule) -> SiteReport:
+    rank, in_features = module.lora_a.shape
+    return SiteReport(
+        path, rank, in_features, module.lora_b.shape[0], reason="not in the traced graphs: this call did not run it"
+    )
+
+
+@contextmanager
+def _untouched(model: nn.Module, inputs: Any, kwargs: Any) -> Iterator[None]:
+    """Put aside compiled code (its graphs would hide from the trace), and restore it and the random state."""
+    compiled = [(m, m._compiled_call_impl) for m in model.modules() if m._compiled_call_impl is not None]
+    tensors = [t for t in pytree.tree_leaves((inputs, kwargs)) if isinstance(t, Tensor)]
+    devices = {t.device for t in [*tensors, *model.parameters()] if t.device.type not in ("cpu", "meta")}
+    buffers = [(b, b.clone()) for b in model.buffers() if b.numel() and not b.is_meta]
+    kind = next(iter(devices)).type if devices else "cuda"
+    try:
+        for module, _ in compiled:
+            module._compiled_call_impl = None
+        with torch.random.fork_rng([d.index or 0 for d in devices], device_type=kind):
+            yield
+    finally:
+        for module, implementation in compiled:
+            module._compiled_call_impl = implementation
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def _run(model: nn.Module, backend: Callable[..., Any], inputs: Any, kwargs: Any) -> Any:
+    """``model(*inputs, **kwargs)`` under ``backend``, in a frame of its own.
+
+    Dynamo keeps what it compiled on the code object of the frame, and counts it against the limit on recompilation: a
+    copy of the code leaves the model's own entries alone.
+    """
+
+    def call(*inputs: Any, **kwargs: Any) -> Any:
+        return model(*inputs, **kwargs)
+
+    fresh = types.FunctionType(call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__)
+    return torch.compile(fresh, backend=backend)(*inputs, **kwargs)
+
+
+def _verify(model: nn.Module, inputs: Any, kwargs: Any) -> Verification:
+    """Both forms, executed as ATen, against float64 eager."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        module._compiled_call_impl = None
+        if isinstance(module, LoRAModule):
+            module.lora_dropout = 0.0
+        elif isinstance(module, (nn.Dropout, nn.AlphaDropout)):
+            module.p = 0.0
+    oracle = _results(copy.deepcopy(model).double(), None, _cast(inputs), _cast(kwargs))
+    unfused = _results(model, tracing_backend([], rewrite=False), inputs, kwargs)
+    rewritten = _results(model, tracing_backend([]), inputs, kwargs)
+    return Verification(
+        _error(unfused[0], oracle[0]),
+        _error(rewritten[0], oracle[0]),
+        _error(unfused[1], oracle[1]) if oracle[1] else None,
+        _error(rewritten[1], oracle[1]) if oracle[1] else None,
+    )
+
+
+def _cast(tree: Any) -> Any:
+    def double(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return leaf.detach().double().requires_grad_(leaf.requires_grad)
+        return leaf
+
+    return pytree.tree_map(double, tree)
+
+
+def _results(model: nn.Module, backend: Any, inputs: Any, kwargs: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs, and gradients of a fixed weighted sum of them, as float64."""
+    out = model(*inputs, **kwargs) if backend is None else _run(model, backend, inputs, kwargs)
+    outputs = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
+    leaves = [p for p in model.parameters() if p.requires_grad]
+    leaves += [t for t in pytree.tree_leaves((inputs, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+    differentiable = [t for t in outputs if t.requires_grad]
+    gradients: list[Tensor] = []
+    if differentiable and torch.is_grad_enabled():
+        # Different for every element, so that no error cancels, and the same in every form.
+        weights = [torch.cos(torch.arange(t.numel(), device=t.device)).view_as(t) for t in differentiable]
+        found = torch.autograd.grad(
+            differentiable, leaves, [w.to(t.dtype) for w, t in zip(weights, differentiable)], allow_unused=True
+        )
+        gradients = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves)]
+    return [t.detach().double() for t in outputs], [g.double() for g in gradients]
+
+
+def _error(form: list[Tensor], oracle: list[Tensor]) -> float:
+    difference = sum(float((a - b).norm() ** 2) for a, b in zip(form, oracle))
+    return (difference / max(sum(float(b.norm() ** 2) for b in oracle), 1e-300)) ** 0.5
+
+
+def _lines(report: Report) -> Iterator[str]:
+    graphs = f"{len(report.graphs)} graph{'s' * (len(report.graphs) != 1)}"
+    yield f"LoRA rewrite: {report.rewritten} of {len(report.sites)} branches in {graphs}"
+    header = ("module", "in -> out", "rank", "forward", "backward")
+    rows = [
+        (name, f"{s.in_features} -> {s.out_features}", str(s.rank), _words(s.forward), _words(s.backward))
+        for name, s in _collapsed([site for site in report.sites if site.rewritten])
+    ]
+    if rows:
+        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+        yield ""
+        for row in (header, tuple("-" * width for width in widths), *rows):
+            yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+    noted = _collapsed([site for site in report.sites if site.reason])
+    if noted:
+        yield ""
+        for name, site in noted:
+            yield f"{'in part' if site.rewritten else 'left as it was'}: {name}: {site.reason}"
+    for failure in report.failures:
+        yield f"internal failure: {failure}"
+    ranks = sorted({site.rank for site in report.sites})
+    if len(ranks) > 1:
+        yield f"ranks differ ({', '.join(map(str, ranks))}): blocks that are compiled by themselves get a graph for each"
+    if (saved := report.saved_bytes) is not None:
+        before, after = saved
+        change = f" ({100 * (after - before) / before:+.0f}%)" if before else ""
+        yield ""
+        yield f"saved for backward: {_mib(before)} -> {_mib(after)}{change}"
+    if (v := report.verification) is not None:
+        yield f"error of outputs against float64: unfused {v.output_unfused:.2e}, rewritten {v.output_rewritten:.2e}"
+        if v.gradient_unfused is not None:
+            unfused, rewritten = v.gradient_unfused, v.gradient_rewritten
+            yield f"error of gradients against float64: unfused {unfused:.2e}, rewritten {rewritten:.2e}"
+
+
+def _words(rewrites: tuple[str, ...]) -> str:
+    return ", ".join(rewrites) or "-"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
+
+
+def _collapsed(sites: list[SiteReport]) -> list[tuple[str, SiteReport]]:
+    """Rows that differ in one layer number are one row: ``layers.{0-5}.attention.wq``."""
+    groups: dict[Any, list[SiteReport]] = {}
+    for site in sites:
+        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", site.path, count=1)
+        facts = (site.rank, site.in_features, site.out_features, site.forward, site.backward, site.reason)
+        groups.setdefault((pattern, facts), []).append(site)
+    return [(_name([site.path for site in group]), group[0]) for group in groups.values()]
+
+
+def _name(paths: list[str]) -> str:
+    if len(paths) == 1:
+        return paths[0] or "(root)"
+    found = [re.search(r"(?<![^.])\d+(?![^.])", path) for path in paths]
+    if not all(found):
+        return f"{paths[0] or '(root)'} (x{len(paths)})"
+    numbers = sorted({int(match.group()) for match in found if match})
+    match = found[0]
+    assert match is not None
+    return f"{paths[0][: match.start()]}{{{_ranges(numbers)}}}{paths[0][match.end() :]}"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``[0, 1, 2, 5]`` -> ``0-2,5``."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
