@@ -190,7 +190,7 @@ def _results(model: nn.Module, backend: Any, inputs: Any, kwargs: Any) -> tuple[
     """Outputs, and gradients of a fixed weighted sum of them, as float64."""
     out = model(*inputs, **kwargs) if backend is None else _run(model, backend, inputs, kwargs)
     outputs = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
-    leaves = [p for p in model.parameters() if p.requires_grad]
+    leaves: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     leaves += [t for t in pytree.tree_leaves((inputs, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
     differentiable = [t for t in outputs if t.requires_grad]
     gradients: list[Tensor] = []
@@ -231,7 +231,7 @@ def _lines(report: Report) -> Iterator[str]:
         yield f"internal failure: {failure}"
     ranks = sorted({site.rank for site in report.sites})
     if len(ranks) > 1:
-        yield f"ranks differ ({', '.join(map(str, ranks))}): blocks that are compiled by themselves get a graph for each"
+        yield f"ranks differ ({', '.join(map(str, ranks))}): blocks compiled by themselves get a graph for each"
     if (saved := report.saved_bytes) is not None:
         before, after = saved
         change = f" ({100 * (after - before) / before:+.0f}%)" if before else ""

@@ -1,8 +1,8 @@
 """Graphs before and after the passes, without compiling a kernel.
 
-A Dynamo backend that does what Inductor does up to its partitioner, once with the passes and once without, notes what it
-sees, and runs the partitioned graphs as they are. It does not depend on Inductor's caches: on a cache hit the passes do
-not run inside a real compilation.
+A Dynamo backend that does what Inductor does up to its partitioner, once with the passes and once without, notes what
+it sees, and runs the partitioned graphs as they are. It does not depend on Inductor's caches: on a cache hit the passes
+do not run inside a real compilation.
 """
 
 from __future__ import annotations
