@@ -20,9 +20,15 @@ from torch import nn
 
 from lora_fx.config import matches
 from lora_fx.reads import weights_read
+from lora_fx.targets import clean_path
 
 # (class of the parent, child that it reads): torch's own, which are known even where the source is not installed.
 _READ_BY_TORCH = (("MultiheadAttention", "out_proj"), ("LinearCrossEntropyLoss", "linear"))
+# (class, attribute, the value with which it leaves its fast path)
+_FAST_PATHS: tuple[tuple[type[nn.Module], str, Any], ...] = (
+    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
+    (nn.TransformerEncoder, "use_nested_tensor", False),
+)
 
 
 @dataclass(frozen=True)
@@ -75,15 +81,12 @@ def _shortest(hit: Set[str], every: Sequence[str]) -> list[str]:
     return ends if named == hit else [path for path in every if path in hit]
 
 
-def fast_path_patches(model: nn.Module, targets: Iterable[nn.Module]) -> Iterator[Patch]:
+def fast_path_patches(model: nn.Module, targets: Iterable[nn.Module]) -> list[Patch]:
     """The attributes to set so that no fast path of torch goes past the linears in `targets`."""
     adapted = {id(module) for module in targets}
+    patches = []
     for path, module in model.named_modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            name, off = "activation_relu_or_gelu", 0
-        elif isinstance(module, nn.TransformerEncoder) and hasattr(module, "use_nested_tensor"):
-            name, off = "use_nested_tensor", False
-        else:
-            continue
-        if any(id(below) in adapted for below in module.modules()):
-            yield Patch(path, name, off, getattr(module, name))
+        for cls, name, off in _FAST_PATHS:
+            if isinstance(module, cls) and hasattr(module, name) and any(id(m) in adapted for m in module.modules()):
+                patches.append(Patch(clean_path(path), name, off, getattr(module, name)))
+    return patches

@@ -55,7 +55,8 @@ class InitWeights:
 
 def patch_init_weights(model: nn.Module) -> InitWeights | None:
     """Replace ``model.init_weights`` by an `InitWeights`; nothing is done, and None returned, where there is none."""
-    if not callable(getattr(model, _NAME, None)):
+    previous = getattr(model, _NAME, None)
+    if not callable(previous) or isinstance(previous, nn.Module):
         return None
     patch = InitWeights(model)
     setattr(model, _NAME, patch)

@@ -86,14 +86,14 @@ def install(model: Model, config: LoRAConfig | None = None) -> Model:
     record = Installation(
         config=config,
         requires_grad={clean_path(name): p.requires_grad for name, p in _named_parameters(model)},
-        patches=list(fast_path_patches(model, [target.module for target in targets])),
+        patches=fast_path_patches(model, [target.module for target in targets]),
     )
     setattr(model, _RECORD, record)
     try:
         for target, adapter in zip(targets, adapters):
             swap(target.module, adapter)
-        for patch in record.patches:
-            setattr(model.get_submodule(patch.path), patch.name, patch.value)
+        for module, patch in _patched(model, record):
+            setattr(module, patch.name, patch.value)
         record.init_weights = patch_init_weights(model)
         freeze(model)
     except BaseException:
@@ -174,7 +174,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, enabled in zip(modules, before):
-            module.lora_enabled = enabled
+            module.lora_enabled = enabled.to(module.lora_enabled.device)  # the model may have been moved in between
 
 
 def is_installed(model: nn.Module) -> bool:
@@ -190,11 +190,11 @@ def _adapted(model: nn.Module) -> list[tuple[str, LoRAModule]]:
 
 
 def _record(model: nn.Module) -> Installation:
-    record = getattr(model, _RECORD, None)
+    record = model.__dict__.get(_RECORD)
     if isinstance(record, Installation):
         return record
     for path, module in model.named_modules():
-        if hasattr(module, _RECORD):
+        if _RECORD in module.__dict__:
             raise ValueError(f"adapters were installed on {_shown(path)}, not on the module given: pass that one")
     raise ValueError("this module is not the one that lora_fx.install was called on")
 
@@ -203,16 +203,19 @@ def _undo(model: nn.Module, record: Installation) -> None:
     for module in list(model.modules()):
         if isinstance(module, LoRAModule):
             unswap(module)
-    present = dict(model.named_modules())
-    for patch in record.patches:
-        # A part may be gone: pipeline stages drop the layers of other stages.
-        if patch.path in present:
-            setattr(present[patch.path], patch.name, patch.previous)
+    for module, patch in _patched(model, record):
+        setattr(module, patch.name, patch.previous)
     if record.init_weights is not None:
         record.init_weights.undo()
     for name, parameter in _named_parameters(model):
         parameter.requires_grad = record.requires_grad.get(clean_path(name), parameter.requires_grad)
     delattr(model, _RECORD)
+
+
+def _patched(model: nn.Module, record: Installation) -> list[tuple[nn.Module, Patch]]:
+    """The patches with their modules, those left out that are gone: a pipeline stage drops other stages' layers."""
+    modules = {clean_path(path): module for path, module in model.named_modules()}
+    return [(modules[patch.path], patch) for patch in record.patches if patch.path in modules]
 
 
 def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -226,7 +229,7 @@ def _shown(path: str) -> str:
 def _check_model(model: nn.Module) -> None:
     """Refuse models in a state in which adapters would be missed, whatever the configuration says."""
     for path, module in model.named_modules():
-        if isinstance(module, LoRAModule) or hasattr(module, _RECORD):
+        if isinstance(module, LoRAModule) or _RECORD in module.__dict__:
             raise ValueError(f"{_shown(path)} holds adapters already: call lora_fx.remove(model) before a new install")
         if _torch.is_compiled(module):
             raise ValueError(
@@ -268,7 +271,10 @@ def _check_linear(path: str, module: nn.Linear) -> None:
 
 def _extra_arguments(cls: type[nn.Linear]) -> list[str]:
     """The names of the parameters of ``cls.forward`` beside self and the input."""
-    signature = inspect.signature(cls.forward)
+    try:
+        signature = inspect.signature(cls.forward)
+    except ValueError:  # compiled code does not say
+        return []
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     named = [name for name, parameter in signature.parameters.items() if parameter.kind not in variadic]
     return named[2:]

@@ -96,7 +96,8 @@ class LoRAModule(nn.Linear):
         reset_a(self.lora_a, self.lora_init)
         self.lora_b.zero_()
         self.lora_scale.fill_(self._lora_last_scale)
-        self.lora_enabled.fill_(1.0)
+        if self.lora_enabled is not self._lora_disabled:
+            self.lora_enabled.fill_(1.0)
 
     def reset_parameters(self) -> None:
         """The parent's `reset_parameters`, then `reset_adapters`."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.utils.parametrizations
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrize, weight_norm
 
 import lora_fx
@@ -145,6 +146,22 @@ def test_disabled():
     with lora_fx.disabled(model.layers["0"]):
         partly = model(TOKENS)
     assert not torch.equal(partly, base) and not torch.equal(partly, with_adapters)
+
+
+def test_moved_or_initialised_while_disabled():
+    model = shake(lora_fx.install(Toy(), LoRAConfig(rank=2)))
+    with lora_fx.disabled(model):
+        model.init_weights()
+        shake(model)
+        base = model(TOKENS)
+        model.double()
+        torch.testing.assert_close(model(TOKENS), base.double())
+    assert model.output.lora_enabled.item() == 1.0
+    assert not torch.allclose(model(TOKENS), base.double(), atol=1e-3)
+    with lora_fx.disabled(model):
+        torch.testing.assert_close(model(TOKENS), base.double())
+        model.to("meta")
+    assert model.output.lora_enabled.is_meta
 
 
 def test_disabled_between_forward_and_backward():
@@ -414,6 +431,42 @@ def test_remove_refuses_what_changed_after_install():
     parametrize.remove_parametrizations(model[0], "lora_a")
     lora_fx.remove(model)
     assert type(model[0]) is nn.Linear
+
+
+def test_remove_after_activation_checkpointing():
+    model = Toy()
+    model.layers["0"].w1.weight.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    lora_fx.install(model, LoRAConfig(rank=2))
+    for name, block in list(model.layers.items()):
+        model.layers[name] = checkpoint_wrapper(block)
+    lora_fx.remove(model)
+    assert {
+        name.replace("_checkpoint_wrapped_module.", ""): p.requires_grad for name, p in model.named_parameters()
+    } == before
+
+
+def test_a_wrapper_that_forwards_attributes():
+    class Wrapper(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self.inner, name)
+
+    model = Wrapper(lora_fx.install(Toy(), LoRAConfig(rank=2)))
+    with pytest.raises(ValueError, match="installed on inner, not on the module given"):
+        lora_fx.remove(model)
+    lora_fx.remove(model.inner)
+    before = snapshot(model)
+    lora_fx.install(model, LoRAConfig(rank=2))
+    shake(model).init_weights()
+    assert not model.inner.output.lora_b.any()
+    assert_same({**before, "tensors": 0, "values": {}}, {**snapshot(lora_fx.remove(model)), "tensors": 0, "values": {}})
 
 
 def test_remove_after_layers_were_dropped():

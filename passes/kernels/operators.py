@@ -65,8 +65,11 @@ def _accumulate_cpu_(base: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = 
 
 
 def _gradient_pair_cpu(dy: Tensor, b: Tensor, h: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    # h.T @ dy takes half the time of dy.T @ h in fp32, and no more in bf16; the copy is small.
-    return _scaled_mm_cpu(dy, b, scale), _scaled_mm_cpu(h.t(), dy, scale).t().contiguous()
+    grad_h = _scaled_mm_cpu(dy, b, scale)
+    if dy.dtype == torch.float32:
+        # h.T @ dy takes half the time of dy.T @ h in fp32 (not in bf16), and the copy is small.
+        return grad_h, _scaled_mm_cpu(h.t(), dy, scale).t().contiguous()
+    return grad_h, _scaled_mm_cpu(dy.t(), h, scale)
 
 
 for _name, _anywhere, _cpu in (

@@ -3,6 +3,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from lora_fx.passes.low_rank import low_rank
 
@@ -39,11 +40,15 @@ def test_activations_keep_their_dtype(dtype, adapter_dtype):
     assert low_rank(x, a, b, torch.tensor(2.0)).dtype == dtype
 
 
+def operations(*operands):
+    graph = make_fx(low_rank)(*operands).graph
+    return [str(node.target) for node in graph.nodes if node.op == "call_function"]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_equal_dtypes_add_no_cast(dtype):
-    x, a, b = operands(dtype)
-    graph = torch.fx.experimental.proxy_tensor.make_fx(lambda *t: low_rank(*t, torch.tensor(2.0)))(x, a, b)
-    assert not [node for node in graph.graph.nodes if "_to_copy" in str(node.target)]
+def test_equal_dtypes_add_no_cast_and_the_scale_is_not_read(dtype):
+    products = ["aten.t.default", "aten.mm.default"] * 2
+    assert operations(*operands(dtype), torch.tensor(2.0)) == [*products, "aten.mul.Tensor"]
 
 
 def test_autocast_decides_as_for_linear():
