@@ -39,7 +39,9 @@ class InitWeights:
     def _previous(self) -> Any:
         if self.instance_attribute:
             return self.instance_attribute[0]
-        attribute = inspect.getattr_static(type(self.model), _NAME)
+        attribute = inspect.getattr_static(type(self.model), _NAME, None)
+        if attribute is None:  # a wrapper that hands attributes on
+            return self.model.__getattr__(_NAME)
         return attribute.__get__(self.model, type(self.model)) if hasattr(attribute, "__get__") else attribute
 
     def undo(self) -> None:

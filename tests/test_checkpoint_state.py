@@ -40,6 +40,8 @@ def test_a_strict_load_restores_the_function(config, assign):
     other.load_state_dict(state, strict=True, assign=assign)
     assert torch.equal(other.eval()(TOKENS), model.eval()(TOKENS))
     # It is what the model was loaded with that survives from here on.
+    other.init_weights()
+    assert other.output.lora_scale.item() == 4.0
     other.to("meta").to_empty(device="cpu").load_state_dict(state)
     assert other.output.lora_scale.item() == 4.0
     assert "scale=4" in repr(other.output)

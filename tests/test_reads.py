@@ -119,7 +119,7 @@ def test_harmless_mentions():
 
 
 def test_classes_without_source_or_forward():
-    scope: dict = {"nn": nn, "F": F}
+    scope = {"nn": nn, "F": F}
     exec("class Made(nn.Module):\n def forward(self, x): return F.linear(x, self.down.weight)", scope)
     for cls in (scope["Made"], nn.ModuleList, nn.Linear, nn.Transformer, nn.MultiheadAttention):
         assert weights_read(cls) == {}
