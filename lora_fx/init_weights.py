@@ -23,17 +23,15 @@ class InitWeights:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.active = True
         # A method of the class is looked up when it is called: a bound method would be pickled as "the attribute
         # init_weights of the model", which is this object.
         self.instance_attribute: tuple[Any, ...] = (model.__dict__[_NAME],) if _NAME in model.__dict__ else ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         result = self._previous()(*args, **kwargs)
-        if self.active:
-            for module in self.model.modules():
-                if isinstance(module, LoRAModule):
-                    module.reset_adapters()
+        for module in self.model.modules():
+            if isinstance(module, LoRAModule):
+                module.reset_adapters()
         return result
 
     def _previous(self) -> Any:
@@ -45,8 +43,7 @@ class InitWeights:
         return attribute.__get__(self.model, type(self.model)) if hasattr(attribute, "__get__") else attribute
 
     def undo(self) -> None:
-        """Put back what was there; if another patch lies on top of this one, only become transparent."""
-        self.active = False
+        """Put back what was there. Under another patch this one stays, and does nothing once the adapters are gone."""
         if self.model.__dict__.get(_NAME) is not self:
             return
         if self.instance_attribute:

@@ -81,24 +81,25 @@ def install(model: Model, config: LoRAConfig | None = None) -> Model:
         _check_linear(target.path, target.module)
     check_called(model, [(target.path, target.module) for target in targets])
 
-    # Everything that can fail comes before the first change.
-    adapters = _new_adapters(model, targets, config)
-    record = Installation(
-        config=config,
-        requires_grad={clean_path(name): p.requires_grad for name, p in _named_parameters(model)},
-        patches=fast_path_patches(model, [target.module for target in targets]),
-    )
-    setattr(model, _RECORD, record)
-    try:
-        for target, adapter in zip(targets, adapters):
-            swap(target.module, adapter)
-        for module, patch in _patched(model, record):
-            setattr(module, patch.name, patch.value)
-        record.init_weights = patch_init_weights(model)
-        freeze(model)
-    except BaseException:
-        _undo(model, record)
-        raise
+    # Tensors made in inference mode would never train. And what can fail comes before the first change.
+    with torch.inference_mode(False):
+        adapters = _new_adapters(model, targets, config)
+        record = Installation(
+            config=config,
+            requires_grad={clean_path(name): p.requires_grad for name, p in _named_parameters(model)},
+            patches=fast_path_patches(model, [target.module for target in targets]),
+        )
+        setattr(model, _RECORD, record)
+        try:
+            for target, adapter in zip(targets, adapters):
+                swap(target.module, adapter)
+            for module, patch in _patched(model, record):
+                setattr(module, patch.name, patch.value)
+            record.init_weights = patch_init_weights(model)
+            freeze(model)
+        except BaseException:
+            _undo(model, record)
+            raise
     return model
 
 

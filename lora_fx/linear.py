@@ -87,7 +87,8 @@ class LoRAModule(nn.Linear):
         """
         zero = self._lora_disabled
         if zero is None or zero.device != self.lora_enabled.device or type(zero) is not type(self.lora_enabled):
-            zero = self._lora_disabled = torch.zeros_like(self.lora_enabled)
+            with torch.inference_mode(False):  # it may be needed for training next
+                zero = self._lora_disabled = torch.zeros_like(self.lora_enabled)
         return zero
 
     @torch.no_grad()
@@ -184,7 +185,8 @@ def lora_class(parent: type[nn.Linear]) -> type[LoRAModule]:
 def _lora_class(parent: Any) -> type[LoRAModule]:
     name = f"LoRA{parent.__name__}"
     namespace = {
-        "__module__": __name__,
+        # The parent's: torch.fx traces through a module or calls it, depending on where its class is from.
+        "__module__": parent.__module__,
         "__qualname__": name,
         "__doc__": f"`{parent.__module__}.{parent.__qualname__}` with a low-rank adapter; see `lora_fx.LoRAModule`.",
         "_lora_parent": parent,

@@ -161,6 +161,7 @@ def test_scale():
         ("0.attention.wq", "layers.10.attention.wq", False),
         ("w.", "layers.0.wq", False),
         ("re:w.", "layers.0.wq", False),
+        ("re:layers.0", "layers.0.wq", False),
         (r"re:.*\.w.", "layers.0.wq", True),
         ("re:", "", True),
         ("wq", "", False),

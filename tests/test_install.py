@@ -164,6 +164,28 @@ def test_moved_or_initialised_while_disabled():
     assert model.output.lora_enabled.is_meta
 
 
+def test_inference_mode_leaves_no_trace():
+    model = Toy()
+    with torch.inference_mode():
+        shake(lora_fx.install(model, LoRAConfig(rank=2)))
+        with lora_fx.disabled(model):
+            model(TOKENS)
+    model.output.lora_scale.fill_(0.5)
+    with lora_fx.disabled(model):
+        y = model(TOKENS)
+    (y.sum() + model(TOKENS).sum()).backward()
+    assert all(p.grad.any() for p in lora_fx.adapter_parameters(model))
+
+
+def test_symbolic_tracing_calls_the_linear_as_before():
+    model = shake(lora_fx.install(Toy(), LoRAConfig(rank=2)))
+    traced = torch.fx.symbolic_trace(model.layers["0"])
+    assert "self.attention.wq(" in traced.code
+    model.layers["0"].w1.lora_scale.fill_(0.3)
+    x = torch.randn(2, 5, 16)
+    assert torch.equal(traced(x), model.layers["0"](x))
+
+
 def test_disabled_between_forward_and_backward():
     model = shake(lora_fx.install(Toy(), LoRAConfig(rank=2))).double()
     model(TOKENS).sum().backward()

@@ -77,6 +77,7 @@ def test_classes():
     for parent in (nn.Linear, Doubling):
         cls = lora_class(parent)
         assert cls.__name__ == cls.__qualname__ == f"LoRA{parent.__name__}"
+        assert cls.__module__ == parent.__module__
         assert issubclass(cls, parent) and issubclass(cls, LoRAModule)
     with pytest.raises(TypeError, match="not swapped yet"):
         lora_class(lora_class(nn.Linear))
