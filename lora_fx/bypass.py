@@ -53,7 +53,7 @@ def check_called(model: nn.Module, targets: Iterable[tuple[str, nn.Module]]) -> 
     if not inert:
         return
     path, reader = next(iter(inert.items()))
-    every = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    every = [clean_path(path) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     raise ValueError(
         f"{path} would not run its adapter: {reader} reads its weight without calling it. "
         f"Leave it out: exclude_modules={_shortest(inert.keys(), every)!r}"

@@ -54,7 +54,8 @@ def install(model: Model, config: LoRAConfig | None = None) -> Model:
     frequent floating point dtype of 16 bits or more among the model's parameters, or else torch's default dtype.
 
     `nn.TransformerEncoderLayer`s that hold a target leave their inference fast path, which would go past the adapters.
-    Two linears that share one weight get an adapter each; a linear that is registered under two names gets one.
+    Two linears that share one weight get an adapter each; a linear that is registered under two names gets one. Where
+    the model has an `init_weights`, the adapters start afresh whenever it is called.
 
     Install before `torch.compile`, and before FSDP or DDP wrap the model.
 

@@ -28,6 +28,8 @@ _INHERITED = (
     "custom",
 )
 
+_ABSENT = object()
+
 
 class Rewriter:
     """Adds nodes to a graph and re-points users of old nodes to new ones.
@@ -41,6 +43,7 @@ class Rewriter:
         self._made: list[Node] = []
         self._redirected: list[tuple[Node, tuple[Any, ...], dict[str, Any]]] = []
         self._tagged: list[tuple[Node, dict[str, Any]]] = []
+        self._order = list(graph.nodes)
         self.changed = False
 
     def emit(self, target: Callable[..., Any], *args: Any, like: Node, **kwargs: Any) -> Node:
@@ -112,7 +115,7 @@ class Rewriter:
 
     def tag(self, node: Node, **meta: Any) -> None:
         """Set metadata of a node."""
-        self._tagged.append((node, {name: node.meta.get(name) for name in meta}))
+        self._tagged.append((node, {name: node.meta.get(name, _ABSENT) for name in meta}))
         node.meta.update(meta)
 
     @contextmanager
@@ -135,14 +138,20 @@ class Rewriter:
             self.graph.lint()
         except Exception:
             self._undo(0, 0, 0)
-            stable_topological_sort(self.graph)
+            *others, output = self._order
+            for node in others:
+                output.prepend(node)
             raise
         self.graph.eliminate_dead_code()
 
     def _undo(self, made: int, redirected: int, tagged: int) -> None:
         """Take back everything after the given numbers of new nodes, re-pointed users and tagged nodes."""
         for node, meta in reversed(self._tagged[tagged:]):
-            node.meta.update(meta)
+            for name, value in meta.items():
+                if value is _ABSENT:
+                    del node.meta[name]
+                else:
+                    node.meta[name] = value
         for user, args, kwargs in reversed(self._redirected[redirected:]):
             user.args, user.kwargs = args, kwargs
         for node in reversed(self._made[made:]):

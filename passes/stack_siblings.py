@@ -23,7 +23,9 @@ from typing import Any
 
 from torch.fx import Node
 
+from lora_fx.passes._torch import CheckpointPolicy
 from lora_fx.passes.graph import CONVERT, MM, aten, is_call, is_row_view, is_sum, is_transpose, val
+from lora_fx.passes.recompute_branch import REGION
 from lora_fx.passes.rewriter import Rewriter
 from lora_fx.passes.site import Site
 
@@ -43,6 +45,9 @@ def rewrite(group: list[Site], rewriter: Rewriter) -> None:
     first = group[0]
     x, label = first.x, f"stack({len(group)})"
     a = rewriter.emit(aten.cat.default, [_factor(site, rewriter) for site in group], 0, like=first.down)
+    # The factors are parameters, which live anyway: joining them again in backward costs less than keeping a copy.
+    region = first.down.meta.get("ac_graph_id", REGION)
+    rewriter.tag(a, recompute=CheckpointPolicy.PREFER_RECOMPUTE, ac_graph_id=region)
     h = rewriter.emit(MM, x, rewriter.transpose(a, like=first.down), like=first.down)
     if all(site.grad_h is not None and site.grad_a is not None for site in group):
         _stack_backward(group, a, x, rewriter)

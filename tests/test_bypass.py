@@ -8,8 +8,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LoRAConfig
-from tests.test_install import refused
-from tests.toy_models import adapted, assert_same, shake, snapshot
+from tests.toy_models import adapted, assert_same, refused, shake, snapshot
 
 
 def encoder(layers=1, **kwargs):

@@ -9,8 +9,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import Converters, LoRAConfig, LoRAConverter, LoRAModule, ModelConverter
-from tests.test_install import train
-from tests.toy_models import TOY_LINEARS, Toy, adapted, shake, snapshot
+from tests.toy_models import TOY_LINEARS, Toy, adapted, shake, snapshot, train
 
 torchao_float8 = pytest.importorskip("torchao.float8")
 torchao_qat = pytest.importorskip("torchao.quantization.qat")
@@ -175,3 +174,19 @@ def test_other_converters_may_come_after():
 
     model = lora_fx.convert(Toy(), [LoRAConverter(LoRAConfig(rank=2)), Wrapping()])
     assert isinstance(model, nn.Sequential) and len(adapted(model)) == len(TOY_LINEARS)
+
+
+def test_weights_quantised_for_inference():
+    """torchao's other kind: the weight becomes a tensor subclass that says it is bfloat16, the class stays."""
+    quantization = pytest.importorskip("torchao.quantization")
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 32)).bfloat16(), torch.randn(4, 16).bfloat16()
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    expected = model(x)
+    lora_fx.install(model, LoRAConfig(rank=2))
+    assert model[0].lora_a.dtype == torch.bfloat16 and torch.equal(model(x), expected)
+    shake(model)
+    model(x).sum().backward()
+    assert all(parameter.grad.any() for parameter in lora_fx.adapter_parameters(model))
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+    assert torch.equal(lora_fx.remove(model)(x), expected)

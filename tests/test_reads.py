@@ -11,8 +11,7 @@ from torch import nn
 import lora_fx
 from lora_fx import LoRAConfig
 from lora_fx.reads import weights_read
-from tests.test_install import refused
-from tests.toy_models import Toy, adapted
+from tests.toy_models import Toy, adapted, refused
 
 
 class Model(nn.Module):

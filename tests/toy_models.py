@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -78,6 +79,9 @@ TOY_LINEARS = [
 ]
 
 
+TOKENS = torch.arange(10).reshape(2, 5)
+
+
 def adapted(model: nn.Module) -> list[str]:
     return sorted(path for path, module in model.named_modules() if isinstance(module, lora_fx.LoRAModule))
 
@@ -129,3 +133,25 @@ def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
                 assert torch.equal(tensor, after[key][name]), name
         else:
             assert before[key] == after[key], key
+
+
+def refused(model: nn.Module, config: Any, match: str, error: type[Exception] = ValueError) -> None:
+    """Assert that installing raises `error` with `match` in its text, and leaves the model exactly as it was."""
+    before = snapshot(model)
+    with pytest.raises(error, match=match):
+        lora_fx.install(model, config)
+    assert_same(before, snapshot(model))
+    assert not hasattr(model, "_lora_fx")
+
+
+def train(model: nn.Module, steps: int = 5) -> list[float]:
+    """Losses of a few optimizer steps on whatever requires gradients, as a careless trainer would take them."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0.1)
+    losses = []
+    for _ in range(steps):
+        loss = F.cross_entropy(model(TOKENS).flatten(0, 1), TOKENS.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
