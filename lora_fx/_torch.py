@@ -4,8 +4,39 @@ Nothing here imports a subsystem: a model can only be an instance of a class who
 """
 
 import sys
+import types
+from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import nn
+
+
+def compile_in_place(module: nn.Module, **options: Any) -> None:
+    """``module.compile(**options)``, for modules whose `forward` is torch's own as well.
+
+    Dynamo does not capture frames of torch's own code, so `nn.Module.compile` compiles no graph of an `nn.Sequential`
+    but one for each of its children. Reached from a frame of ours, it is captured as one.
+    """
+    from torch._dynamo import trace_rules
+
+    if trace_rules.check(module.forward):
+        module._compiled_call_impl = torch.compile(own_frame(module._call_impl), **options)
+    else:
+        module.compile(**options)
+
+
+def own_frame(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` behind a frame that nothing else shares.
+
+    Dynamo keeps what it compiled on the code object of the frame that it captured, and stops compiling when there are
+    too many entries: a copy of the code gives each caller a count of its own.
+    """
+
+    def call(*inputs: Any, **kwargs: Any) -> Any:
+        return function(*inputs, **kwargs)
+
+    return types.FunctionType(call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__)
 
 
 def is_compiled(module: nn.Module) -> bool:

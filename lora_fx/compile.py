@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
+from lora_fx._torch import compile_in_place
 from lora_fx.config import LoRAConfig
 from lora_fx.install import install
 from lora_fx.linear import LoRAModule
@@ -81,7 +82,7 @@ def compile(  # the name that torch and nn.Module use for it
                 "or, if it is a part that is meant to have none, use torch.compile"
             )
         install(model, config or LoRAConfig())
-    model.compile(options=merged, dynamic=dynamic, **kwargs)
+    compile_in_place(model, options=merged, dynamic=dynamic, **kwargs)
     return model
 
 

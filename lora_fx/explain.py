@@ -2,7 +2,6 @@
 
 import copy
 import re
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lora_fx._torch import own_frame
 from lora_fx.linear import LoRAModule
 from lora_fx.passes.pipeline import LoRARewriteError
 from lora_fx.passes.report import SiteReport
@@ -144,17 +144,8 @@ def _untouched(model: nn.Module, inputs: Any, kwargs: Any) -> Iterator[None]:
 
 
 def _run(model: nn.Module, backend: Callable[..., Any], inputs: Any, kwargs: Any) -> Any:
-    """``model(*inputs, **kwargs)`` under ``backend``, in a frame of its own.
-
-    Dynamo keeps what it compiled on the code object of the frame, and counts it against the limit on recompilation: a
-    copy of the code leaves the model's own entries alone.
-    """
-
-    def call(*inputs: Any, **kwargs: Any) -> Any:
-        return model(*inputs, **kwargs)
-
-    fresh = types.FunctionType(call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__)
-    return torch.compile(fresh, backend=backend)(*inputs, **kwargs)
+    """``model(*inputs, **kwargs)`` under ``backend``, without a trace in what Dynamo keeps for the model."""
+    return torch.compile(own_frame(model), backend=backend)(*inputs, **kwargs)
 
 
 def _verify(model: nn.Module, inputs: Any, kwargs: Any) -> Verification:

@@ -67,14 +67,11 @@ def is_row_view(node: object) -> bool:
 
 def is_sum(node: object) -> bool:
     """Whether ``node`` adds two different nodes, unscaled."""
-    return (
-        isinstance(node, Node)
-        and is_call(node, aten.add.Tensor)
-        and node.kwargs.get("alpha", 1) == 1
-        and isinstance(node.args[0], Node)
-        and isinstance(node.args[1], Node)
-        and node.args[0] is not node.args[1]
-    )
+    if not (isinstance(node, Node) and is_call(node, aten.add.Tensor)):
+        return False
+    left, right = node.args[:2]
+    unscaled = bool(node.kwargs.get("alpha", 1) == 1)
+    return unscaled and isinstance(left, Node) and isinstance(right, Node) and left is not right
 
 
 def is_transpose(node: object) -> bool:

@@ -18,6 +18,7 @@ happens to be added to something is not ours to touch.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -112,7 +113,11 @@ class Declined:
 
 
 class _NotASite(Exception):
-    """Carries the reason."""
+    """Why two products in a row are not rewritten; ``proved`` when they are a LoRA branch all the same."""
+
+    def __init__(self, reason: str, proved: bool = False) -> None:
+        super().__init__(reason)
+        self.reason, self.proved = reason, proved
 
 
 def find_sites(graph: Graph) -> tuple[list[Site], list[Declined]]:
@@ -132,8 +137,11 @@ def find_sites(graph: Graph) -> tuple[list[Site], list[Declined]]:
         rank, in_features, out_features = (int(size) for size in sizes)
         try:
             sites.append(_complete(up, down, values, backward, rank, in_features, out_features))
-        except _NotASite as reason:
-            declined.append(Declined(module_path(up), rank, in_features, out_features, str(reason)))
+        except _NotASite as error:
+            # Two linears in a row are common in models without LoRA: only what one module computed, or what is added
+            # to a product of the same input, is worth a line in the report.
+            if error.proved or module_path(up) == module_path(down):
+                declined.append(Declined(_path(up, down), rank, in_features, out_features, error.reason))
     for site in sites:
         _match_backward(site, values, backward)
     return _drop_trained_bases(sites, declined, values, backward)
@@ -147,6 +155,12 @@ def _is_parameter(node: Any) -> bool:
     return isinstance(source, Node) and source.op in ("placeholder", "get_attr")
 
 
+def _path(up: Node, down: Node) -> str:
+    """The module of a branch: of both products, or what is common to the modules that hold one factor each."""
+    pairs = zip(module_path(up).split("."), module_path(down).split("."), strict=False)
+    return ".".join(left for left, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
 def _complete(
     up: Node, down: Node, values: Values, backward: set[Node], rank: int, in_features: int, out_features: int
 ) -> Site:
@@ -158,20 +172,18 @@ def _complete(
     base = right if left is scaled else left
     if not (isinstance(base, Node) and is_tensor(base) and same_shape(base, add)):
         raise _NotASite("it is added to something of another shape")
-    if not val(base).dtype == val(scaled).dtype == val(add).dtype == val(up).dtype:
-        names = [str(val(n).dtype).removeprefix("torch.") for n in (base, up)]
-        raise _NotASite(
-            f"the base is {names[0]} and the branch {names[1]}: give the adapters the dtype of the base's output"
-        )
     source, dropout = _before_dropout(down.args[0])
     if not _is_product_of(base, root(source)):
         raise _NotASite("what it is added to is not a matrix product of the same input")
+    if not val(base).dtype == val(scaled).dtype == val(add).dtype == val(up).dtype:
+        names = [str(val(n).dtype).removeprefix("torch.") for n in (base, up)]
+        reason = f"the base is {names[0]} and the branch {names[1]}: give the adapters the dtype of the base's output"
+        raise _NotASite(reason, proved=True)
     if 2 * rank > min(in_features, out_features):
-        raise _NotASite(
-            f"rank {rank} is more than half of min({in_features}, {out_features}): merging costs less than the branch"
-        )
+        reason = f"rank {rank} is more than half of min({in_features}, {out_features}): merging costs less"
+        raise _NotASite(reason, proved=True)
     x_key = values.key(down.args[0])
-    return Site(module_path(up), down, up, add, rank, in_features, out_features, x_key, scale, scaled, dropout)
+    return Site(_path(up, down), down, up, add, rank, in_features, out_features, x_key, scale, scaled, dropout)
 
 
 def _walk_to_add(up: Node, backward: set[Node]) -> tuple[Node, Node, Scale | None]:

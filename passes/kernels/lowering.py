@@ -13,7 +13,7 @@ from typing import Any, cast
 from torch.fx import Graph, Node
 
 from lora_fx.passes._torch import auto_functionalized
-from lora_fx.passes.graph import val
+from lora_fx.passes.graph import aten, val
 from lora_fx.passes.kernels import operators
 
 Lowering = Callable[[Node], None]
@@ -26,28 +26,64 @@ def accumulate_in_place(node: Node) -> None:
     everything that it must know about later readers and views, stays Inductor's.
     """
     base, a, b, *scale = node.args
-    graph = node.graph
-    with graph.inserting_before(node):
-        wrapper = graph.call_function(
-            auto_functionalized,
-            (operators.accumulate_,),
-            {"base": base, "a": a, "b": b, "scale": scale[0] if scale else None},
-        )
-        result = graph.call_function(operator.getitem, (wrapper, 1))
-    wrapper.meta["val"] = (None, val(node))
-    result.meta.update(node.meta)
+    operands = {"base": base, "a": a, "b": b, "scale": scale[0] if scale else None}
+    wrapper = _emit(node, auto_functionalized, (operators.accumulate_,), operands, value=(None, val(node)))
+    result = _emit(node, operator.getitem, (wrapper, 1), value=val(node))
     node.replace_all_uses_with(result)
+    node.graph.erase_node(node)
+
+
+def scaled_mm_as_aten(node: Node) -> None:
+    """On an accelerator: the product, and a scale that Inductor fuses into whoever reads it."""
+    if val(node).device.type == "cpu":
+        return
+    a, b, scale, bias = (*node.args, None, None)[:4]
+    result = _emit(node, aten.mm.default, (a, b), value=val(node))
+    if scale is not None:
+        result = _emit(node, aten.mul.Tensor, (result, scale), value=val(node))
+    if bias is not None:
+        result = _emit(node, aten.add.Tensor, (result, bias), value=val(node))
+    node.replace_all_uses_with(result)
+    node.graph.erase_node(node)
+
+
+def gradient_pair_as_aten(node: Node) -> None:
+    """On an accelerator: the two products, each with its scale on the small result."""
+    if val(node)[0].device.type == "cpu":
+        return
+    dy, b, h, scale = (*node.args, None)[:4]
+    graph = node.graph
+    dy_t = _emit(node, aten.permute.default, (dy, [1, 0]), value=val(cast(Node, dy)).t())
+    results = []
+    for operands, value in (((dy, b), val(node)[0]), ((dy_t, h), val(node)[1])):
+        result = _emit(node, aten.mm.default, operands, value=value)
+        if scale is not None:
+            result = _emit(node, aten.mul.Tensor, (result, scale), value=value)
+        results.append(result)
+    for user in list(node.users):
+        user.replace_all_uses_with(results[cast(int, user.args[1])])
+        graph.erase_node(user)
     graph.erase_node(node)
+
+
+def _emit(like: Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, *, value: Any) -> Node:
+    """A node before ``like`` with its metadata and a known fake value."""
+    with like.graph.inserting_before(like):
+        node = like.graph.call_function(target, args, kwargs or {})
+    node.meta.update(like.meta)
+    node.meta["val"] = value
+    return node
 
 
 LOWERINGS: dict[Callable[..., Any], Lowering] = {
     operators.accumulate: accumulate_in_place,
+    operators.scaled_mm: scaled_mm_as_aten,
+    operators.gradient_pair: gradient_pair_as_aten,
 }
 
 
-def lower(graph: Graph) -> int:
-    """Lower every node that has a lowering; returns how many there were."""
-    nodes = [node for target in LOWERINGS for node in graph.find_nodes(op="call_function", target=target)]
-    for node in nodes:
-        LOWERINGS[cast(Callable[..., Any], node.target)](node)
-    return len(nodes)
+def lower(graph: Graph) -> None:
+    """Lower every node that has a lowering."""
+    for target, lowering in LOWERINGS.items():
+        for node in graph.find_nodes(op="call_function", target=target):
+            lowering(node)

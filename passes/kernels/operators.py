@@ -34,10 +34,10 @@ def _accumulate(base: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None)
 
 def _accumulate_(base: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None) -> None:
     """``base += a @ b * scale``."""
-    if scale is None:
-        base.addmm_(a, b)
-    else:
-        base.add_((a @ b) * scale)
+    # The scale goes to the smaller operand: nothing of the size of base is made.
+    if scale is not None:
+        a, b = (a * scale, b) if a.numel() < b.numel() else (a, b * scale)
+    base.addmm_(a, b)
 
 
 def _gradient_pair(dy: Tensor, b: Tensor, h: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
