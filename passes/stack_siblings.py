@@ -13,7 +13,8 @@ After, with A = cat(A_q, A_k, A_v) [3R, K]::
     dA: f[3R, K] = mm(g^T, x);  dA_q = dA[:R]; ...
     dX = ... + mm(g, A)
 
-Siblings with dropout draw independent masks, so they read different inputs and are not siblings here.
+Siblings with dropout draw independent masks, so they read different inputs and are not siblings here. A linear that is
+used twice on one input has one down-projection already: it enters the stack once.
 """
 
 from __future__ import annotations
@@ -24,25 +25,30 @@ from typing import Any
 from torch.fx import Node
 
 from lora_fx.passes._torch import CheckpointPolicy
-from lora_fx.passes.graph import CONVERT, MM, aten, is_call, is_row_view, is_sum, is_transpose, val
+from lora_fx.passes.graph import CONVERT, MM, aten, is_call, is_row_view, is_sum, is_transpose, root, val
 from lora_fx.passes.recompute_branch import REGION
 from lora_fx.passes.rewriter import Rewriter
 from lora_fx.passes.site import Site
 
 
 def find(sites: list[Site]) -> Iterator[list[Site]]:
-    """Groups of at least two sites with the same input value, dtype and checkpointing region."""
+    """Groups of sites with the same input value, dtype and checkpointing region, and at least two different factors."""
     groups: dict[Any, list[Site]] = {}
     for site in sites:
         meta = site.down.meta
         region = (meta.get("recompute"), meta.get("ac_graph_id"))
         groups.setdefault((site.x_key, val(site.down).dtype, region), []).append(site)
-    return (group for group in groups.values() if len(group) > 1)
+    return (group for group in groups.values() if len({root(site.down.args[1]) for site in group}) > 1)
 
 
 def rewrite(group: list[Site], rewriter: Rewriter) -> None:
     """Stack forward; stack backward too when every sibling has its gradients."""
-    first = group[0]
+    first, firsts, twins = group[0], {}, []
+    for site in group:
+        twin = firsts.setdefault(root(site.down.args[1]), site)
+        if twin is not site:
+            twins.append((site, twin))
+    group = list(firsts.values())
     x, label = first.x, f"stack({len(group)})"
     a = rewriter.emit(aten.cat.default, [_factor(site, rewriter) for site in group], 0, like=first.down)
     # The factors are parameters, which live anyway: joining them again in backward costs less than keeping a copy.
@@ -58,6 +64,10 @@ def rewrite(group: list[Site], rewriter: Rewriter) -> None:
         rows = rewriter.emit(aten.slice.Tensor, h, 1, start, start + site.rank, like=site.down)
         rewriter.replace(site.down, rows)
         site.down, start = rows, start + site.rank
+        site.forward_rewrites.append(label)
+    for site, twin in twins:
+        rewriter.replace(site.down, twin.down)
+        site.down = twin.down
         site.forward_rewrites.append(label)
 
 
