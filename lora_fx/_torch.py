@@ -1,4 +1,4 @@
-"""What the module half reads of torch beyond its public interface, in one place. Checked on torch 2.11 to 2.13.
+"""What the module half reads of torch beyond its public interface, in one place. Checked on torch 2.11, 2.13 and 2.15.
 
 Nothing here imports a subsystem: a model can only be an instance of a class whose module is loaded already.
 """

@@ -1,6 +1,6 @@
 """Linears whose weight is read by the module that holds them, so that an adapter on them would not run.
 
-In torch itself, found by reading ``torch/nn`` of 2.11 to 2.13:
+In torch itself, found by reading ``torch/nn`` of 2.11 to 2.13 (a test reads it anew, and 2.15 agrees):
 
 - `nn.MultiheadAttention` hands ``out_proj.weight`` to a function, always: refused;
 - `nn.LinearCrossEntropyLoss` (torch 2.13) does the same with ``linear.weight``: refused;
