@@ -23,15 +23,18 @@ from lora_fx.passes.site import Site
 # Regions of the user's checkpointing count from 0; a value between two different regions is saved, so ours is one.
 REGION = 1 << 20
 
+# Selective checkpointing that saves matrix products means the large ones.
+_SAVED = (None, CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)
+
 
 def find(sites: list[Site]) -> Iterator[list[Site]]:
-    """Every site with a backward whose output is read by pointwise operations alone, and which is not checkpointed."""
+    """Every site with a backward whose output is read by pointwise operations alone, and is not recomputed anyway."""
     return (
         [site]
         for site in sites
         if site.grad_h is not None
         and stays_in_kernel(site.add)
-        and site.up.meta.get("recompute") is None
+        and site.up.meta.get("recompute") in _SAVED
         and _is_cheap(val(site.up))
     )
 
@@ -48,5 +51,6 @@ def _is_cheap(product: torch.Tensor) -> bool:
 def rewrite(group: list[Site], rewriter: Rewriter) -> None:
     """Tag the product; the partitioner does the rest."""
     (site,) = group
-    rewriter.tag(site.up, recompute=CheckpointPolicy.PREFER_RECOMPUTE, ac_graph_id=REGION)
+    region = site.up.meta.get("ac_graph_id", REGION)
+    rewriter.tag(site.up, recompute=CheckpointPolicy.PREFER_RECOMPUTE, ac_graph_id=region)
     site.forward_rewrites.append("recompute")
