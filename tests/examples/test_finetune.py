@@ -12,17 +12,17 @@ from corpus import documentation, library_sources, split, tokenise
 from finetune import Outcome, Settings, build, parse, run, table
 from llama3 import LORA, LlamaConfig
 
-# Half as wide as the demo's model, so half its ranks. The learning rates are the better of two tried for each form
-# (full 2e-3 and 4e-3, LoRA 3e-3 and 5e-3): in this order the forms stand on their merits.
+# Half as wide as the demo's model, so smaller ranks. The learning rates are the best of those tried for each form (full
+# 2e-3 and 4e-3, LoRA 3e-3, 5e-3, 8e-3 and 12e-3): the forms stand in this order on their merits.
 SMALL = Settings(
     model=LlamaConfig(dim=128, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=256, multiple_of=64, max_seq_len=64),
     pretrain_steps=60,
     steps=100,
     batch=8,
     length=64,
-    ranks=(32, 4),
+    ranks=(16, 2),
     full_lr=4e-3,
-    lora_lr=5e-3,
+    lora_lrs=(8e-3, 12e-3),
     eager=True,
 )
 
@@ -35,7 +35,7 @@ def outcome() -> Outcome:
 def check_order(outcome: Outcome) -> None:
     full, high, low = outcome.curves
     assert full.trained > high.trained > low.trained
-    assert full.final + 0.01 < high.final < low.final - 0.05 < outcome.untouched - 0.2
+    assert full.final < high.final < low.final - 0.03 < outcome.untouched - 0.2
 
 
 def test_more_trained_parameters_learn_more(outcome):
@@ -60,7 +60,7 @@ def test_the_table_and_the_picture(outcome, tmp_path):
 
 
 def test_one_seed_gives_one_result():
-    short = dataclasses.replace(SMALL, pretrain_steps=3, steps=3, ranks=(4,))
+    short = dataclasses.replace(SMALL, pretrain_steps=3, steps=3, ranks=(2,), lora_lrs=(8e-3,))
 
     def losses(settings: Settings) -> list[list[float]]:
         return [curve.train for curve in run(settings).curves]
@@ -163,9 +163,10 @@ def test_growth_is_the_most_that_was_held_at_once():
 def test_the_command_line():
     settings, out = parse([])
     assert dataclasses.replace(settings, device="cpu") == Settings() and out.name == "loss_curves.png"
-    arguments = "--model tiny --ranks 4 --steps 7 --dtype bfloat16 --eager --out x.png"
+    arguments = "--model tiny --ranks 4 --lora-lrs 1e-2 --steps 7 --dtype bfloat16 --eager --out x.png"
     settings, out = parse(arguments.split(" "))
     assert (settings.ranks, settings.steps, settings.dtype, settings.eager) == ((4,), 7, torch.bfloat16, True)
     assert out.name == "x.png"
-    with pytest.raises(SystemExit):
-        parse(["--steps", "0"])
+    for wrong in (["--steps", "0"], ["--ranks", "4"]):
+        with pytest.raises(SystemExit):
+            parse(wrong)
