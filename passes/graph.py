@@ -54,6 +54,13 @@ def same_shape(a: Node, b: Node) -> bool:
     return len(left) == len(right) and all(statically_known_true(m == n) for m, n in zip(left, right, strict=True))
 
 
+def has_shape(node: Node, *sizes: int | None) -> bool:
+    """Whether a node has these sizes (None for any), without adding a guard on a symbolic one."""
+    return len(shape(node)) == len(sizes) and all(
+        theirs is None or statically_known_true(ours == theirs) for ours, theirs in zip(shape(node), sizes, strict=True)
+    )
+
+
 def is_row_view(node: object) -> bool:
     """Whether ``node`` only regroups leading dimensions: ``[B, T, K] <-> [B * T, K]``."""
     if not (is_call(node, *VIEWS) and isinstance(node, Node)):

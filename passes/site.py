@@ -33,6 +33,7 @@ from lora_fx.passes.graph import (
     Values,
     aten,
     backward_nodes,
+    has_shape,
     is_call,
     is_row_view,
     is_sum,
@@ -91,6 +92,7 @@ class Site:
     def base(self) -> Node:
         """What the branch is added to, as it stands in the graph now."""
         left, right = self.add.args[:2]
+        assert left is self.scaled or right is self.scaled
         other = right if left is self.scaled else left
         assert isinstance(other, Node)
         return other
@@ -340,9 +342,9 @@ def _as_grad_b(user: Node, site: Site, backward: set[Node]) -> tuple[Node, Node,
     if not (is_call(user, MM) and user in backward):
         return None
     left, right = user.args[:2]
-    if source_of(right) is site.down and shape(user)[0] == site.out_features:
+    if source_of(right) is site.down and has_shape(user, site.out_features, None):
         return user, source_of(left), False
-    if source_of(left) is site.down and shape(user)[1] == site.out_features:
+    if source_of(left) is site.down and has_shape(user, None, site.out_features):
         return user, source_of(right), True
     return None
 
@@ -391,6 +393,6 @@ def _is_weight_grad(user: Node, site: Site, values: Values, backward: set[Node])
     if not (is_call(user, MM) and user in backward):
         return False
     source, _ = _before_dropout(site.x)
-    x_key, sizes = values.key(source), (site.out_features, site.in_features)
+    x_key, n, k = values.key(source), site.out_features, site.in_features
     left, right = values.key(user.args[0]), values.key(user.args[1])
-    return (shape(user) == sizes and right == x_key) or (shape(user) == sizes[::-1] and left == transposed(x_key))
+    return (right == x_key and has_shape(user, n, k)) or (left == transposed(x_key) and has_shape(user, k, n))
