@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from trainer import Curve
 
 INK, GREY = "#22262b", "#8b939c"
@@ -26,7 +27,7 @@ def draw(curves: Sequence[Curve], path: Path, title: str) -> None:
     axes.axhline(untouched, color=GREY, linewidth=1.2, linestyle=(0, (4, 3)))
     for curve, colour in zip(curves, COLOURS):
         axes.plot(np.arange(1, steps + 1), _smooth(curve.train), color=colour, linewidth=1.0, alpha=0.3)
-        axes.plot(*zip(*curve.held_out), color=colour, linewidth=2.2, marker="o", markersize=4.5)
+        axes.plot(*zip(*curve.held_out), color=colour, linewidth=2.2, marker="o", markersize=4.5, clip_on=False)
     lowest = min(min(loss for _, loss in curve.held_out) for curve in curves)
     span = untouched - lowest
     axes.set_xlim(0, steps)
@@ -63,10 +64,7 @@ def _label_ends(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
         )  # fmt: skip
 
 
-def _smooth(values: Sequence[float], decay: float = 0.9) -> list[float]:
-    """Exponential moving average, corrected for its start."""
-    smoothed, average = [], 0.0
-    for i, value in enumerate(values, start=1):
-        average = decay * average + (1 - decay) * value
-        smoothed.append(average / (1 - decay**i))
-    return smoothed
+def _smooth(values: Sequence[float], window: int = 25) -> NDArray[np.float64]:
+    """Mean over a window around each value, which is cut off at both ends."""
+    ones = np.ones(min(window, len(values)))
+    return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
