@@ -25,13 +25,15 @@ def draw(curves: Sequence[Curve], path: Path, title: str) -> None:
     axes = figure.subplots()
     untouched, steps = curves[0].held_out[0][1], curves[0].held_out[-1][0]
     axes.axhline(untouched, color=GREY, linewidth=1.2, linestyle=(0, (4, 3)))
+    lowest = untouched
     for curve, colour in zip(curves, COLOURS):
-        axes.plot(np.arange(1, steps + 1), _smooth(curve.train), color=colour, linewidth=1.0, alpha=0.3)
+        smooth = _smooth(curve.train)
+        lowest = min(lowest, smooth.min(), *(loss for _, loss in curve.held_out))
+        axes.plot(np.arange(1, steps + 1), smooth, color=colour, linewidth=1.0, alpha=0.3)
         axes.plot(*zip(*curve.held_out), color=colour, linewidth=2.2, marker="o", markersize=4.5, clip_on=False)
-    lowest = min(min(loss for _, loss in curve.held_out) for curve in curves)
     span = untouched - lowest
     axes.set_xlim(0, steps)
-    axes.set_ylim(lowest - 0.12 * span, untouched + 0.12 * span)
+    axes.set_ylim(lowest - 0.06 * span, untouched + 0.12 * span)
     labels = [(curve.final, _label(curve), colour) for curve, colour in zip(curves, COLOURS)]
     _label_ends(axes, [(untouched, f"untouched\n{untouched:.3f}", GREY), *labels])
     axes.set_title(title, loc="left", color=INK, fontsize=12, fontweight="bold", pad=12)
