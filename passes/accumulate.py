@@ -11,7 +11,9 @@ After::
 
 For a y that is read by a matrix product, by attention or by the caller: u never exists, and base and branch are
 rounded once together. The operator is functional; lowering runs it in place where nobody else reads the base. A y that
-only pointwise operations read is better left as a sum, which becomes part of their kernel: see ``recompute_branch``.
+only pointwise operations read is better left as a sum, which becomes part of their kernel: see ``recompute_branch``. And
+so is a base that a pointwise operation computes (a product times a quantisation scale, the sum with another branch):
+the sum becomes part of its kernel, where the base is not rounded first.
 """
 
 from __future__ import annotations
@@ -20,7 +22,16 @@ from collections.abc import Iterator
 
 from torch.fx import Node
 
-from lora_fx.passes.graph import is_row_view, is_sum, is_tensor, peel_views, same_shape, stays_in_kernel, val
+from lora_fx.passes.graph import (
+    is_pointwise,
+    is_row_view,
+    is_sum,
+    is_tensor,
+    peel_views,
+    same_shape,
+    stays_in_kernel,
+    val,
+)
 from lora_fx.passes.kernels import operators
 from lora_fx.passes.rewriter import Rewriter
 from lora_fx.passes.site import Site
@@ -29,16 +40,14 @@ from lora_fx.passes.site import Site
 def find(sites: list[Site]) -> Iterator[list[Site]]:
     """Every site whose scale is folded and whose output, or input gradient, is written to memory."""
     return (
-        [site]
-        for site in sites
-        if site.scale is None and (not stays_in_kernel(site.add) or _written_sum(site.grad_x) is not None)
+        [site] for site in sites if site.scale is None and (_is_written(site) or _written_sum(site.grad_x) is not None)
     )
 
 
 def rewrite(group: list[Site], rewriter: Rewriter) -> None:
     """Accumulate in the half, or both halves, where the sum is written."""
     (site,) = group
-    if not stays_in_kernel(site.add):
+    if _is_written(site):
         base = rewriter.flatten_rows(site.base, like=site.up)
         y = rewriter.emit(operators.accumulate, base, *site.up.args, like=site.up)
         rewriter.replace(site.add, rewriter.view_like(y, site.add))
@@ -53,6 +62,11 @@ def rewrite(group: list[Site], rewriter: Rewriter) -> None:
         site.backward_rewrites.append("accumulate")
 
 
+def _is_written(site: Site) -> bool:
+    """Whether both the base and its sum with the branch are written to memory."""
+    return not is_pointwise(peel_views(site.base)) and not stays_in_kernel(site.add)
+
+
 def _written_sum(grad_x: Node | None) -> tuple[Node, Node] | None:
     """The sum that the branch's input gradient goes into and its other operand, if that sum is written to memory.
 
@@ -65,7 +79,7 @@ def _written_sum(grad_x: Node | None) -> tuple[Node, Node] | None:
             other = user.args[1] if user.args[0] is node else user.args[0]
             assert isinstance(other, Node)
             plain = is_tensor(other) and same_shape(other, node) and val(other).dtype == val(node).dtype
-            if plain and not is_sum(peel_views(other)) and not stays_in_kernel(user):
+            if plain and not is_pointwise(peel_views(other)) and not stays_in_kernel(user):
                 return user, other
             return None
         if not is_row_view(user):
