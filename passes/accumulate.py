@@ -10,10 +10,11 @@ After::
     y = lora_fx::accumulate(base, h, B^T, s)       dX = lora_fx::accumulate(dX_base, g, A)
 
 For a y that is read by a matrix product, by attention or by the caller: u never exists, and base and branch are
-rounded once together. The operator is functional; lowering runs it in place where nobody else reads the base. A y that
-only pointwise operations read is better left as a sum, which becomes part of their kernel: see ``recompute_branch``. And
-so is a base that a pointwise operation computes (a product times a quantisation scale, the sum with another branch):
-the sum becomes part of its kernel, where the base is not rounded first.
+rounded once together. The operator is functional; lowering runs it in place where nobody else reads the base.
+
+A y that only pointwise operations read is better left as a sum, which becomes part of their kernel: see
+``recompute_branch``. So is a base that a pointwise operation computes (a product times a quantisation scale, the sum
+with another branch): the sum becomes part of its kernel, where the base is not rounded first.
 """
 
 from __future__ import annotations

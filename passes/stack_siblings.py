@@ -38,16 +38,13 @@ def find(sites: list[Site]) -> Iterator[list[Site]]:
         meta = site.down.meta
         region = (meta.get("recompute"), meta.get("ac_graph_id"))
         groups.setdefault((site.x_key, val(site.down).dtype, region), []).append(site)
-    return (group for group in groups.values() if len({root(site.down.args[1]) for site in group}) > 1)
+    return (group for group in groups.values() if len(_first_of_each_factor(group)) > 1)
 
 
 def rewrite(group: list[Site], rewriter: Rewriter) -> None:
     """Stack forward; stack backward too when every sibling has its gradients."""
-    first, firsts, twins = group[0], {}, []
-    for site in group:
-        twin = firsts.setdefault(root(site.down.args[1]), site)
-        if twin is not site:
-            twins.append((site, twin))
+    first, firsts = group[0], _first_of_each_factor(group)
+    twins = [(site, twin) for site in group if (twin := firsts[root(site.down.args[1])]) is not site]
     group = list(firsts.values())
     x, label = first.x, f"stack({len(group)})"
     a = rewriter.emit(aten.cat.default, [_factor(site, rewriter) for site in group], 0, like=first.down)
@@ -69,6 +66,14 @@ def rewrite(group: list[Site], rewriter: Rewriter) -> None:
         rewriter.replace(site.down, twin.down)
         site.down = twin.down
         site.forward_rewrites.append(label)
+
+
+def _first_of_each_factor(group: list[Site]) -> dict[Any, Site]:
+    """The first site of each A; a linear that is used twice has two sites."""
+    firsts: dict[Any, Site] = {}
+    for site in group:
+        firsts.setdefault(root(site.down.args[1]), site)
+    return firsts
 
 
 def _factor(site: Site, rewriter: Rewriter) -> Any:

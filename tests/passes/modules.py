@@ -97,3 +97,26 @@ class Residual(nn.Module):
         for layer in self.layers:
             x = x + layer(x)
         return x
+
+
+class Twice(nn.Module):
+    """One linear, called twice in a row."""
+
+    def __init__(self, dim: int = 48) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(torch.tanh(self.linear(x)))
+
+
+class TwiceOnOneInput(nn.Module):
+    """A linear that is called twice on one input, beside another."""
+
+    def __init__(self, dim: int = 48) -> None:
+        super().__init__()
+        self.shared = nn.Linear(dim, dim, bias=False)
+        self.other = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shared(x) * torch.sigmoid(self.shared(x)) * self.other(x)
