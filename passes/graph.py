@@ -210,7 +210,7 @@ def backward_nodes(graph: Graph) -> set[Node]:
     found: set[Node] = set(pending)
     while pending:
         for user in pending.pop().users:
-            if user not in found:
+            if user not in found and user.op != "output":
                 found.add(user)
                 pending.append(user)
     return found

@@ -193,21 +193,18 @@ def _walk_to_add(up: Node, backward: set[Node]) -> tuple[Node, Node, Scale | Non
     node, scale = up, None
     while True:
         users = [user for user in node.users if user not in backward]
-        if len(users) != 1 or len(node.users) != 1:
-            if any(user in backward for user in node.users):
-                raise _NotASite(
-                    "its scale is trained" if scale is None else "the backward pass reads the scaled product"
-                )
-            raise _NotASite(f"its product has {len(users)} readers besides the base's sum")
+        if len(users) != 1:
+            raise _NotASite(f"its product has {len(users)} readers, where the sum with the base should be the only one")
         (user,) = users
-        if is_row_view(user):
-            node = user
-        elif is_call(user, aten.mul.Tensor) and scale is None and (found := _scale_of(user, node)) is not None:
-            node, scale = user, found
-        elif is_sum(user):
-            return user, node, scale
-        else:
+        found = _scale_of(user, node) if scale is None and is_call(user, aten.mul.Tensor) else None
+        if not (is_row_view(user) or is_sum(user) or found is not None):
             raise _NotASite(f"its product goes into {_name(user)}, not into a sum with the base")
+        if len(node.users) > 1:
+            raise _NotASite("the backward pass reads its product" if found is None else "its scale is trained")
+        if is_sum(user):
+            return user, node, scale
+        node = user
+        scale = scale if found is None else found
 
 
 def _scale_of(mul: Node, product: Node) -> Scale | None:
