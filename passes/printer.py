@@ -1,7 +1,7 @@
 """Prints an FX graph as text that a person reads and that is the same on every supported torch.
 
-Values are numbered in order (``%3``), inputs by their role, operators lose their namespace's noise, types are short
-(``bf16[8, 64]``), and a bar marks the backward half of a joint graph::
+Values are numbered in order (``%3``) and so are symbolic sizes (``s0``), inputs are named by their role, operators lose
+their namespace's noise, types are short (``bf16[8, 64]``), and a bar marks the backward half of a joint graph::
 
     %0 = input                                  f32[4, 64]
     %2 = mm(%0, %1)                             f32[4, 8]
@@ -11,6 +11,7 @@ Values are numbered in order (``%3``), inputs by their role, operators lose thei
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -45,7 +46,17 @@ def graph_text(graph: Graph) -> str:
         bar = "| " if node.meta.get("partitioner_tag") == "is_backward" else ""
         lines.append((f"{bar}{names[node]} = {_call(node, names)}", type_text(node.meta.get("val"))))
     width = max((len(left) for left, right in lines if right), default=0)
-    return "\n".join(f"{left:<{width}}  {right}".rstrip() for left, right in lines)
+    symbols: dict[str, str] = {}
+    return "\n".join(f"{left:<{width}}  {_number_symbols(right, symbols)}".rstrip() for left, right in lines)
+
+
+def _number_symbols(type_: str, symbols: dict[str, str]) -> str:
+    """Rename the symbols in the sizes of a type by their first appearance: s0, s1, ..."""
+
+    def rename(symbol: re.Match[str]) -> str:
+        return symbols.setdefault(symbol[0], f"s{len(symbols)}")
+
+    return re.sub(r"\[.*?\]", lambda sizes: re.sub(r"\b[a-z]+\d+\b", rename, sizes[0]), type_)
 
 
 def _call(node: Node, names: dict[Node, str]) -> str:
@@ -55,15 +66,15 @@ def _call(node: Node, names: dict[Node, str]) -> str:
         return f"attribute {node.target}"
     operands = [_operand(a, names) for a in node.args]
     operands += [f"{name}={_operand(value, names)}" for name, value in node.kwargs.items()]
-    return f"{target_name(node)}({', '.join(operands)})"
+    return f"{target_name(node.target)}({', '.join(operands)})"
 
 
-def target_name(node: Node) -> str:
+def target_name(target: object) -> str:
     """``mm`` for ``aten.mm.default``, ``lora_fx.accumulate`` for ours, the function's name for a Python function."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        namespace, name = node.target._schema.name.split("::")
+    if isinstance(target, torch._ops.OpOverload):
+        namespace, name = target._schema.name.split("::")
         return name if namespace in ("aten", "prims") else f"{namespace}.{name}"
-    return getattr(node.target, "__name__", str(node.target))
+    return getattr(target, "__name__", str(target))
 
 
 def _operand(value: Any, names: dict[Node, str]) -> str:
@@ -73,15 +84,21 @@ def _operand(value: Any, names: dict[Node, str]) -> str:
         return "[" + ", ".join(_operand(item, names) for item in value) + "]"
     if isinstance(value, torch.dtype):
         return _dtype(value)
+    if isinstance(value, (torch.device, torch.memory_format)):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, torch._ops.OpOverload):
+        return target_name(value)
     return repr(value)
 
 
 def type_text(value: Any) -> str:
-    """``bf16[8, 64]`` for a tensor, a tuple of those for several, the type's name otherwise."""
+    """``bf16[8, 64]`` for a tensor, ``[s0]`` for a size, a tuple of those for several, or else the type's name."""
     if isinstance(value, torch.Tensor):
         return f"{_dtype(value.dtype)}[{', '.join(str(size) for size in value.shape)}]"
     if isinstance(value, (list, tuple)):
-        return f"({', '.join(type_text(item) for item in value)})"
+        return f"({', '.join('None' if item is None else type_text(item) for item in value)})"
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return f"[{value}]"
     return "" if value is None else type(value).__name__
 
 

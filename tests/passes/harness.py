@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.node import Argument, Target
 
@@ -335,11 +336,42 @@ def error(tensors: list[dict[str, Tensor]], oracle: list[dict[str, Tensor]], nam
     return float(torch.stack(squares).mean().sqrt())
 
 
-def capture(function: Function, *inputs: Any, rewrite: bool = True, dynamic: bool | None = False) -> Captured:
-    """Compile and call `function`, up to the graphs, without running its backward."""
+def capture(
+    function: Function, *inputs: Any, rewrite: bool = True, dynamic: bool | None = False, backward: bool = False
+) -> Captured:
+    """Compile and call `function`, up to the graphs. Its backward graph is made when `backward` runs it."""
     with recorded() as captured:
-        torch.compile(function, backend=graphs(captured, rewrite=rewrite), dynamic=dynamic, fullgraph=True)(*inputs)
+        backend = graphs(captured, rewrite=rewrite)
+        y = torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=True)(*inputs)
+        if backward:
+            y.sum().backward()
         return captured
+
+
+def joint_graph(function: Function, *inputs: Any, dynamic: bool | None = False) -> Graph:
+    """The graph that the passes get for `function`, by itself."""
+    found: list[Graph] = []
+
+    class Grab(CustomGraphPass):
+        def uuid(self) -> None:
+            return None
+
+        def __call__(self, graph: Graph) -> None:
+            found.append(copy.deepcopy(graph))
+
+    with recorded() as captured:
+        options = {"joint_custom_pre_pass": Grab()}
+        backend = graphs(captured, rewrite=False, options=options)
+        torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=True)(*inputs)
+    (graph,) = found
+    return graph
+
+
+def only(*names: str) -> tuple[pipeline.Pass, ...]:
+    """The passes of these names, in the pipeline's order."""
+    passes = tuple(step for step in pipeline.PASSES if step.name in names)
+    assert len(passes) == len(names)
+    return passes
 
 
 def adapt(

@@ -1,5 +1,7 @@
 """Small modules for the tests of the passes: linear layers with little around them, from [..., dim]."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,16 +48,17 @@ def rotate(x: Tensor) -> Tensor:
 
 
 class Mlp(nn.Module):
-    """SwiGLU."""
+    """SwiGLU, or another gate."""
 
-    def __init__(self, dim: int = 48, hidden: int = 96) -> None:
+    def __init__(self, dim: int = 48, hidden: int = 96, activation: Callable[[Tensor], Tensor] = F.silu) -> None:
         super().__init__()
+        self.activation = activation
         self.gate = nn.Linear(dim, hidden, bias=False)
         self.up = nn.Linear(dim, hidden, bias=False)
         self.down = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):
