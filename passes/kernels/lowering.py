@@ -10,60 +10,100 @@ import operator
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from torch.fx import Graph, Node
 
-from lora_fx.passes._torch import auto_functionalized
-from lora_fx.passes.graph import aten, val
+from lora_fx.passes._torch import auto_functionalized, detect_fake_mode
+from lora_fx.passes.graph import CONVERT, aten, val
 from lora_fx.passes.kernels import operators
 
 Lowering = Callable[[Node], None]
 
 
-def accumulate_in_place(node: Node) -> None:
-    """Let Inductor add into the base's buffer when this is its last reader (it copies the base otherwise).
+# What one program of the gradient kernel takes of dy. For a Llama-3-8B block on an H200 (M 8192, R 16, bfloat16) the
+# block takes 1.105 of the frozen block's time with these, 1.112 to 1.114 with 2048 x 256, 1024 x 256, 512 x 256 and
+# 1024 x 512, and 1.131 with two products of cuBLAS.
+ROWS, COLUMNS = 1024, 128
+
+
+def accumulate(node: Node) -> None:
+    """On the CPU, let Inductor add into the base's buffer when this is its last reader (it copies the base otherwise).
 
     The wrapper is how Inductor represents a mutation that it may or may not perform in place; the decision, with
-    everything that it must know about later readers and views, stays Inductor's.
+    everything that it must know about later readers and views, stays Inductor's. On an accelerator it is a sum that
+    Inductor fuses with what reads it.
     """
-    base, a, b, *scale = node.args
-    operands = {"base": base, "a": a, "b": b, "scale": scale[0] if scale else None}
-    wrapper = _emit(node, auto_functionalized, (operators.accumulate_,), operands, value=(None, val(node)))
-    result = _emit(node, operator.getitem, (wrapper, 1), value=val(node))
-    node.replace_all_uses_with(result)
-    node.graph.erase_node(node)
+    base, a, b, scale = _operands(node, 4)
+    if val(node).device.type == "cpu":
+        operands = {"base": base, "a": a, "b": b, "scale": scale}
+        wrapper = _emit(node, auto_functionalized, (operators.accumulate_,), operands, value=(None, val(node)))
+        result = _emit(node, operator.getitem, (wrapper, 1), value=val(node))
+    else:
+        product = _emit(node, operators.scaled_mm, (a, b, scale), value=val(node))
+        result = _emit(node, aten.add.Tensor, (base, product), value=val(node))
+    _replace(node, result)
 
 
-def scaled_mm_as_aten(node: Node) -> None:
-    """On an accelerator: the product, and a scale that Inductor fuses into whoever reads it."""
+def scaled_mm(node: Node) -> None:
+    """On an accelerator, the product, and a scale that Inductor fuses into the kernel that reads it."""
+    a, b, scale, bias = _operands(node, 4)
     if val(node).device.type == "cpu":
         return
-    a, b, scale, bias = (*node.args, None, None)[:4]
     result = _emit(node, aten.mm.default, (a, b), value=val(node))
     if scale is not None:
         result = _emit(node, aten.mul.Tensor, (result, scale), value=val(node))
     if bias is not None:
         result = _emit(node, aten.add.Tensor, (result, bias), value=val(node))
-    node.replace_all_uses_with(result)
+    _replace(node, result)
+
+
+def gradient_pair(node: Node) -> None:
+    """On CUDA, a kernel that reads dy once; the sums of its parts, scales and casts are Inductor's to fuse."""
+    dy, b, h, scale = _operands(node, 4)
+    grad_h, grad_b = val(node)
+    if grad_h.device.type == "cpu":
+        return
+    results = []
+    if _has_kernel(val(dy), grad_h.shape[1]):
+        with detect_fake_mode([grad_h]):
+            values = operators.gradient_parts(val(dy), val(b), val(h), ROWS, COLUMNS)
+        parts = _emit(node, operators.gradient_parts, (dy, b, h, ROWS, COLUMNS), value=values)
+        for index, value in enumerate((grad_h, grad_b)):
+            part = _emit(node, operator.getitem, (parts, index), value=values[index])
+            with detect_fake_mode([grad_h]):
+                total_value = values[index].sum(0)
+            total = _emit(node, aten.sum.dim_IntList, (part, [0]), value=total_value)
+            if scale is not None:
+                total = _emit(node, aten.mul.Tensor, (total, scale), value=total_value)
+            results.append(_emit(node, CONVERT, (total, value.dtype), value=value))
+    else:
+        dy_t = _emit(node, aten.permute.default, (dy, [1, 0]), value=val(dy).t())
+        for operands, value in (((dy, b), grad_h), ((dy_t, h), grad_b)):
+            result = _emit(node, aten.mm.default, operands, value=value)
+            if scale is not None:
+                result = _emit(node, aten.mul.Tensor, (result, scale), value=value)
+            results.append(result)
+    for user in list(node.users):
+        _replace(user, results[cast(int, user.args[1])])
     node.graph.erase_node(node)
 
 
-def gradient_pair_as_aten(node: Node) -> None:
-    """On an accelerator: the two products, each with its scale on the small result."""
-    if val(node)[0].device.type == "cpu":
-        return
-    dy, b, h, scale = (*node.args, None)[:4]
-    graph = node.graph
-    dy_t = _emit(node, aten.permute.default, (dy, [1, 0]), value=val(cast(Node, dy)).t())
-    results = []
-    for operands, value in (((dy, b), val(node)[0]), ((dy_t, h), val(node)[1])):
-        result = _emit(node, aten.mm.default, operands, value=value)
-        if scale is not None:
-            result = _emit(node, aten.mul.Tensor, (result, scale), value=value)
-        results.append(result)
-    for user in list(node.users):
-        user.replace_all_uses_with(results[cast(int, user.args[1])])
-        graph.erase_node(user)
-    graph.erase_node(node)
+def _has_kernel(dy: torch.Tensor, rank: int | torch.SymInt) -> bool:
+    """Whether the gradient kernel is for this: 16-bit, static, and large enough to fill the device."""
+    m, n = dy.shape
+    static = isinstance(m, int) and isinstance(n, int) and isinstance(rank, int)
+    half = dy.dtype in (torch.bfloat16, torch.float16)
+    return dy.device.type == "cuda" and half and static and rank <= 64 and m >= ROWS and n >= COLUMNS
+
+
+def _operands(node: Node, count: int) -> tuple[Any, ...]:
+    """The first ``count`` operands, None for those that are left out."""
+    return (*node.args, *[None] * count)[:count]
+
+
+def _replace(node: Node, result: Node) -> None:
+    node.replace_all_uses_with(result)
+    node.graph.erase_node(node)
 
 
 def _emit(like: Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, *, value: Any) -> Node:
@@ -76,9 +116,10 @@ def _emit(like: Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 LOWERINGS: dict[Callable[..., Any], Lowering] = {
-    operators.accumulate: accumulate_in_place,
-    operators.scaled_mm: scaled_mm_as_aten,
-    operators.gradient_pair: gradient_pair_as_aten,
+    operators.accumulate: accumulate,
+    # After accumulate, which makes some.
+    operators.scaled_mm: scaled_mm,
+    operators.gradient_pair: gradient_pair,
 }
 
 
