@@ -4,7 +4,7 @@ A branch that was proved to be LoRA, or that one module computes, has a line in 
 have nothing to do with LoRA have none.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.passes.foreign import Form, HandWritten
+from tests.passes.foreign import Form, HandWritten, Shapes
 from tests.passes.harness import adapt, capture
 from tests.passes.modules import Layers, Mlp
 
@@ -49,7 +49,7 @@ class Declined:
     name: str
     form: Form
     reason: str | None
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    shapes: Shapes | None = None
     shape: tuple[int, ...] = (3, 8, 48)
     trained: bool = False
 
@@ -57,9 +57,9 @@ class Declined:
         return self.name
 
 
-SCALE: dict[str, tuple[int, ...]] = {"a": (4, 48), "b": (40, 4), "s": ()}
-LARGE: dict[str, tuple[int, ...]] = {"a": (21, 48), "b": (40, 21)}
-SQUARE: dict[str, tuple[int, ...]] = {"a": (4, 48), "b": (48, 4)}
+SCALE: Shapes = {"a": (4, 48), "b": (40, 4), "s": ()}
+LARGE: Shapes = {"a": (21, 48), "b": (40, 21)}
+SQUARE: Shapes = {"a": (4, 48), "b": (48, 4)}
 
 DECLINED = [
     Declined("h is returned", returns_h, "rank-4 activations are returned to the caller"),
@@ -110,7 +110,7 @@ DECLINED = [
 def test_left_alone(case: Declined, grad: bool) -> None:
     if case.reason is not None and "trained" in case.reason and not grad:
         pytest.skip("nothing is trained")
-    module = HandWritten(case.form, trained=case.trained, **case.shapes)
+    module = HandWritten(case.form, shapes=case.shapes, trained=case.trained)
     x = torch.randn(case.shape, requires_grad="first layer" not in case.name)
     with torch.set_grad_enabled(grad):
         captured = capture(module, x)

@@ -1,6 +1,7 @@
 """LoRA that this package did not install: the passes read graphs, not modules."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.passes.foreign import Form, HandWritten
+from tests.passes.foreign import Form, HandWritten, Shapes
 from tests.passes.harness import Case, by_kernels, check_case, compare
 from tests.passes.modules import Mlp
 
@@ -77,13 +78,13 @@ def residual_between(m: Any, x: Tensor) -> Tensor:
     return (F.linear(x, m.w) + torch.tanh(x[..., :40])) + lora(m, x) * 2.0
 
 
-def make(form: Form, dtype: torch.dtype = torch.float32, **shapes: tuple[int, ...]) -> functools.partial[nn.Module]:
-    return functools.partial(HandWritten, form, dtype, **shapes)
+def make(form: Form, dtype: torch.dtype = torch.float32, shapes: Shapes | None = None) -> Callable[[], nn.Module]:
+    return functools.partial(HandWritten, form, dtype, shapes)
 
 
-TWO: dict[str, tuple[int, ...]] = {"a": (4, 48), "b": (40, 4), "c": (6, 48), "d": (40, 6)}
-TRANSPOSED: dict[str, tuple[int, ...]] = {"a": (48, 4), "b": (4, 40)}
-SHARED: dict[str, tuple[int, ...]] = {"a": (4, 48), "b": (40, 4), "c": (4, 48), "d": (40, 4)}
+TWO: Shapes = {"a": (4, 48), "b": (40, 4), "c": (6, 48), "d": (40, 6)}
+TRANSPOSED: Shapes = {"a": (48, 4), "b": (4, 40)}
+SHARED: Shapes = {"a": (4, 48), "b": (40, 4), "c": (4, 48), "d": (40, 4)}
 
 CASES = [
     Case("literal scale", make(literal_scale), 1, ONE, ONE_BACK),
@@ -96,21 +97,30 @@ CASES = [
     Case("no scale bf16", make(no_scale, bf16), 1, PLAIN, PLAIN_BACK, dtype=bf16),
     Case("no scale no_grad", make(no_scale), 1, PLAIN, grad=torch.no_grad),
     Case("in place", make(in_place), 1, ONE, ONE_BACK),
-    Case("matmul layout", make(matmul_layout, **TRANSPOSED), 1, ONE, ONE_BACK),
-    Case("matmul layout bf16", make(matmul_layout, bf16, **TRANSPOSED), 1, ONE, ONE_BACK, dtype=bf16, shape=(24, 48)),
-    Case("matmul layout first layer", make(matmul_layout, **TRANSPOSED), 1, ONE, {"scale": 1, "pair": 1}, x_grad=False),
+    Case("matmul layout", make(matmul_layout, shapes=TRANSPOSED), 1, ONE, ONE_BACK),
+    Case(
+        "matmul layout bf16", make(matmul_layout, bf16, shapes=TRANSPOSED), 1, ONE, ONE_BACK, dtype=bf16, shape=(24, 48)
+    ),
+    Case(
+        "matmul layout first layer",
+        make(matmul_layout, shapes=TRANSPOSED),
+        1,
+        ONE,
+        {"scale": 1, "pair": 1},
+        x_grad=False,
+    ),
     Case("everything in float32", make(cast_to_float, bf16), 1, {"scale": 1}, {"scale": 1, "pair": 1}, dtype=bf16),
     Case("dropout", make(dropout), 1, ONE, {"scale": 1, "pair": 1}, random=True),
     Case(
         "two adapters",
-        make(two_adapters, **TWO),
+        make(two_adapters, shapes=TWO),
         2,
         {"scale": 2, "stack(2)": 2},
         {"scale": 2, "stack(2)": 2, "pair": 2},
     ),
     Case(
         "two adapters bf16",
-        make(two_adapters, bf16, **TWO),
+        make(two_adapters, bf16, shapes=TWO),
         2,
         {"scale": 2, "stack(2)": 2, "recompute": 1},
         {"scale": 2, "stack(2)": 2, "pair": 2},
@@ -133,7 +143,7 @@ def test_kernels(case: Case) -> None:
 
 def test_shared_down_projection() -> None:
     """Two branches read one h, so h has two gradients: the backward is left alone, and the report says why."""
-    result = compare(Case("", make(shared_down, **SHARED), 3, {}, {}))
+    result = compare(Case("", make(shared_down, shapes=SHARED), 3, {}, {}))
     assert result.captured.sites == 3
     assert result.captured.count("forward") == {"scale": 2, "stack(2)": 3, "accumulate": 1}
     assert result.captured.count("backward") == {"pair": 1}

@@ -5,6 +5,7 @@ more than anything else does; both compiled forms then err alike against the ora
 """
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -34,12 +35,13 @@ def float8(module: nn.Module, emulate: bool = False) -> nn.Module:
 
 
 def fake_quantised(module: nn.Module) -> nn.Module:
+    from torchao.quantization import TorchAODType
     from torchao.quantization.qat import FakeQuantizedLinear, IntxFakeQuantizeConfig
 
     for name, child in list(module.named_children()):
         assert isinstance(child, nn.Linear)
         activations = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
-        weights = IntxFakeQuantizeConfig(torch.int4, group_size=16)
+        weights = IntxFakeQuantizeConfig(TorchAODType.INT4, group_size=16)
         setattr(module, name, FakeQuantizedLinear.from_linear(child, activations, weights))
     return module
 
@@ -66,7 +68,7 @@ def dequantised(module: nn.Module) -> nn.Module:
     module = copy.deepcopy(module)
     for child in module.modules():
         if isinstance(child, lora_fx.LoRAModule):
-            weight = child.weight
+            weight: Any = child.weight
             for method in ("get_original_weight", "dequantize"):
                 if type(weight.data) is not Tensor and hasattr(weight, method):
                     weight = getattr(weight, method)()

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import lora_fx
-from tests.passes.harness import Case, adapt, by_kernels, capture, check_case
+from tests.passes.harness import ALLOWED, Case, adapt, by_kernels, capture, check_case, compare
 from tests.passes.modules import QKV, Layers, Mlp, Residual, Twice, TwiceOnOneInput
 
 bf16 = torch.bfloat16
@@ -270,10 +270,25 @@ def test_kernels(case: Case) -> None:
     check_case(case, by_kernels)
 
 
+# Here plain Inductor adds the terms of every dX so far in float32 once more, rather than read the sum that it has
+# written: 5 reads for 3, and 0.85 of our error in the gradient of x. Its form has that by accident of what it fuses.
+EXTRA_PRECISION = "residual bf16"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [case for case in CASES if case.name not in SOME], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.name not in (*SOME, EXTRA_PRECISION)], ids=str)
 def test_all_kernels(case: Case) -> None:
     check_case(case, by_kernels)
+
+
+@pytest.mark.slow
+def test_kernels_where_plain_ones_have_extra_precision() -> None:
+    (case,) = (case for case in CASES if case.name == EXTRA_PRECISION)
+    result = compare(case, by_kernels)
+    assert result.ours.saved <= result.plain.saved
+    extra = {name: pair for name, pair in result.errors.items() if pair[1] > ALLOWED * pair[0]}
+    assert list(extra) in ([], ["gradient of x"])
+    assert all(ours <= 1.25 * plain for plain, ours in extra.values())
 
 
 def test_module_paths() -> None:
