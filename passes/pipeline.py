@@ -69,7 +69,12 @@ def rewrite_graph(graph: Graph, passes: tuple[Pass, ...] = PASSES) -> GraphRepor
         return report
     rewriter = Rewriter(graph)
     for step in passes:
-        for group in list(step.find(sites)):
+        try:
+            groups = list(step.find(sites))
+        except Exception as error:
+            report.failures.append(_failure(step.name, "", error))
+            continue
+        for group in groups:
             _attempt(step, group, rewriter, report)
     try:
         rewriter.commit()

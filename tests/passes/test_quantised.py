@@ -58,6 +58,7 @@ class NF4Linear(nn.Linear):
 def nf4(module: nn.Module) -> nn.Module:
     nf4_tensor = pytest.importorskip("torchao.quantization.quantize_.workflows.nf4.nf4_tensor")
     for child in module.children():
+        assert isinstance(child, nn.Linear)
         child.__class__ = NF4Linear
         child.weight = nn.Parameter(nf4_tensor.to_nf4(child.weight.detach()), requires_grad=False)
     return module
