@@ -81,9 +81,15 @@ def compile(  # the name that torch and nn.Module use for it
                 "the model is frozen and has no adapters. Pass a LoRAConfig to adapt it; "
                 "or, if it is a part that is meant to have none, use torch.compile"
             )
+        # torch.compile looks at its arguments when it is called, not when it compiles: a wrong one is refused here.
+        torch.compile(_nothing, options=merged, dynamic=dynamic, **kwargs)
         install(model, config or LoRAConfig())
     compile_in_place(model, options=merged, dynamic=dynamic, **kwargs)
     return model
+
+
+def _nothing() -> None:
+    """Stands in for a model."""
 
 
 def backend(

@@ -233,7 +233,7 @@ def _dotted(path: str) -> str:
     """``L['self'].layers._modules['0'].wq`` -> ``layers.0.wq``."""
     for noise, plain in (("._modules[", "["), ("['", "."), ("']", ""), ('["', "."), ('"]', ""), ("[", "."), ("]", "")):
         path = path.replace(noise, plain)
-    parts = [part for part in path.split(".") if part]
+    parts = [part for part in path.split(".") if part and part != "__self__"]
     if parts and parts[0] in ("L", "G"):
         parts = parts[2:]
     return ".".join(parts)
