@@ -15,6 +15,10 @@ rounded once together. The operator is functional; lowering runs it in place whe
 A y that only pointwise operations read is better left as a sum, which becomes part of their kernel: see
 ``recompute_branch``. So is a base that a pointwise operation computes (a product times a quantisation scale, the sum
 with another branch): the sum becomes part of its kernel, where the base is not rounded first.
+
+Nor is anything done where Inductor makes the large product accumulate into the small one, which rounds the small one
+instead of the large one and so halves the squared error: for plain matrices (no view between product and sum) in 16
+bits on the CPU. That costs 4% of the large product more than our way, for which 32 bits have no use.
 """
 
 from __future__ import annotations
@@ -24,6 +28,8 @@ from collections.abc import Iterator
 from torch.fx import Node
 
 from lora_fx.passes.graph import (
+    MM,
+    is_call,
     is_pointwise,
     is_row_view,
     is_sum,
@@ -65,7 +71,17 @@ def rewrite(group: list[Site], rewriter: Rewriter) -> None:
 
 def _is_written(site: Site) -> bool:
     """Whether both the base and its sum with the branch are written to memory."""
-    return not is_pointwise(peel_views(site.base)) and not stays_in_kernel(site.add)
+    return (
+        not is_pointwise(peel_views(site.base))
+        and not stays_in_kernel(site.add)
+        and not _becomes_addmm(site.add, site.base, site.scaled)
+    )
+
+
+def _becomes_addmm(total: Node, large: Node, small: Node) -> bool:
+    """Whether Inductor turns mm + small into addmm(small, ...)."""
+    plain = is_call(large, MM) and large in total.args and small in total.args
+    return plain and val(total).device.type == "cpu" and val(total).dtype.itemsize < 4
 
 
 def _written_sum(grad_x: Node | None) -> tuple[Node, Node] | None:
@@ -80,9 +96,8 @@ def _written_sum(grad_x: Node | None) -> tuple[Node, Node] | None:
             other = user.args[1] if user.args[0] is node else user.args[0]
             assert isinstance(other, Node)
             plain = is_tensor(other) and same_shape(other, node) and val(other).dtype == val(node).dtype
-            if plain and not is_pointwise(peel_views(other)) and not stays_in_kernel(user):
-                return user, other
-            return None
+            written = not is_pointwise(peel_views(other)) and not stays_in_kernel(user)
+            return (user, other) if plain and written and not _becomes_addmm(user, other, node) else None
         if not is_row_view(user):
             return None
         node = user

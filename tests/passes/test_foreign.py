@@ -99,7 +99,13 @@ CASES = [
     Case("in place", make(in_place), 1, ONE, ONE_BACK),
     Case("matmul layout", make(matmul_layout, shapes=TRANSPOSED), 1, ONE, ONE_BACK),
     Case(
-        "matmul layout bf16", make(matmul_layout, bf16, shapes=TRANSPOSED), 1, ONE, ONE_BACK, dtype=bf16, shape=(24, 48)
+        "matmul layout 2-D bf16",
+        make(matmul_layout, bf16, shapes=TRANSPOSED),
+        1,
+        {"scale": 1},
+        {"scale": 1, "pair": 1},
+        dtype=bf16,
+        shape=(24, 48),
     ),
     Case(
         "matmul layout first layer",
