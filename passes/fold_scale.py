@@ -39,9 +39,10 @@ def rewrite(group: list[Site], rewriter: Rewriter) -> None:
     (site,) = group
     scale = site.scale
     if not isinstance(scale, Node):
-        scale = rewriter.emit(
-            aten.full.default, [], scale, dtype=torch.float32, device=val(site.up).device, like=site.down
-        )
+        product = val(site.up)
+        # Not less precise than the literal was; a 0-d tensor promotes nothing.
+        dtype = torch.float64 if product.dtype == torch.float64 else torch.float32
+        scale = rewriter.emit(aten.full.default, [], scale, dtype=dtype, device=product.device, like=site.down)
     up = rewriter.emit(operators.scaled_mm, *site.up.args, scale, like=site.up)
     scaled = rewriter.view_like(up, site.scaled)
     rewriter.replace(site.scaled, scaled)

@@ -76,14 +76,17 @@ class Captured:
         return dict(Counter(name for site in sites for name in getattr(site, half)))
 
 
+Passes = tuple[pipeline.Pass, ...]
+
+
 @contextlib.contextmanager
-def recorded() -> Iterator[Captured]:
+def recorded(passes: Passes = pipeline.PASSES) -> Iterator[Captured]:
     """Record every run of the passes and check each. Without caches, which would keep them from running."""
     captured, original = Captured(), pipeline.rewrite_graph
 
-    def recording(graph: Graph, *args: Any) -> GraphReport:
+    def recording(graph: Graph) -> GraphReport:
         before, theirs = graph_text(graph), set(graph.nodes)
-        report = original(graph, *args)
+        report = original(graph, passes)
         after = graph_text(graph)
         captured.rewrites.append(Rewrite(report, before, after))
         assert report.failures == []
@@ -91,7 +94,7 @@ def recorded() -> Iterator[Captured]:
             assert after == before
         check(graph, theirs)
         # What comes out holds nothing more to rewrite.
-        second = original(copy.deepcopy(graph), *args)
+        second = original(copy.deepcopy(graph), passes)
         assert not any(site.rewritten for site in second.sites)
         return report
 
@@ -251,10 +254,10 @@ def storages(tensor: Tensor) -> dict[int, int]:
 
 
 def by_graphs(
-    case: Case, module: nn.Module, *, rewrite: bool, dtype: torch.dtype | None = None
+    case: Case, module: nn.Module, *, rewrite: bool, dtype: torch.dtype | None = None, passes: Passes = pipeline.PASSES
 ) -> tuple[Outcome, Captured]:
     """Run a case through Inductor's graphs."""
-    with recorded() as captured:
+    with recorded(passes) as captured:
         function = torch.compile(
             case.wrap(module), backend=graphs(captured, rewrite=rewrite), dynamic=case.dynamic, fullgraph=True
         )
@@ -337,10 +340,15 @@ def error(tensors: list[dict[str, Tensor]], oracle: list[dict[str, Tensor]], nam
 
 
 def capture(
-    function: Function, *inputs: Any, rewrite: bool = True, dynamic: bool | None = False, backward: bool = False
+    function: Function,
+    *inputs: Any,
+    rewrite: bool = True,
+    passes: Passes = pipeline.PASSES,
+    dynamic: bool | None = False,
+    backward: bool = False,
 ) -> Captured:
     """Compile and call `function`, up to the graphs. Its backward graph is made when `backward` runs it."""
-    with recorded() as captured:
+    with recorded(passes) as captured:
         backend = graphs(captured, rewrite=rewrite)
         y = torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=True)(*inputs)
         if backward:
@@ -367,7 +375,7 @@ def joint_graph(function: Function, *inputs: Any, dynamic: bool | None = False) 
     return graph
 
 
-def only(*names: str) -> tuple[pipeline.Pass, ...]:
+def only(*names: str) -> Passes:
     """The passes of these names, in the pipeline's order."""
     passes = tuple(step for step in pipeline.PASSES if step.name in names)
     assert len(passes) == len(names)
