@@ -25,7 +25,7 @@ from typing import Any
 from torch.fx import Node
 
 from lora_fx.passes._torch import CheckpointPolicy
-from lora_fx.passes.graph import CONVERT, MM, aten, is_call, is_row_view, is_sum, is_transpose, root, val
+from lora_fx.passes.graph import CONVERT, COPIES, MM, aten, is_call, is_row_view, is_sum, is_transpose, root, val
 from lora_fx.passes.recompute_branch import REGION
 from lora_fx.passes.rewriter import Rewriter
 from lora_fx.passes.site import Site
@@ -102,15 +102,13 @@ def _stack_backward(group: list[Site], a: Node, x: Any, rewriter: Rewriter) -> N
 
 def _merge_grad_x(group: list[Site], g: Node, a: Node, rewriter: Rewriter) -> None:
     """One mm(g, A) in place of every sibling's term in the sum that is x's gradient."""
-    sums = {id(site): _sums(site.grad_x) for site in group}
-    keeper = next(
-        (k for k in group if sums[id(k)] and all(sums[id(k)][0] in sums[id(site)] for site in group)),
-        None,
-    )
-    if keeper is None:
+    sums = [_sums(site.grad_x) for site in group]
+    if not set.intersection(*map(set, sums)):
         for site in group:
             site.notes.append("stack: the siblings' input gradients do not end in one sum")
         return
+    # In a chain of sums the last one, where every g is there already; in a tree any.
+    keeper = next((k for k, (own, *_) in zip(group, sums, strict=True) if all(own in s for s in sums)), group[0])
     for site in group:
         if site is not keeper:
             # Terms may be summed with each other first, so operands are read anew after each removal.
@@ -125,11 +123,11 @@ def _merge_grad_x(group: list[Site], g: Node, a: Node, rewriter: Rewriter) -> No
 
 
 def _term(grad_x: Any) -> tuple[Node, Any]:
-    """What a gradient becomes after views and casts, and its only reader."""
+    """What a gradient becomes after views, copies and casts, and its only reader."""
     node = grad_x
     while True:
         (user,) = node.users
-        if not (is_row_view(user) or is_call(user, CONVERT)):
+        if not (is_row_view(user) or is_call(user, *COPIES, CONVERT)):
             return node, user
         node = user
 
@@ -142,7 +140,7 @@ def _sums(grad_x: Any) -> list[Node]:
         (user,) = node.users
         if is_sum(user):
             found.append(user)
-        elif not (is_row_view(user) or is_call(user, CONVERT)):
+        elif not (is_row_view(user) or is_call(user, *COPIES, CONVERT)):
             break
         node = user
     return found
