@@ -266,8 +266,12 @@ def main() -> None:
     rows: list[Row] = []
     for case in options.case:
         for dtype in options.dtype:
-            print(f"measuring {case} {dtype} ...", file=sys.stderr, flush=True)
+            print(f"{case} {dtype} ...", end=" ", file=sys.stderr, flush=True)
             rows += run_case(case, dtype, settings)
+            found = ", ".join(
+                f"{row.form} {row.ratio.median:.3f}" for row in rows if row.case == case and row.dtype == dtype
+            )
+            print(found, file=sys.stderr, flush=True)
     passed, text = verdict(rows)
     print(f"\n{table(rows)}\n\n{text}")
     if options.json is not None:
