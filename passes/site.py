@@ -219,9 +219,12 @@ def _scale_of(mul: Node, product: Node) -> Scale | None:
 
 
 def _before_dropout(x: Any) -> tuple[Any, bool]:
-    """The value that dropout was applied to, and whether there was dropout: ``mul(mul(gt(rand), x), 1 / (1 - p))``."""
-    node = peel(x)
-    if is_call(node, aten.mul.Tensor) and is_call(inner := peel(node.args[0]), aten.mul.Tensor):
+    """The value that dropout was applied to, and whether there was dropout: ``mul(mul(gt(rand), x), 1 / (1 - p))``.
+
+    Under autocast the result is cast afterwards.
+    """
+    node = root(x)
+    if is_call(node, aten.mul.Tensor) and is_call(inner := root(node.args[0]), aten.mul.Tensor):
         for mask, value in (inner.args[:2], inner.args[1::-1]):
             if is_call(root(mask), aten.gt.Scalar) and is_tensor(value):
                 return value, True

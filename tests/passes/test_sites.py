@@ -122,6 +122,15 @@ CASES = [
         dtype=bf16,
         random=True,
     ),
+    Case(
+        "dropout autocast",
+        lambda: adapt(QKV(), dropout=0.1),
+        3,
+        {"scale": 3, "accumulate": 3},
+        {"scale": 3, "pair": 3},
+        autocast=True,
+        random=True,
+    ),
     # Checkpointing.
     Case("checkpoint", lambda: adapt(Mlp()), 3, MLP_FP32, MLP_BACK, wrap=checkpointed),
     Case(
