@@ -18,7 +18,7 @@ from lora_fx.passes import accumulate, fold_scale, pair_gradients, recompute_bra
 from lora_fx.passes._torch import CustomGraphPass, inductor_config, trace_structured
 from lora_fx.passes.graph import module_path
 from lora_fx.passes.kernels import lowering
-from lora_fx.passes.printer import graph_text
+from lora_fx.passes.printer import graph_text, target_name
 from lora_fx.passes.report import GraphReport, SiteReport
 from lora_fx.passes.rewriter import Rewriter
 from lora_fx.passes.site import Site, find_sites
@@ -174,7 +174,14 @@ class DropoutStage(Stage):
     """Tags dropout for recomputation (``joint_custom_post_pass``: its random numbers have seeds by then)."""
 
     def __call__(self, graph: Graph) -> None:
-        for down in recompute_dropout.tag(graph):
+        try:
+            tagged = recompute_dropout.tag(graph)
+        except Exception as error:
+            message = _failure("recompute_dropout", "", error)
+            if self.strict:
+                raise LoRARewriteError(message) from error
+            return
+        for down in tagged:
             log.debug("%s: dropout is drawn again in backward", module_path(down) or "(root)")
 
 
@@ -182,7 +189,12 @@ class LoweringStage(Stage):
     """Chooses implementations (``post_grad_custom_pre_pass``: forward and backward are apart by then)."""
 
     def __call__(self, graph: Graph) -> None:
-        lowering.lower(graph)
+        failures = [
+            _failure(f"lowering {target_name(node.target)}", module_path(node) or "(root)", error)
+            for node, error in lowering.lower(graph)
+        ]
+        if self.strict and failures:
+            raise LoRARewriteError("\n  ".join(failures))
 
 
 def _publish(report: GraphReport) -> None:

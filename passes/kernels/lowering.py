@@ -7,7 +7,7 @@ for kernels: an operator, and a function that decides by shape and device and re
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -123,8 +123,11 @@ LOWERINGS: dict[Callable[..., Any], Lowering] = {
 }
 
 
-def lower(graph: Graph) -> None:
-    """Lower every node that has a lowering."""
+def lower(graph: Graph) -> Iterator[tuple[Node, Exception]]:
+    """Lower every node that has a lowering; gives each where that failed, which stays in its functional form."""
     for target, lowering in LOWERINGS.items():
         for node in graph.find_nodes(op="call_function", target=target):
-            lowering(node)
+            try:
+                lowering(node)
+            except Exception as error:
+                yield node, error

@@ -17,6 +17,10 @@ class HandWritten(nn.Module):
     Parameters start with deviation 0.1, so that a branch has a tenth of the base's size.
     """
 
+    w: nn.Parameter
+    a: nn.Parameter
+    b: nn.Parameter
+
     def __init__(
         self, form: Form, dtype: torch.dtype = torch.float32, shapes: Shapes | None = None, trained: bool = False
     ) -> None:

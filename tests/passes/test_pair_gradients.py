@@ -17,7 +17,7 @@ PAIR = only("pair_gradients")
 FOLDED = only("fold_scale", "pair_gradients")
 
 
-def unscaled(shapes: Shapes | None = None) -> nn.Module:
+def unscaled(shapes: Shapes | None = None) -> HandWritten:
     return HandWritten(lambda m, x: F.linear(x, m.w) + F.linear(F.linear(x, m.a), m.b), shapes=shapes)
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Graph
 
+import lora_fx
 from lora_fx.passes import pipeline
 from lora_fx.passes._torch import CheckpointPolicy
 from lora_fx.passes.pipeline import DropoutStage
@@ -276,11 +277,10 @@ def test_the_mask_of_backward_is_the_mask_of_forward(checkpoint: bool) -> None:
     """
     torch.manual_seed(0)
     module = linear(dropout=0.5)
+    assert isinstance(module, lora_fx.LoRAModule)
     with torch.no_grad():
-        module.weight.zero_()
-        module.bias.zero_()
-        module.lora_a.fill_(1.0)
-        module.lora_b.fill_(1.0)
+        for parameter in module.parameters():
+            parameter.fill_(0.0 if not parameter.requires_grad else 1.0)
         module.lora_scale.fill_(1.0)
     # Powers of two: every subset has its own sum, and sums are exact.
     inputs = (2.0 ** torch.arange(24.0).view(1, 3, 8)).requires_grad_()
@@ -289,6 +289,8 @@ def test_the_mask_of_backward_is_the_mask_of_forward(checkpoint: bool) -> None:
         y = torch.compile(function, options=pipeline.hooks(), fullgraph=True)(inputs)
     y.sum().backward()
     rows = y[..., 0].flatten()  # 2 ranks times the sum of what was kept of the row, times 1 / (1 - p)
+    assert module.lora_a.grad is not None
+    assert inputs.grad is not None
     assert module.lora_a.grad.sum() / (2 * 6) == rows.sum() / 2
     assert 0 < rows.sum() < 2 * 2 * inputs.sum()
     kept = inputs.grad != 0

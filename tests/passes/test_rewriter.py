@@ -13,11 +13,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from lora_fx.passes import pipeline
 from lora_fx.passes.graph import MM, aten, val
-from lora_fx.passes.pipeline import LoRARewriteError, Pass, RewriteStage, rewrite_graph
+from lora_fx.passes.kernels import lowering
+from lora_fx.passes.pipeline import LoRARewriteError, LoweringStage, Pass, RewriteStage, rewrite_graph
 from lora_fx.passes.printer import graph_text
 from lora_fx.passes.rewriter import Rewriter
 from lora_fx.passes.site import Site
-from tests.passes.harness import adapt, joint_graph, only
+from tests.passes.harness import adapt, capture, graphs, joint_graph, only, recorded
 from tests.passes.modules import Mlp
 
 
@@ -185,6 +186,25 @@ def make_a_cycle(group: list[Site], rewriter: Rewriter) -> None:
     part = rewriter.emit(aten.slice.Tensor, site.add, 1, 0, site.rank, like=site.add)
     down = rewriter.emit(aten.add.Tensor, site.down, part, like=site.add)
     rewriter.redirect(site.down, down, [site.up])
+
+
+def test_a_lowering_that_fails_leaves_the_functional_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every operator runs as it is, so a kernel that does not come about costs speed and nothing else."""
+
+    def fail(node: Node) -> None:
+        node.graph.call_function(aten.neg.default, (node,))
+        raise ZeroDivisionError("for a test")
+
+    module, x = adapt(Mlp()), torch.randn(24, 48, requires_grad=True)
+    expected = module(x)
+    monkeypatch.setattr(lowering, "LOWERINGS", dict.fromkeys(lowering.LOWERINGS, fail))
+    captured = capture(module, x)
+    assert "lora_fx.accumulate(" in graph_text(captured.forward[0].graph)
+    with recorded():
+        y = torch.compile(module, backend=graphs(captured, rewrite=True))(x)
+    torch.testing.assert_close(y, expected)
+    with pytest.raises(LoRARewriteError, match=r"lowering lora_fx\.accumulate failed at down: ZeroDivisionError"):
+        LoweringStage(strict=True)(captured.forward[0].graph)
 
 
 class TestFailures:
