@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.fx import Graph
 
-from lora_fx.passes import accumulate, fold_scale, pair_gradients, recompute_branch, recompute_dropout, stack_siblings
+from lora_fx.passes import accumulate, fold_scale, pair_gradients, recompute_branch, recompute_dropout, stack_siblings, tile_regions
 from lora_fx.passes._torch import CustomGraphPass, inductor_config, trace_structured
 from lora_fx.passes.graph import module_path
 from lora_fx.passes.kernels import lowering
@@ -86,6 +86,8 @@ def rewrite_graph(graph: Graph, passes: tuple[Pass, ...] = PASSES) -> GraphRepor
         ]
         return report
     for site in sites:
+        for product in site.products():
+            product.meta[tile_regions.MARK] = True
         if site.dropout:
             site.down.meta[recompute_dropout.MARK] = True
     report.sites = [SiteReport.of(site) for site in sites] + report.sites

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,6 +101,15 @@ class Site:
     def has_backward(self) -> bool:
         """Whether the gradients of both factors were found."""
         return self.grad_b is not None and self.grad_h is not None
+
+    def products(self) -> Iterator[Node]:
+        """The matrix products of the branch as they stand in the graph now, under the slices that siblings take."""
+        for node in (self.down, self.up, self.grad_h, self.grad_b, self.grad_a, self.grad_x):
+            while is_call(node, aten.slice.Tensor, aten.permute.default):
+                node = node.args[0]  # type: ignore[assignment,union-attr]  # the tensor that is sliced
+            if is_call(node, MM):
+                assert isinstance(node, Node)
+                yield node
 
 
 @dataclass(frozen=True)

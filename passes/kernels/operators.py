@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lora_fx.passes.kernels import tile_program
+
 _library = torch.library.Library("lora_fx", "DEF")
 for _schema in (
     "scaled_mm(Tensor a, Tensor b, Tensor? scale=None, Tensor? bias=None) -> Tensor",
@@ -16,6 +18,7 @@ for _schema in (
     "accumulate_(Tensor(a!) base, Tensor a, Tensor b, Tensor? scale=None) -> ()",
     "gradient_pair(Tensor dy, Tensor b, Tensor h, Tensor? scale=None) -> (Tensor, Tensor)",
     "gradient_parts(Tensor dy, Tensor b, Tensor h, int rows, int columns) -> (Tensor, Tensor)",
+    "tile(str program, Tensor[] inputs) -> Tensor[]",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -80,6 +83,30 @@ def _gradient_parts(dy: Tensor, b: Tensor, h: Tensor, rows: int, columns: int) -
     return gradient_parts(dy, b, h, rows, columns)
 
 
+def _tile(program: str, inputs: list[Tensor]) -> list[Tensor]:
+    """Run a tile program (:mod:`lora_fx.passes.kernels.tile_program`) as ATen."""
+    return tile_program.evaluate(tile_program.loads(program), inputs)
+
+
+def _tile_cuda(program: str, inputs: list[Tensor]) -> list[Tensor]:
+    """Run a tile program as a kernel; needs Triton, which is imported with its first use."""
+    from lora_fx.passes.kernels.tile_triton import run
+
+    return run(program, inputs)
+
+
+_library.impl("tile", _tile, "CPU")
+_library.impl("tile", _tile_cuda, "CUDA")
+
+
+@torch.library.register_fake("lora_fx::tile", lib=_library)
+def _tile_fake(program: str, inputs: list[Tensor]) -> list[Tensor]:
+    plan = tile_program.loads(program)
+    rows = plan.row_count(inputs)
+    shapes = [plan.output_shape(statement, rows) for statement in plan.outputs]
+    return [inputs[0].new_empty(shape, dtype=dtype) for shape, dtype in shapes]
+
+
 _library.impl("gradient_parts", _gradient_parts, "CompositeExplicitAutograd")
 
 for _name, _anywhere, _cpu in (
@@ -135,4 +162,5 @@ scaled_mm = torch.ops.lora_fx.scaled_mm.default
 accumulate = torch.ops.lora_fx.accumulate.default
 accumulate_ = torch.ops.lora_fx.accumulate_.default
 gradient_pair = torch.ops.lora_fx.gradient_pair.default
+tile = torch.ops.lora_fx.tile.default
 gradient_parts = torch.ops.lora_fx.gradient_parts.default

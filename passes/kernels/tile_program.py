@@ -1,0 +1,191 @@
+"""What one kernel does in one pass over a matrix: a small program, as data.
+
+A LoRA branch on a GPU is bound by memory: every product of rank R that it adds reads or writes something of the
+activations' size. So everything that touches one [M, N] value (the products of rank R that are added to it, the
+pointwise operations that it goes through, the products of rank R that read it) becomes one program that walks over the
+value in tiles and never puts an intermediate into memory. :mod:`lora_fx.passes.tile_regions` cuts programs out of
+graphs, :mod:`lora_fx.passes.kernels.tile_triton` makes kernels of them, and :func:`evaluate` here says what they mean.
+
+A program is a list of statements; a statement's value is named by its place in the list::
+
+    ["load", input]                   a value of the pass, [M, N]; rows [M, 1], columns [N] and numbers broadcast
+    ["product", thin, factor, scale]  [M, R] times [R, N], times a number (or null): the up-projection of a branch
+    ["op", name, [operand, ...]]      pointwise; an operand is a place in the list, or [number] for a constant
+    ["store", value, dtype]           an output [M, N]
+    ["down", value, factor]           an output: value [M, N] times [N, R], in parts [ceil(N / columns), M, R]
+    ["across", value, thin, order]    an output: value^T [N, M] times [M, R], in parts [ceil(M / rows), N, R] for the
+                                      order "NR", [ceil(M / rows), R, N] for "RN"
+
+Parts are float32 and are summed by whoever reads them: in a fixed order and without atomics, so that two runs are equal
+to the bit. Pointwise arithmetic is float32; the operands of products have the dtype of the program.
+
+Legend: M tokens, N the columns of the pass, R rank.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Statement = list[Any]
+
+OUTPUTS = ("store", "down", "across")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a kernel walks: a program (in the GPU's sense) takes ``rows`` x ``columns``, in steps of one of the two."""
+
+    rows: int
+    columns: int
+    step: int
+    """Rows (or, for ``walk == "columns"``, columns) in one step; divides what it walks along."""
+    walk: str
+    """``"rows"``: down its rows, which keeps sums over rows in registers; ``"columns"``: the other way."""
+    warps: int = 4
+    stages: int = 2
+
+
+@dataclass(frozen=True)
+class Program:
+    """One pass over [M, N]."""
+
+    columns: int
+    """N."""
+    dtype: str
+    """Of the matrices that products multiply: ``bfloat16`` or ``float16``."""
+    inputs: list[list[Any]]
+    """What each input is: ``["full"]`` [..., N], ``["row"]`` [..., 1], ``["column"]`` [N], ``["number"]`` [],
+    ``["thin", R]`` [M, R], ``["factor", R, order]`` [N, R] for the order ``"NR"``, [R, N] for ``"RN"``."""
+    body: list[Statement]
+    tile: Tile
+
+    def dumps(self) -> str:
+        """As text, the same for equal programs."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @property
+    def outputs(self) -> list[Statement]:
+        """The statements that make an output, in the order of the outputs."""
+        return [statement for statement in self.body if statement[0] in OUTPUTS]
+
+    def rank(self, index: int) -> int:
+        """R of a thin or factor input."""
+        return int(self.inputs[index][1])
+
+    def output_shape(self, statement: Statement, rows: Any) -> tuple[tuple[Any, ...], torch.dtype]:
+        """Shape and dtype of an output for ``rows`` = M, which may be symbolic. A stored value is a matrix."""
+        kind = statement[0]
+        if kind == "store":
+            return (rows, self.columns), getattr(torch, statement[2])
+        r = self.rank(statement[2])
+        if kind == "down":
+            return (-(-self.columns // self.tile.columns), rows, r), torch.float32
+        sizes = (self.columns, r) if statement[3] == "NR" else (r, self.columns)
+        return (-(-rows // self.tile.rows), *sizes), torch.float32
+
+    def row_count(self, inputs: list[Tensor]) -> Any:
+        """M, as the inputs have it."""
+        for kind, tensor in zip(self.inputs, inputs):
+            if kind[0] == "full":
+                return tensor.numel() // self.columns
+            if kind[0] == "thin":
+                return tensor.shape[0]
+        raise AssertionError("a program reads something that has rows")
+
+
+@functools.lru_cache(maxsize=1024)
+def loads(text: str) -> Program:
+    """The program that :meth:`Program.dumps` wrote."""
+    fields = json.loads(text)
+    return Program(**{**fields, "tile": Tile(**fields["tile"])})
+
+
+Pointwise = Callable[..., Tensor]
+
+POINTWISE: dict[str, Pointwise] = {
+    "identity": lambda x: x,
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "div": torch.div,
+    "pow": torch.pow,
+    "neg": torch.neg,
+    "abs": torch.abs,
+    "exp": torch.exp,
+    "log": torch.log,
+    "sqrt": torch.sqrt,
+    "rsqrt": torch.rsqrt,
+    "reciprocal": torch.reciprocal,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "erf": torch.erf,
+    "relu": torch.relu,
+    "maximum": torch.maximum,
+    "minimum": torch.minimum,
+    "gt": torch.gt,
+    "ge": torch.ge,
+    "lt": torch.lt,
+    "le": torch.le,
+    "where": torch.where,
+}
+"""What each pointwise name means, on float32 tensors."""
+
+
+def evaluate(program: Program, inputs: list[Tensor]) -> list[Tensor]:
+    """What a program computes, as ATen: the form that runs everywhere, and the one that kernels are compared with.
+
+    The parts of an output are one part here, followed by zeros: their number belongs to the shape.
+    """
+    m, dtype, wide = program.row_count(inputs), getattr(torch, program.dtype), torch.float32
+    matrices = [_as_matrix(kind, t, program.columns) for kind, t in zip(program.inputs, inputs)]
+    values: list[Any] = []
+    results: list[Tensor] = []
+    for statement in program.body:
+        kind = statement[0]
+        value = None
+        if kind == "load":
+            value = matrices[statement[1]].to(wide)
+        elif kind == "product":
+            thin, factor, scale = (None if i is None else matrices[i] for i in statement[1:])
+            assert thin is not None and factor is not None
+            value = thin.to(wide) @ factor.to(wide).t()
+            value = value if scale is None else value * scale
+        elif kind == "op":
+            operands = [_constant(o[0], inputs[0]) if isinstance(o, list) else values[o] for o in statement[2]]
+            value = POINTWISE[statement[1]](*operands)
+        else:
+            shape, out_dtype = program.output_shape(statement, m)
+            full = values[statement[1]].expand(m, program.columns)
+            if kind == "store":
+                results.append(full.to(out_dtype).contiguous())
+            else:
+                full = full.to(dtype).to(wide)
+                other = matrices[statement[2]].to(wide)
+                total = full @ other if kind == "down" else full.t() @ other
+                parts = total.new_zeros(shape, dtype=out_dtype)
+                parts[0] = total.t() if kind == "across" and statement[3] == "RN" else total
+                results.append(parts)
+        values.append(value)
+    return results
+
+
+def _constant(number: float, like: Tensor) -> Tensor:
+    return torch.tensor(number, dtype=torch.float32, device=like.device)
+
+
+def _as_matrix(kind: list[Any], tensor: Tensor, columns: int) -> Tensor:
+    """An input as a matrix that broadcasts against [M, N]; a factor as [N, R]."""
+    if kind[0] == "full":
+        return tensor.reshape(-1, columns)
+    if kind[0] == "row":
+        return tensor.reshape(-1, 1)
+    if kind[0] == "column":
+        return tensor.reshape(1, columns)
+    return tensor.t() if kind[0] == "factor" and kind[2] == "RN" else tensor
