@@ -54,6 +54,11 @@ def same_shape(a: Node, b: Node) -> bool:
     return len(left) == len(right) and all(statically_known_true(m == n) for m, n in zip(left, right, strict=True))
 
 
+def same_count(a: Node, b: Node) -> bool:
+    """Whether two nodes have as many elements, without adding a guard on a symbolic size."""
+    return bool(statically_known_true(val(a).numel() == val(b).numel()))
+
+
 def has_shape(node: Node, *sizes: int | None) -> bool:
     """Whether a node has these sizes (None for any), without adding a guard on a symbolic one."""
     return len(shape(node)) == len(sizes) and all(
@@ -121,6 +126,15 @@ def root(node: Any) -> Any:
 def transposed(key: Key) -> Key:
     """The key of the transpose of the matrix that ``key`` names."""
     return key[1] if isinstance(key, tuple) and key[0] == "T" else ("T", key)
+
+
+def readers(node: Node) -> Iterator[Node]:
+    """Every user of a value, looking through row views."""
+    for user in node.users:
+        if is_row_view(user):
+            yield from readers(user)
+        else:
+            yield user
 
 
 def uses(node: Node) -> Iterator[Node]:

@@ -14,7 +14,16 @@ from typing import Any
 
 from torch.fx import Graph
 
-from lora_fx.passes import accumulate, fold_scale, pair_gradients, recompute_branch, recompute_dropout, stack_siblings, tile_regions
+from lora_fx.passes import (
+    accumulate,
+    fold_scale,
+    pair_gradients,
+    recompute_branch,
+    recompute_dropout,
+    recompute_input,
+    stack_siblings,
+    tile_regions,
+)
 from lora_fx.passes._torch import CustomGraphPass, inductor_config, trace_structured
 from lora_fx.passes.graph import module_path
 from lora_fx.passes.kernels import lowering
@@ -44,8 +53,10 @@ PASSES = (
     Pass("pair_gradients", pair_gradients.find, pair_gradients.rewrite),
     # It swallows the up-projection, its sum, and the (by now single) term in dX, where those are written to memory.
     Pass("accumulate", accumulate.find, accumulate.rewrite),
-    # Last: for the up-projections that are left.
+    # For the up-projections that are left.
     Pass("recompute_branch", recompute_branch.find, recompute_branch.rewrite),
+    # Last: its chains lead through sums whose products are to be recomputed as well.
+    Pass("recompute_input", recompute_input.find, recompute_input.rewrite),
 )
 
 
@@ -192,8 +203,9 @@ class LoweringStage(Stage):
 
     def __call__(self, graph: Graph) -> None:
         failures = [
-            _failure(f"lowering {target_name(node.target)}", module_path(node) or "(root)", error)
-            for node, error in lowering.lower(graph)
+            _failure(f"{step} {target_name(node.target)}", module_path(node) or "(root)", error)
+            for step, lower in (("tile", tile_regions.cut), ("lowering", lowering.lower))
+            for node, error in lower(graph)
         ]
         if self.strict and failures:
             raise LoRARewriteError("\n  ".join(failures))

@@ -14,9 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch.fx import Node
 
 from lora_fx.passes._torch import CheckpointPolicy
-from lora_fx.passes.graph import stays_in_kernel, val
+from lora_fx.passes.graph import is_sum, readers, same_shape, stays_in_kernel, val
 from lora_fx.passes.rewriter import Rewriter
 from lora_fx.passes.site import Site
 
@@ -49,8 +50,25 @@ def _is_cheap(product: torch.Tensor) -> bool:
 
 
 def rewrite(group: list[Site], rewriter: Rewriter) -> None:
-    """Tag the product; the partitioner does the rest."""
+    """Tag the product (or the residual stream that it goes into); the partitioner does the rest."""
     (site,) = group
+    residual = _residual(site)
+    if residual is not None:
+        rewriter.tag(residual, recompute=CheckpointPolicy.MUST_SAVE)
+        site.forward_rewrites.append("save sum")
+        return
     region = site.up.meta.get("ac_graph_id", REGION)
     rewriter.tag(site.up, recompute=CheckpointPolicy.PREFER_RECOMPUTE, ac_graph_id=region)
     site.forward_rewrites.append("recompute")
+
+
+def _residual(site: Site) -> Node | None:
+    """The sum of y with a residual stream that is y's only reader, on a device whose kernels write that sum.
+
+    It is what a later norm needs, and as large as the base's output, which would be kept to compute it again.
+    """
+    if val(site.add).device.type == "cpu":
+        return None
+    (reader, *others) = readers(site.add)
+    plain = is_sum(reader) and same_shape(reader, site.add) and val(reader).dtype == val(site.add).dtype
+    return reader if plain and not others and reader.meta.get("recompute") is None else None

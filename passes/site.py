@@ -85,8 +85,11 @@ class Site:
 
     @property
     def x(self) -> Any:
-        """The input matrix [M, K] as it stands in the graph now."""
-        return self.down.args[0]
+        """The input matrix [M, K] as it stands in the graph now, also where siblings take slices of one product."""
+        down: Any = self.down
+        while is_call(down, aten.slice.Tensor):
+            down = down.args[0]
+        return down.args[0]
 
     @property
     def base(self) -> Node:
@@ -183,7 +186,7 @@ def _complete(
     base = right if left is scaled else left
     if not (isinstance(base, Node) and is_tensor(base) and same_shape(base, add)):
         raise _NotASite("it is added to something of another shape")
-    source, dropout = _before_dropout(down.args[0])
+    source, dropout = before_dropout(down.args[0])
     if not _is_product_of(base, root(source)):
         raise _NotASite("what it is added to is not a matrix product of the same input")
     if not val(base).dtype == val(scaled).dtype == val(add).dtype == val(up).dtype:
@@ -227,7 +230,7 @@ def _scale_of(mul: Node, product: Node) -> Scale | None:
     return None
 
 
-def _before_dropout(x: Any) -> tuple[Any, bool]:
+def before_dropout(x: Any) -> tuple[Any, bool]:
     """The value that dropout was applied to, and whether there was dropout: ``mul(mul(gt(rand), x), 1 / (1 - p))``.
 
     Under autocast the result is cast afterwards.
@@ -401,7 +404,7 @@ def _is_weight_grad(user: Node, site: Site, values: Values, backward: set[Node])
     """Whether ``user`` is mm(dy^T, x) [N, K] or its transpose."""
     if not (is_call(user, MM) and user in backward):
         return False
-    source, _ = _before_dropout(site.x)
+    source, _ = before_dropout(site.x)
     x_key, n, k = values.key(source), site.out_features, site.in_features
     left, right = values.key(user.args[0]), values.key(user.args[1])
     return (right == x_key and has_shape(user, n, k)) or (left == transposed(x_key) and has_shape(user, k, n))

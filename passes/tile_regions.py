@@ -38,10 +38,12 @@ from lora_fx.passes.graph import (
     aten,
     has_shape,
     is_call,
+    is_pointwise,
     is_row_view,
     is_tensor,
     is_transpose,
     peel_views,
+    readers,
     shape,
     val,
 )
@@ -91,24 +93,31 @@ class Region:
 
     columns: int
     nodes: set[Node] = field(default_factory=set)
+    copies: set[Node] = field(default_factory=set)
+    """Members that stay in the graph for their other readers: cheaper to compute again than to write and read."""
 
 
-def cut(graph: Graph) -> int:
-    """Replace every region of ``graph`` by a call of its program; gives how many there were."""
-    done = 0
-    seeds = [node for node in graph.nodes if _columns(node) is not None]
+def cut(graph: Graph) -> Iterator[tuple[Node, Exception]]:
+    """Replace every region of ``graph`` by a call of its program; gives each seed where that failed, which stays."""
     taken: set[Node] = set()
-    for seed in seeds:
-        if seed in taken:
+    changed = False
+    for seed in [node for node in graph.nodes if _columns(node) is not None]:
+        if seed in taken or not _has_kernels(seed):
             continue
-        region = _grow(seed, graph)
-        taken |= region.nodes
-        if _emit(region, graph):
-            stable_topological_sort(graph)
-            done += 1
-    if done:
+        try:
+            region = _grow(seed, graph)
+            taken |= region.nodes
+            changed |= _emit(region, graph)
+        except Exception as error:
+            yield seed, error
+    if changed:
         graph.eliminate_dead_code()
-    return done
+
+
+def _has_kernels(node: Node) -> bool:
+    value = val(node)
+    value = value[0] if isinstance(value, (tuple, list)) else value
+    return value.device.type == "cuda"
 
 
 # ---- what a node is to a region --------------------------------------------------------------------------------------
@@ -228,37 +237,90 @@ def _grow(seed: Node, graph: Graph) -> Region:
     pending = [seed]
     while pending:
         node = pending.pop(0)
-        for neighbour in _neighbours(node, region):
-            if neighbour not in region.nodes and _fits(neighbour, region, order):
-                region.nodes.add(neighbour)
-                pending.append(neighbour)
+        for neighbours in _neighbours(node, region):
+            new = neighbours - region.nodes
+            if new and _fits(new, region, order):
+                region.nodes |= new
+                region.copies |= {n for n in new if not _makes(n) and _stays(n, region)}
+                pending += new
     _prune(region)
-    return region
+    return region if seed in region.nodes else Region(columns, {seed})
+
+
+def _neighbours(node: Node, region: Region) -> Iterator[set[Node]]:
+    """What could join the region next to ``node``, in sets that make sense together."""
+    value = _value_of(node)
+    if value is not None and node not in region.copies:
+        for user in readers(value):
+            if _is_pointwise(user, region.columns) or _columns(user) == region.columns:
+                yield {user}
+    for source in _sources(node, region.columns):
+        if source not in region.nodes and (chain := _producers(source, region)) is not None:
+            yield chain
+
+
+def _producers(source: Node, region: Region) -> set[Node] | None:
+    """The nodes that compute a value which the region reads, if the region should compute it itself; or else None.
+
+    Products always: that is what a region is for. Pointwise operations down to what is in memory anyway; but not when
+    they need a sum over rows that this graph computes (whose kernel has the operands at hand), nor when the value is
+    written to memory for others and has pointwise readers besides.
+    """
+    found: set[Node] = set()
+    pending = [source]
+    while pending:
+        node = pending.pop()
+        if node in found or node in region.nodes:
+            continue
+        if _makes(node) and _columns(node) == region.columns:
+            found.add(node)
+        elif _is_pointwise(node, region.columns) and not any(
+            _depends_on_sum(a, node, region.columns) for a in _operands(node)
+        ):
+            if _is_written(node) and any(is_pointwise(r) and r not in region.nodes for r in readers(node)):
+                if node is source:
+                    return None
+                continue
+            found.add(node)
+            pending += _sources(node, region.columns)
+        elif node is source or not _is_written(node):
+            return None
+    return found
+
+
+def _is_written(node: Node) -> bool:
+    """Whether a value is in memory whatever the region does."""
+    return not is_pointwise(node) or any(
+        not (is_pointwise(r) or _is_reduction(r) or _columns(r) is not None) for r in readers(node)
+    )
+
+
+def _stays(node: Node, region: Region) -> bool:
+    """Whether other kernels go on computing a new member for themselves: nobody has it in memory."""
+    others = [r for r in readers(node) if r not in region.nodes]
+    return not _is_written(node) and any(is_pointwise(r) or _is_reduction(r) for r in others) and _is_upstream(node, region)
+
+
+def _is_upstream(node: Node, region: Region) -> bool:
+    """Whether nothing that ``node`` is computed from is computed by the region for others as well."""
+    pending, seen = [node], {node}
+    while pending:
+        for source in _sources(pending.pop(), region.columns):
+            if source in region.nodes and source not in region.copies:
+                return False
+            if source not in seen and _is_pointwise(source, region.columns):
+                seen.add(source)
+                pending.append(source)
+    return True
+
+
+def _is_reduction(node: Node) -> bool:
+    return is_call(node, aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.var_mean.correction)
 
 
 def _value_of(node: Node) -> Node | None:
     """The value that a member of a region has for others: itself, unless it only reads."""
     return node if node.target is not operators.gradient_pair and _reads(node) is None else None
-
-
-def _neighbours(node: Node, region: Region) -> Iterator[Node]:
-    value = _value_of(node)
-    if value is not None:
-        for user in _readers(value):
-            if _is_pointwise(user, region.columns) or _columns(user) == region.columns:
-                yield user
-    for source in _sources(node, region.columns):
-        if _joins_upwards(source, region):
-            yield source
-
-
-def _readers(value: Node) -> Iterator[Node]:
-    """Users of a value, through row views."""
-    for user in value.users:
-        if is_row_view(user):
-            yield from _readers(user)
-        else:
-            yield user
 
 
 def _sources(node: Node, columns: int) -> list[Node]:
@@ -274,20 +336,6 @@ def _sources(node: Node, columns: int) -> list[Node]:
     return [peel_views(c) for c in candidates]
 
 
-def _joins_upwards(source: Node, region: Region) -> bool:
-    """Whether the region should compute ``source`` itself instead of reading it.
-
-    Products always: that is what a region is for. Pointwise operations when nobody outside reads them, or when they are
-    what is read by large products anyway; and not when they need a sum over rows that this graph computes, whose kernel
-    has the operands at hand.
-    """
-    if _makes(source) and _columns(source) == region.columns:
-        return True
-    if not _is_pointwise(source, region.columns) or any(_depends_on_sum(a, source, region.columns) for a in _operands(source)):
-        return False
-    return all(r in region.nodes or is_call(r, MM) or _columns(r) is not None for r in _readers(source))
-
-
 def _depends_on_sum(operand: Any, node: Node, columns: int) -> bool:
     """Whether a row operand is computed in this graph."""
     if _operand_kind(operand, node, columns) != "row":
@@ -295,11 +343,11 @@ def _depends_on_sum(operand: Any, node: Node, columns: int) -> bool:
     return peel_views(operand).op != "placeholder"
 
 
-def _fits(node: Node, region: Region, order: dict[Node, int]) -> bool:
-    """Whether no path leaves the region with ``node`` and comes back."""
-    members = region.nodes | {node}
+def _fits(new: set[Node], region: Region, order: dict[Node, int]) -> bool:
+    """Whether no path leaves the region with its new members and comes back."""
+    members = region.nodes | new
     last = max(order[member] for member in members)
-    pending = [reader for member in members for reader in _readers(member) if reader not in members]
+    pending = [r for member in members - region.copies for r in readers(member) if r not in members]
     seen = set(pending)
     while pending:
         for user in pending.pop().users:
@@ -314,14 +362,22 @@ def _fits(node: Node, region: Region, order: dict[Node, int]) -> bool:
 def _prune(region: Region) -> None:
     """Take out what would leave the region as anything wider than the model's dtype, with all that depends on it."""
     while True:
-        wide = [n for n in region.nodes if not _is_half(n) and any(r not in region.nodes for r in _readers(n))]
+        wide = [
+            node
+            for node in region.nodes - region.copies
+            if not _is_half(node) and any(r not in region.nodes for r in readers(node))
+        ]
         if not wide:
             return
         while wide:
             node = wide.pop()
             if node in region.nodes:
                 region.nodes.remove(node)
-                wide += [reader for reader in _readers(node) if reader in region.nodes]
+                wide += [reader for reader in readers(node) if reader in region.nodes]
+        # What was only computed again for what has gone.
+        while idle := {n for n in region.copies if not any(r in region.nodes for r in readers(n))}:
+            region.nodes -= idle
+            region.copies -= idle
 
 
 # ---- writing the program ---------------------------------------------------------------------------------------------
@@ -366,7 +422,7 @@ class _Writer:
             self.places[member] = self._product(*member.args[:2], None)
         else:
             self.places[member] = self._pointwise(member)
-        if member in self.places and any(reader not in self.region.nodes for reader in _readers(member)):
+        if member in self.places and member not in self.region.copies and any(reader not in self.region.nodes for reader in readers(member)):
             dtype = str(val(member).dtype).removeprefix("torch.")
             self._append(["store", self.places[member], dtype])
             self.outputs.append((member, 0))
@@ -437,7 +493,7 @@ def _emit(region: Region, graph: Graph) -> bool:
         return False
     dtype = next(str(val(n).dtype) for n in writer.inputs if is_tensor(n) and val(n).dtype in HALF).removeprefix("torch.")
     program = Program(region.columns, dtype, writer.kinds, writer.body, tile)
-    last = members[-1]
+    last = [member for member in members if member not in region.copies][-1]
     with detect_fake_mode([val(node) for node in writer.inputs]):
         values = operators.tile(program.dumps(), [val(node) for node in writer.inputs])
     result = _call(last, operators.tile, (program.dumps(), writer.inputs), values)
@@ -454,7 +510,9 @@ def _emit(region: Region, graph: Graph) -> bool:
         else:
             member.replace_all_uses_with(node, delete_user_cb=lambda user: user not in region.nodes)
     for member in reversed(members):
-        _erase(member)
+        if member not in region.copies:
+            _erase(member)
+    stable_topological_sort(graph)
     return True
 
 

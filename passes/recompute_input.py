@@ -1,0 +1,58 @@
+"""Compute the input of a branch again in backward, where the frozen model does not keep it.
+
+dA = g^T x needs x, which the frozen linear does not. Before, for the down-projection of a SwiGLU and for whatever reads a
+normalised value, autograd keeps a matrix [M, K] for dA alone. After, it keeps what the frozen model keeps (the two
+products under silu(gate) * up; the residual stream and one number a row), and x is computed again::
+
+    x: f[M, K] = silu(gate) * up            tagged for recomputation, down to what it is made of
+
+Behind it stands a kernel that computes x tile by tile and never writes it (:mod:`lora_fx.passes.tile_regions`), so this
+is for devices that have one. The tags stop at sums: a residual stream is kept, not computed again from the embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch.fx import Node
+
+from lora_fx.passes._torch import CheckpointPolicy
+from lora_fx.passes.graph import is_pointwise, is_sum, is_tensor, peel, same_count, val
+from lora_fx.passes.recompute_branch import REGION
+from lora_fx.passes.rewriter import Rewriter
+from lora_fx.passes.site import Site, before_dropout
+
+
+def find(sites: list[Site]) -> Iterator[list[Site]]:
+    """All sites whose A is trained, together: a sum that belongs to any of them is looked through."""
+    group = [site for site in sites if site.grad_a is not None and val(site.down).device.type != "cpu"]
+    return iter([group] if group else [])
+
+
+def rewrite(group: list[Site], rewriter: Rewriter) -> None:
+    """Tag what lies between each input and what it is made of."""
+    sums = {site.add for site in group}
+    for site in group:
+        chain = _chain(peel(before_dropout(site.x)[0]), sums)
+        for node in chain:
+            rewriter.tag(node, recompute=CheckpointPolicy.PREFER_RECOMPUTE, ac_graph_id=REGION)
+        if chain:
+            site.forward_rewrites.append("recompute x")
+
+
+def _chain(x: Any, sums: set[Node]) -> list[Node]:
+    """The pointwise operations that make ``x``, as far as they are of its size and nobody else has tagged them."""
+    found: list[Node] = []
+    pending = [x]
+    while pending:
+        node = peel(pending.pop())
+        if node in found or not (isinstance(node, Node) and is_pointwise(node) and same_count(node, x)):
+            continue
+        if is_sum(node) and node not in sums and val(node).dtype == val(x).dtype:
+            continue
+        if node.meta.get("recompute") is not None and node.meta.get("ac_graph_id") != REGION:
+            return []
+        found.append(node)
+        pending += [operand for operand in node.all_input_nodes if is_tensor(operand)]
+    return found
