@@ -49,7 +49,7 @@ from lora_fx.passes.graph import (
 )
 from lora_fx.passes.kernels import operators
 from lora_fx.passes.kernels.tile_choice import choose
-from lora_fx.passes.kernels.tile_program import Program, Statement
+from lora_fx.passes.kernels.tile_program import OUTPUTS, Program, Statement
 
 POINTWISE = {
     aten.add.Tensor: "add",
@@ -428,6 +428,9 @@ class _Writer:
             self.outputs.append((member, 0))
 
     def _append(self, statement: Statement) -> int:
+        """The place of a statement, which is the old one's where the same value has been computed already."""
+        if statement[0] not in OUTPUTS and statement in self.body:
+            return self.body.index(statement)
         self.body.append(statement)
         return len(self.body) - 1
 
@@ -474,11 +477,25 @@ class _Writer:
         return self.places[source]
 
     def _pointwise(self, member: Node) -> int:
+        if POINTWISE[member.target] == "identity":  # type: ignore[index]
+            operand = self._operand(member.args[0], member)
+            return operand if isinstance(operand, int) else self._append(["op", "identity", [operand]])
         name = POINTWISE[member.target]  # type: ignore[index]  # _is_pointwise saw that it is there
         operands = [self._operand(a, member) for a in _operands(member)]
-        alpha = member.kwargs.get("alpha", 1)
-        assert alpha == 1
+        if name == "div" and (x := self._sigmoid_of(operands[1])) is not None and x == operands[0]:
+            # silu, as it is decomposed: x / (1 + exp(-x)). Its backward has sigmoid(x) by name.
+            name, operands = "mul", [x, self._append(["op", "sigmoid", [x]])]
         return self._append(["op", name, operands])
+
+    def _sigmoid_of(self, denominator: Any) -> Any:
+        """The x of ``1 + exp(-x)``."""
+        found = denominator
+        for name in ("add", "exp", "neg"):
+            statement = ["op", ""] if isinstance(found, list) else self.body[found]
+            if statement[:2] != ["op", name] or (name == "add" and statement[2][1] != [1.0]):
+                return None
+            found = statement[2][0]
+        return found
 
 
 def _emit(region: Region, graph: Graph) -> bool:

@@ -48,6 +48,8 @@ class Tile:
     """Rows (or, for ``walk == "columns"``, columns) in one step; divides what it walks along."""
     walk: str
     """``"rows"``: down its rows, which keeps sums over rows in registers; ``"columns"``: the other way."""
+    strips: int = 1
+    """Parts of a step of rows, side by side, that are computed one after the other: smaller tiles, fewer parts."""
     warps: int = 4
     stages: int = 2
 

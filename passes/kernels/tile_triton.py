@@ -62,54 +62,72 @@ class _Writer:
         self.before: list[str] = []
         self.inside: list[str] = []
         self.after: list[str] = []
-        self.loaded: dict[tuple[int, str], str] = {}
+        self.loaded: set[str] = set()
+        self.strip = 0
 
     def source(self) -> str:
         """The kernel's text."""
         program, tile = self.program, self.program.tile
         names = [f"in{i}" for i in range(len(program.inputs))]
         names += [f"stride{i}" for i, kind in enumerate(program.inputs) if kind[0] == "full"]
-        names += [f"{n}{i}" for i, kind in enumerate(program.inputs) if kind[0] in ("thin", "factor") for n in ("outer", "inner")]
+        for i, kind in enumerate(program.inputs):
+            if kind[0] in ("thin", "factor"):
+                names += [f"outer{i}", f"inner{i}"]
         names += [f"out{i}" for i in range(len(program.outputs))]
-        for index, statement in enumerate(program.body):
-            self._statement(index, statement)
         steps = (tile.rows if self.down_rows else tile.columns) // tile.step
-        m = f"pm * {tile.rows}" + (f" + step * {tile.step} + tl.arange(0, {tile.step})" if self.down_rows else f" + tl.arange(0, {tile.rows})")
-        n = f"pn * {tile.columns}" + (f" + tl.arange(0, {tile.columns})" if self.down_rows else f" + step * {tile.step} + tl.arange(0, {tile.step})")
-        fixed, moving = ((f"n = {n}", f"m = ({m}).to(tl.int64)") if self.down_rows else (f"m = ({m}).to(tl.int64)", f"n = {n}"))
+        if self.down_rows:
+            m = f"pm * {tile.rows} + step * {tile.step} + tl.arange(0, {tile.step})"
+        else:
+            m = f"pm * {tile.rows} + tl.arange(0, {tile.rows})"
+        self._fixed(True).append(f"m = ({m}).to(tl.int64)")
+        for self.strip in range(tile.strips):
+            if self.down_rows:
+                width = tile.columns // tile.strips
+                n = f"pn * {tile.columns} + {self.strip * width} + tl.arange(0, {width})"
+            else:
+                n = f"pn * {tile.columns} + step * {tile.step} + tl.arange(0, {tile.step})"
+            self._fixed(False).append(f"n{self.strip} = {n}")
+            for index, statement in enumerate(program.body):
+                self._statement(index, statement)
         lines = [
             "@triton.jit",
             f"def kernel({', '.join(names)}, M, EVEN_ROWS: tl.constexpr):",
             "    pn, pm = tl.program_id(0), tl.program_id(1)",
-            f"    {fixed}",
             *(f"    {line}" for line in self.before),
             f"    for step in range(0, {steps}):",
-            f"        {moving}",
             *(f"        {line}" for line in self.inside),
             *(f"    {line}" for line in self.after),
         ]
         return "\n".join(lines) + "\n"
 
-    # ---- masks: a comparison that always holds is not written ------------------------------------------------------
+    # ---- names and masks -------------------------------------------------------------------------------------------
 
     @property
-    def _even_columns(self) -> bool:
-        return self.program.columns % self.program.tile.columns == 0
+    def _n(self) -> str:
+        return f"n{self.strip}"
+
+    def _v(self, index: int) -> str:
+        return f"v{index}_{self.strip}"
 
     def _mask(self, row: str | None, column: str | None, rank: tuple[str, int] | None = None) -> str:
-        """The condition under which an element exists, for the index expressions of what it has."""
+        """The condition under which an element exists, for the index expressions of what it has; what always holds is
+        left out."""
         conditions = []
         if row is not None:
             conditions.append(f"(({row} < M) | EVEN_ROWS)")
-        if column is not None and not self._even_columns:
+        if column is not None and self.program.columns % self.program.tile.columns:
             conditions.append(f"({column} < {self.program.columns})")
         if rank is not None and padded(rank[1]) != rank[1]:
             conditions.append(f"({rank[0]} < {rank[1]})")
         return " & ".join(conditions)
 
     @staticmethod
-    def _load(pointer: str, mask: str, hint: str = "") -> str:
-        return f"tl.load({pointer}, mask={mask}, other=0.0{hint})" if mask else f"tl.load({pointer}{hint})"
+    def _load(pointer: str, mask: str) -> str:
+        return f"tl.load({pointer}, mask={mask}, other=0.0)" if mask else f"tl.load({pointer})"
+
+    @staticmethod
+    def _write(pointer: str, value: str, mask: str) -> str:
+        return f"tl.store({pointer}, {value}, mask={mask})" if mask else f"tl.store({pointer}, {value})"
 
     # ---- operands ------------------------------------------------------------------------------------------------
 
@@ -117,80 +135,70 @@ class _Writer:
         """Where to put something that varies with rows (or with columns) only: before the loop if it can."""
         return self.inside if along_rows == self.down_rows else self.before
 
+    def _define(self, name: str, where: list[str], lines: list[str]) -> str:
+        """Write ``lines``, which define ``name``, once."""
+        if name not in self.loaded:
+            self.loaded.add(name)
+            where += lines
+        return name
+
     def _value(self, index: int) -> str:
         """A full, row, column or number input as float32 that broadcasts to a tile."""
-        kind, key = self.program.inputs[index][0], (index, "value")
-        if key not in self.loaded:
-            name = self.loaded[key] = f"x{index}"
-            if kind == "full":
-                pointer = f"in{index} + m[:, None] * stride{index} + n[None, :]"
-                where, text = self.inside, self._load(pointer, self._mask("m[:, None]", "n[None, :]"))
-            elif kind == "row":
-                where, text = self._fixed(True), self._load(f"in{index} + m[:, None]", self._mask("m[:, None]", None))
-            elif kind == "column":
-                where, text = self._fixed(False), self._load(f"in{index} + n[None, :]", self._mask(None, "n[None, :]"))
-            else:
-                where, text = self.before, f"tl.load(in{index})"
-            where.append(f"{name} = {text}.to(tl.float32)")
-        return self.loaded[key]
+        kind, n, name = self.program.inputs[index][0], self._n, f"x{index}"
+        if kind == "full":
+            name, where = f"{name}_{self.strip}", self.inside
+            pointer = f"in{index} + m[:, None] * stride{index} + {n}[None, :]"
+            text = self._load(pointer, self._mask("m[:, None]", f"{n}[None, :]"))
+        elif kind == "row":
+            where, text = self._fixed(True), self._load(f"in{index} + m[:, None]", self._mask("m[:, None]", None))
+        elif kind == "column":
+            name, where = f"{name}_{self.strip}", self._fixed(False)
+            text = self._load(f"in{index} + {n}[None, :]", self._mask(None, f"{n}[None, :]"))
+        else:
+            where, text = self.before, f"tl.load(in{index})"
+        return self._define(name, where, [f"{name} = {text}.to(tl.float32)"])
+
+    def _small(self, index: int, name: str, along: str, where: list[str]) -> str:
+        """The tile of a thin matrix or a factor: ``along`` is the index of what it has beside the rank."""
+        rank, r = self.program.rank(index), f"r{index}"
+        pointer = f"in{index} + {along}[:, None] * outer{index} + {r}[None, :] * inner{index}"
+        row, column = (f"{along}[:, None]", None) if along == "m" else (None, f"{along}[:, None]")
+        text = self._load(pointer, self._mask(row, column, (f"{r}[None, :]", rank)))
+        return self._define(name, where, [f"{r} = tl.arange(0, {padded(rank)})", f"{name} = {text}"])
 
     def _thin(self, index: int) -> str:
-        """A thin input's tile [rows, R]."""
-        key = (index, "thin")
-        if key not in self.loaded:
-            name = self.loaded[key] = f"t{index}"
-            rank = self.program.rank(index)
-            where = self._fixed(True)
-            where.append(f"r{index} = tl.arange(0, {padded(rank)})")
-            pointer = f"in{index} + m[:, None] * outer{index} + r{index}[None, :] * inner{index}"
-            where.append(f"{name} = {self._load(pointer, self._mask('m[:, None]', None, (f'r{index}[None, :]', rank)))}")
-        return self.loaded[key]
+        """[rows, R]."""
+        return self._small(index, f"t{index}", "m", self._fixed(True))
 
     def _factor(self, index: int) -> str:
-        """A factor's tile [columns, R]."""
-        key = (index, "factor")
-        if key not in self.loaded:
-            name = self.loaded[key] = f"f{index}"
-            rank = self.program.rank(index)
-            where = self._fixed(False)
-            where.append(f"r{index} = tl.arange(0, {padded(rank)})")
-            pointer = f"in{index} + n[:, None] * outer{index} + r{index}[None, :] * inner{index}"
-            where.append(f"{name} = {self._load(pointer, self._mask(None, 'n[:, None]', (f'r{index}[None, :]', rank)))}")
-        return self.loaded[key]
+        """[columns, R]."""
+        return self._small(index, f"f{index}_{self.strip}", self._n, self._fixed(False))
 
     def _for_product(self, value: int) -> str:
         """A value as the operand of a product: rounded as it would be in memory, and zero outside of the matrix."""
-        key = (value, "rounded")
-        if key not in self.loaded:
-            name = self.loaded[key] = f"d{value}"
-            # A value that is only loaded is zero there already; others may have become infinite or NaN.
-            mask = "" if self.program.body[value][0] == "load" else self._mask("m[:, None]", "n[None, :]")
-            text = f"tl.where({mask}, v{value}, 0.0)" if mask else f"v{value}"
-            self.inside.append(f"{name} = {text}.to({_TYPES[self.program.dtype]})")
-        return self.loaded[key]
+        name = f"d{value}_{self.strip}"
+        # A value that is only loaded is zero there already; others may have become infinite or NaN.
+        loaded = self.program.body[value][0] == "load"
+        mask = "" if loaded else self._mask("m[:, None]", f"{self._n}[None, :]")
+        text = f"tl.where({mask}, {self._v(value)}, 0.0)" if mask else self._v(value)
+        return self._define(name, self.inside, [f"{name} = {text}.to({_TYPES[self.program.dtype]})"])
 
     # ---- statements ----------------------------------------------------------------------------------------------
 
     def _statement(self, index: int, statement: Statement) -> None:
-        kind, tile = statement[0], self.program.tile
+        kind = statement[0]
         if kind == "load":
-            self.inside.append(f"v{index} = {self._value(statement[1])}")
+            self.inside.append(f"{self._v(index)} = {self._value(statement[1])}")
         elif kind == "product":
             thin, factor = self._thin(statement[1]), self._factor(statement[2])
             scale = "" if statement[3] is None else f" * {self._value(statement[3])}"
-            self.inside.append(f"v{index} = tl.dot({thin}, tl.trans({factor})){scale}")
+            self.inside.append(f"{self._v(index)} = tl.dot({thin}, tl.trans({factor})){scale}")
         elif kind == "op":
-            operands = [repr(float(o[0])) if isinstance(o, list) else f"v{o}" for o in statement[2]]
-            self.inside.append(f"v{index} = {self._op(statement[1], operands)}")
+            operands = [repr(float(o[0])) if isinstance(o, list) else self._v(o) for o in statement[2]]
+            self.inside.append(f"{self._v(index)} = {self._op(statement[1], operands)}")
         else:
-            out = [id(s) for s in self.program.outputs].index(id(statement))
-            if kind == "store":
-                self._store(out, statement)
-            elif kind == "down":
-                self._down(out, statement)
-            else:
-                self._across(out, statement)
-        assert tile.step > 0
+            out = next(i for i, s in enumerate(self.program.outputs) if s is statement)
+            {"store": self._store, "down": self._down, "across": self._across}[kind](out, statement)
 
     @staticmethod
     def _op(name: str, operands: list[str]) -> str:
@@ -202,47 +210,38 @@ class _Writer:
         return _OPS[name].format(*operands)
 
     def _store(self, out: int, statement: Statement) -> None:
-        shape = f"({', '.join(str(s) for s in self._tile_shape())})"
-        value = f"tl.broadcast_to(v{statement[1]}, {shape}).to({_TYPES[statement[2]]})"
-        pointer = f"out{out} + m[:, None] * {self.program.columns} + n[None, :]"
-        self.inside.append(self._write(pointer, value, self._mask("m[:, None]", "n[None, :]")))
-
-    def _tile_shape(self) -> tuple[int, int]:
         tile = self.program.tile
-        return (tile.step, tile.columns) if self.down_rows else (tile.rows, tile.step)
-
-    @staticmethod
-    def _write(pointer: str, value: str, mask: str) -> str:
-        return f"tl.store({pointer}, {value}, mask={mask})" if mask else f"tl.store({pointer}, {value})"
+        rows, columns = (tile.step, tile.columns // tile.strips) if self.down_rows else (tile.rows, tile.step)
+        value = f"tl.broadcast_to({self._v(statement[1])}, ({rows}, {columns})).to({_TYPES[statement[2]]})"
+        pointer = f"out{out} + m[:, None] * {self.program.columns} + {self._n}[None, :]"
+        self.inside.append(self._write(pointer, value, self._mask("m[:, None]", f"{self._n}[None, :]")))
 
     def _down(self, out: int, statement: Statement) -> None:
-        rank = self.program.rank(statement[2])
+        tile, rank = self.program.tile, self.program.rank(statement[2])
         value, factor = self._for_product(statement[1]), self._factor(statement[2])
-        where = self.inside if self.down_rows else self.after
-        if self.down_rows:
-            self.inside.append(f"a{out} = tl.dot({value}, {factor})")
-        else:
-            self.before.append(f"a{out} = tl.zeros(({self.program.tile.rows}, {padded(rank)}), tl.float32)")
-            self.inside.append(f"a{out} = tl.dot({value}, {factor}, a{out})")
-        where.append(f"k{out} = tl.arange(0, {padded(rank)})")
-        pointer = f"out{out} + (pn.to(tl.int64) * M + m[:, None]) * {rank} + k{out}[None, :]"
-        where.append(self._write(pointer, f"a{out}", self._mask("m[:, None]", None, (f"k{out}[None, :]", rank))))
+        rows = tile.step if self.down_rows else tile.rows
+        zero = f"a{out} = tl.zeros(({rows}, {padded(rank)}), tl.float32)"
+        self._define(f"a{out}", self.inside if self.down_rows else self.before, [zero])
+        self.inside.append(f"a{out} = tl.dot({value}, {factor}, a{out})")
+        if self.strip == tile.strips - 1:
+            pointer = f"out{out} + (pn.to(tl.int64) * M + m[:, None]) * {rank} + k{out}[None, :]"
+            write = self._write(pointer, f"a{out}", self._mask("m[:, None]", None, (f"k{out}[None, :]", rank)))
+            where = self.inside if self.down_rows else self.after
+            where += [f"k{out} = tl.arange(0, {padded(rank)})", write]
 
     def _across(self, out: int, statement: Statement) -> None:
-        rank, n = self.program.rank(statement[2]), self.program.columns
+        tile, n, a = self.program.tile, self._n, f"a{out}_{self.strip}"
+        rank, total = self.program.rank(statement[2]), self.program.columns
         value, thin = self._for_product(statement[1]), self._thin(statement[2])
-        where = self.after if self.down_rows else self.inside
-        if self.down_rows:
-            self.before.append(f"a{out} = tl.zeros(({self.program.tile.columns}, {padded(rank)}), tl.float32)")
-            self.inside.append(f"a{out} = tl.dot(tl.trans({value}), {thin}, a{out})")
-        else:
-            self.inside.append(f"a{out} = tl.dot(tl.trans({value}), {thin})")
-        where.append(f"k{out} = tl.arange(0, {padded(rank)})")
-        place = (
-            f"n[:, None] * {rank} + k{out}[None, :]" if statement[3] == "NR" else f"k{out}[None, :] * {n} + n[:, None]"
-        )
-        pointer = f"out{out} + pm.to(tl.int64) * {n * rank} + {place}"
-        where.append(self._write(pointer, f"a{out}", self._mask(None, "n[:, None]", (f"k{out}[None, :]", rank))))
+        columns = tile.columns // tile.strips if self.down_rows else tile.step
+        zero = f"{a} = tl.zeros(({columns}, {padded(rank)}), tl.float32)"
+        self._define(a, self.before if self.down_rows else self.inside, [zero])
+        self.inside.append(f"{a} = tl.dot(tl.trans({value}), {thin}, {a})")
+        k, last = f"k{out}[None, :]", self.after if self.down_rows else self.inside
+        place = f"{n}[:, None] * {rank} + {k}" if statement[3] == "NR" else f"{k} * {total} + {n}[:, None]"
+        pointer = f"out{out} + pm.to(tl.int64) * {total * rank} + {place}"
+        write = self._write(pointer, a, self._mask(None, f"{n}[:, None]", (k, rank)))
+        last += [f"k{out} = tl.arange(0, {padded(rank)})", write]
 
 
 def source(program: Program) -> str:
