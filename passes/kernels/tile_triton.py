@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_fx.passes.kernels.tile_program import Program, Statement, loads
+from lora_fx.passes.kernels.tile_program import OUTPUTS, Program, Statement, loads
 
 _OPS = {
     "identity": "{0}",
@@ -64,41 +64,56 @@ class _Writer:
         self.after: list[str] = []
         self.loaded: set[str] = set()
         self.strip = 0
+        self.rounded = {s[1] for s in program.outputs if s[0] != "store" or s[2] == program.dtype}
 
     def source(self) -> str:
-        """The kernel's text."""
+        """The kernel's text.
+
+        Addresses are a 64-bit number for the tile plus 32-bit offsets within it, which do not change along the walk and
+        are the same for all values of the pass. In a step, arithmetic comes first and what reads its results after it:
+        by then a value is held in 16 bits, once, and not in 32 beside all that it was made of.
+        """
         program, tile = self.program, self.program.tile
         names = [f"in{i}" for i in range(len(program.inputs))]
-        names += [f"stride{i}" for i, kind in enumerate(program.inputs) if kind[0] == "full"]
         for i, kind in enumerate(program.inputs):
             if kind[0] in ("thin", "factor"):
                 names += [f"outer{i}", f"inner{i}"]
         names += [f"out{i}" for i in range(len(program.outputs))]
+        strides = [f"stride{i}: tl.constexpr" for i, kind in enumerate(program.inputs) if kind[0] == "full"]
         steps = (tile.rows if self.down_rows else tile.columns) // tile.step
-        if self.down_rows:
-            m = f"pm * {tile.rows} + step * {tile.step} + tl.arange(0, {tile.step})"
-        else:
-            m = f"pm * {tile.rows} + tl.arange(0, {tile.rows})"
-        self._fixed(True).append(f"m = ({m}).to(tl.int64)")
+        rows, width = self._tile_shape()
+        row = f"pm * {tile.rows} + step * {tile.step}" if self.down_rows else f"pm * {tile.rows}"
+        self._fixed(True).append(f"row = {row}")
+        self._fixed(True).append("m = row + i")
         for self.strip in range(tile.strips):
-            if self.down_rows:
-                width = tile.columns // tile.strips
-                n = f"pn * {tile.columns} + {self.strip * width} + tl.arange(0, {width})"
-            else:
-                n = f"pn * {tile.columns} + step * {tile.step} + tl.arange(0, {tile.step})"
-            self._fixed(False).append(f"n{self.strip} = {n}")
-            for index, statement in enumerate(program.body):
-                self._statement(index, statement)
+            column = f"pn * {tile.columns} + " + (f"{self.strip * width}" if self.down_rows else f"step * {tile.step}")
+            self._fixed(False).append(f"column{self.strip} = {column}")
+            self._fixed(False).append(f"{self._n} = column{self.strip} + j")
+            for outputs in (False, True):
+                for index, statement in enumerate(program.body):
+                    if (statement[0] in OUTPUTS) == outputs:
+                        self._statement(index, statement)
         lines = [
             "@triton.jit",
-            f"def kernel({', '.join(names)}, M, EVEN_ROWS: tl.constexpr):",
+            f"def kernel({', '.join((*names, 'M', *strides, 'EVEN_ROWS: tl.constexpr'))}):",
             "    pn, pm = tl.program_id(0), tl.program_id(1)",
+            f"    i, j = tl.arange(0, {rows}), tl.arange(0, {width})",
             *(f"    {line}" for line in self.before),
             f"    for step in range(0, {steps}):",
             *(f"        {line}" for line in self.inside),
             *(f"    {line}" for line in self.after),
         ]
         return "\n".join(lines) + "\n"
+
+    def _tile_shape(self) -> tuple[int, int]:
+        """Rows and columns of what is computed at a time."""
+        tile = self.program.tile
+        return (tile.step, tile.columns // tile.strips) if self.down_rows else (tile.rows, tile.step)
+
+    def _place(self, stride: object) -> str:
+        """The address, from its first element, of this tile of a matrix with rows of ``stride`` elements."""
+        tile = f"(row.to(tl.int64) * {stride} + column{self.strip})"
+        return f"{tile} + (i[:, None] * {stride} + j[None, :])"
 
     # ---- names and masks -------------------------------------------------------------------------------------------
 
@@ -147,8 +162,7 @@ class _Writer:
         kind, n, name = self.program.inputs[index][0], self._n, f"x{index}"
         if kind == "full":
             name, where = f"{name}_{self.strip}", self.inside
-            pointer = f"in{index} + m[:, None] * stride{index} + {n}[None, :]"
-            text = self._load(pointer, self._mask("m[:, None]", f"{n}[None, :]"))
+            text = self._load(f"in{index} + {self._place(f'stride{index}')}", self._mask("m[:, None]", f"{n}[None, :]"))
         elif kind == "row":
             where, text = self._fixed(True), self._load(f"in{index} + m[:, None]", self._mask("m[:, None]", None))
         elif kind == "column":
@@ -161,7 +175,8 @@ class _Writer:
     def _small(self, index: int, name: str, along: str, where: list[str]) -> str:
         """The tile of a thin matrix or a factor: ``along`` is the index of what it has beside the rank."""
         rank, r = self.program.rank(index), f"r{index}"
-        pointer = f"in{index} + {along}[:, None] * outer{index} + {r}[None, :] * inner{index}"
+        start = f"row.to(tl.int64) * outer{index} + (i" if along == "m" else f"({along}"
+        pointer = f"in{index} + {start}[:, None] * outer{index} + {r}[None, :] * inner{index})"
         row, column = (f"{along}[:, None]", None) if along == "m" else (None, f"{along}[:, None]")
         text = self._load(pointer, self._mask(row, column, (f"{r}[None, :]", rank)))
         return self._define(name, where, [f"{r} = tl.arange(0, {padded(rank)})", f"{name} = {text}"])
@@ -196,6 +211,8 @@ class _Writer:
         elif kind == "op":
             operands = [repr(float(o[0])) if isinstance(o, list) else self._v(o) for o in statement[2]]
             self.inside.append(f"{self._v(index)} = {self._op(statement[1], operands)}")
+            if index in self.rounded:
+                self._for_product(index)
         else:
             out = next(i for i, s in enumerate(self.program.outputs) if s is statement)
             {"store": self._store, "down": self._down, "across": self._across}[kind](out, statement)
@@ -210,31 +227,30 @@ class _Writer:
         return _OPS[name].format(*operands)
 
     def _store(self, out: int, statement: Statement) -> None:
-        tile = self.program.tile
-        rows, columns = (tile.step, tile.columns // tile.strips) if self.down_rows else (tile.rows, tile.step)
-        value = f"tl.broadcast_to({self._v(statement[1])}, ({rows}, {columns})).to({_TYPES[statement[2]]})"
-        pointer = f"out{out} + m[:, None] * {self.program.columns} + {self._n}[None, :]"
-        self.inside.append(self._write(pointer, value, self._mask("m[:, None]", f"{self._n}[None, :]")))
+        rows, columns = self._tile_shape()
+        same = statement[2] == self.program.dtype
+        value = self._for_product(statement[1]) if same else f"{self._v(statement[1])}.to({_TYPES[statement[2]]})"
+        value = f"tl.broadcast_to({value}, ({rows}, {columns}))"
+        mask = self._mask("m[:, None]", f"{self._n}[None, :]")
+        self.inside.append(self._write(f"out{out} + {self._place(self.program.columns)}", value, mask))
 
     def _down(self, out: int, statement: Statement) -> None:
         tile, rank = self.program.tile, self.program.rank(statement[2])
         value, factor = self._for_product(statement[1]), self._factor(statement[2])
-        rows = tile.step if self.down_rows else tile.rows
-        zero = f"a{out} = tl.zeros(({rows}, {padded(rank)}), tl.float32)"
+        zero = f"a{out} = tl.zeros(({self._tile_shape()[0]}, {padded(rank)}), tl.float32)"
         self._define(f"a{out}", self.inside if self.down_rows else self.before, [zero])
         self.inside.append(f"a{out} = tl.dot({value}, {factor}, a{out})")
         if self.strip == tile.strips - 1:
-            pointer = f"out{out} + (pn.to(tl.int64) * M + m[:, None]) * {rank} + k{out}[None, :]"
+            pointer = f"out{out} + (pn.to(tl.int64) * M + row) * {rank} + (i[:, None] * {rank} + k{out}[None, :])"
             write = self._write(pointer, f"a{out}", self._mask("m[:, None]", None, (f"k{out}[None, :]", rank)))
             where = self.inside if self.down_rows else self.after
             where += [f"k{out} = tl.arange(0, {padded(rank)})", write]
 
     def _across(self, out: int, statement: Statement) -> None:
-        tile, n, a = self.program.tile, self._n, f"a{out}_{self.strip}"
+        n, a = self._n, f"a{out}_{self.strip}"
         rank, total = self.program.rank(statement[2]), self.program.columns
         value, thin = self._for_product(statement[1]), self._thin(statement[2])
-        columns = tile.columns // tile.strips if self.down_rows else tile.step
-        zero = f"{a} = tl.zeros(({columns}, {padded(rank)}), tl.float32)"
+        zero = f"{a} = tl.zeros(({self._tile_shape()[1]}, {padded(rank)}), tl.float32)"
         self._define(a, self.before if self.down_rows else self.inside, [zero])
         self.inside.append(f"{a} = tl.dot(tl.trans({value}), {thin}, {a})")
         k, last = f"k{out}[None, :]", self.after if self.down_rows else self.inside
@@ -269,14 +285,22 @@ def run(text: str, inputs: list[Tensor]) -> list[Tensor]:
         shape, dtype = program.output_shape(statement, m)
         outputs.append(torch.empty(shape, dtype=dtype, device=device))
     tensors = [_prepared(kind, t, program.columns) for kind, t in zip(program.inputs, inputs)]
-    strides = [t.stride(0) for kind, t in zip(program.inputs, tensors) if kind[0] == "full"]
+    strides: list[int] = []
     for kind, t in zip(program.inputs, tensors):
         if kind[0] in ("thin", "factor"):
             strides += t.stride() if kind[-1] != "RN" else reversed(t.stride())
+    full = {f"stride{i}": t.stride(0) for i, (kind, t) in enumerate(zip(program.inputs, tensors)) if kind[0] == "full"}
     grid = (-(-program.columns // tile.columns), -(-m // tile.rows))
     if m:
         kernel(text)[grid](
-            *tensors, *strides, *outputs, m, EVEN_ROWS=m % tile.rows == 0, num_warps=tile.warps, num_stages=tile.stages
+            *tensors,
+            *strides,
+            *outputs,
+            m,
+            **full,
+            EVEN_ROWS=m % tile.rows == 0,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
         )
     return outputs
 
