@@ -19,9 +19,6 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -30,7 +27,7 @@ from benchmarks.common import write_json
 from benchmarks.forms import FROZEN, LABELS, OURS, PLAIN, TUNED, available
 from benchmarks.runner import Outcome, Settings, case_table, kernel_table, run_case
 from benchmarks.suite import FORMS, Report, run_suite, suite_table
-from benchmarks.timing import Device, compile_caches
+from benchmarks.timing import Device, compile_caches, environment
 
 PROFILED = (FROZEN, PLAIN, OURS)
 
@@ -108,15 +105,6 @@ def _case(options: argparse.Namespace) -> Case:
     if options.length is None:
         values["length"] = 1 if decode else min(2048, options.tokens)
     return Case(**values)
-
-
-def environment(device: Device) -> dict[str, Any]:
-    """What a result depends on beside the settings."""
-    try:
-        import triton
-    except ImportError:
-        return {"torch": torch.__version__, "triton": None, "device": str(device)}
-    return {"torch": torch.__version__, "triton": triton.__version__, "device": str(device)}
 
 
 def plot_outcome(path: Path, outcome: Outcome, title: str) -> None:

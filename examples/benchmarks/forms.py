@@ -153,7 +153,8 @@ def build_form(
         The form. Nothing is compiled yet: that happens at its first call.
     """
     model = base if in_place else copy.deepcopy(base)
-    own_code(model)
+    if parts is None:
+        own_code(model)
     alpha = 2 * rank
     if name in (EAGER, PLAIN, TUNED):
         install_plain_lora(model, rank, alpha, dropout)

@@ -5,6 +5,9 @@ clock starts, and two events enclose them. A step by itself would count the gaps
 kernels. On a CPU it is the wall clock's.
 """
 
+import importlib.metadata
+import importlib.util
+import itertools
 import os
 import random
 import tempfile
@@ -19,7 +22,14 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-Step = Callable[[], None]
+Step = Callable[[], object]
+
+
+def environment(device: "Device") -> dict[str, str | None]:
+    """What a result depends on beside the settings."""
+    found = importlib.util.find_spec("triton") is not None
+    triton = importlib.metadata.version("triton") if found else None
+    return {"torch": torch.__version__, "triton": triton, "device": str(device)}
 
 
 class Device:
@@ -63,6 +73,19 @@ class Device:
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) * 1e-3 / count
+
+    def each(self, step: Step, count: int) -> list[float]:
+        """Seconds of every one of `count` steps that are queued back to back, behind one that is not counted."""
+        step()
+        if not self.cuda:
+            return [self.seconds(step, 1) for _ in range(count)]
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+        events[0].record()
+        for event in events[1:]:
+            step()
+            event.record()
+        events[-1].synchronize()
+        return [float(a.elapsed_time(b)) * 1e-3 for a, b in itertools.pairwise(events)]
 
     def steps_in(self, step: Step, window: float) -> int:
         """How many steps take about `window` seconds."""
