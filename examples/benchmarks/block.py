@@ -79,6 +79,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     option(
         "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: wall clock, to try the program (%(default)s)"
     )
+    option(
+        "--no-strict", dest="strict", action="store_false", help="measure lora_fx even where it leaves branches as is"
+    )
     option("--smoke", action="store_true", help="shrink every case to a toy size: shows that it runs, gives no figures")
     option("--json", type=Path, metavar="FILE", help="write the result here, too")
     option("--plot", type=Path, metavar="FILE", help="draw a bar chart (PNG, SVG)")
@@ -137,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(str(error))
     forms, missing = available(options.forms)
-    settings = Settings(options.rounds, options.window, PROFILED if options.profile else ())
+    settings = Settings(options.rounds, options.window, PROFILED if options.profile else (), options.strict)
     found = environment(device)
     print(", ".join(f"{name} {value}" for name, value in found.items()), *missing, sep="\n", flush=True)
     document = {**found, "settings": dataclasses.asdict(settings), "smoke": options.smoke}

@@ -32,7 +32,7 @@ def draw_forms(path: Path, title: str, panels: Mapping[str, Mapping[str, float]]
         axes.set_xticks([0.0, 0.5, 1.0])
         _style(axes)
     figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=11, fontweight="bold")
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def draw_cases(path: Path, title: str, cases: Sequence[str], series: Mapping[str, Sequence[float | None]]) -> None:
@@ -64,6 +64,11 @@ def draw_cases(path: Path, title: str, cases: Sequence[str], series: Mapping[str
     axes.legend(frameon=False, labelcolor=INK, fontsize=9)
     axes.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold")
     _style(axes)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 

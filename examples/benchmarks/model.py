@@ -9,8 +9,8 @@ the frozen model therefore includes. The frozen model runs forward and backward 
 given a gradient, as if something before the first block were trained, so that every block does the same work and one
 compiled graph serves all of them. Adapters are on the seven linears of every block. Blocks are compiled one by one, in
 every form; so is the output with its loss, which has no adapter. The forms run one after another, since two do not fit
-in memory: the frozen model runs first and, unless `--once` is given, again at the end, so that its two rows show how far
-the GPU drifted.
+in memory: the frozen model runs first and, unless `--once` is given, again at the end, so that its two rows show how
+far the GPU drifted.
 """
 
 import argparse

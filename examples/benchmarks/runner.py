@@ -25,11 +25,13 @@ class Settings:
         rounds: how often each form is timed.
         window: seconds of queued steps in one measurement.
         profiled: forms whose kernels are listed.
+        strict: whether `lora_fx` fails where it leaves a branch as it was; otherwise it is measured as it is.
     """
 
     rounds: int = 20
     window: float = 0.1
     profiled: tuple[str, ...] = ()
+    strict: bool = True
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,14 @@ def run_case(
             turn_to_cache(name)
             try:
                 form = build_form(
-                    name, base, rank=case.rank, dropout=case.dropout, adapters=adapters, fp8=case.fp8, mode=case.mode
+                    name,
+                    base,
+                    rank=case.rank,
+                    dropout=case.dropout,
+                    adapters=adapters,
+                    fp8=case.fp8,
+                    mode=case.mode,
+                    strict=settings.strict,
                 )
                 running[name] = _start(form, case, x, upstream, None if name == FROZEN else exact, device)
             except Exception as failure:
