@@ -75,11 +75,10 @@ class Block(nn.Module):
             if isinstance(module, nn.Linear):
                 for parameter in module.parameters():
                     nn.init.normal_(parameter, std=0.02)
+        block.bfloat16()  # the angles stay float32, as in the model
         self.layer = Checkpointed(block) if case.checkpoint else block
         self.register_buffer("rope", rope_table(config.head_dim, case.length, config.rope_theta))
-        self.requires_grad_(False).bfloat16()
-        self.rope = self.rope.float()
-        self.train(not case.no_grad)
+        self.requires_grad_(False).train(not case.no_grad)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x, self.rope)

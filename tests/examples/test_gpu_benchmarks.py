@@ -1,5 +1,6 @@
 """The GPU benchmarks as far as a CPU can tell: cases, forms that agree, float8, verdicts, tables, and that they run."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -135,18 +136,18 @@ def test_all_forms_compute_the_same(case):
     x, dy = runner.inputs(case, CPU, seed=3)
     exact = forms.exact_values(base, adapters, x, dy)
     assert exact.keys() == ({"y"} if case.no_grad else {"y", "x", *adapters}) and len(adapters) == 14
-    names = [EAGER, OURS, *forms.available([PEFT])[0]]
-    for name in names:
-        rounded = forms.build_form(name, base, rank=case.rank, dropout=case.dropout, adapters=adapters, compiled=False)
-        assert forms.worst_error(values(rounded, case, torch.bfloat16), exact)[1] < 0.05, name
-        double = forms.build_form(
-            name, base.double(), rank=case.rank, dropout=case.dropout, adapters=adapters, compiled=False
-        )
-        assert forms.worst_error(values(double, case, torch.float64), exact)[1] < 1e-6, name
-        trained = {p for p in double.model.parameters() if p.requires_grad}
-        assert trained == set(double.adapters.values()), name
-        base.bfloat16()
-        base.rope = base.rope.float()
+    for name in (EAGER, OURS, *forms.available([PEFT])[0]):
+        for dtype, limit in ((torch.bfloat16, 0.05), (torch.float64, 1e-6)):
+            form = forms.build_form(
+                name,
+                copy.deepcopy(base).to(dtype),
+                rank=case.rank,
+                dropout=case.dropout,
+                adapters=adapters,
+                compiled=False,
+            )
+            assert forms.worst_error(values(form, case, dtype), exact)[1] < limit, (name, dtype)
+            assert {p for p in form.model.parameters() if p.requires_grad} == set(form.adapters.values()), name
 
 
 def test_the_exact_gradients_are_sums_over_chunks_of_sequences():
