@@ -316,6 +316,7 @@ def test_the_model_s_forms_compute_one_loss_and_one_gradient(checkpointed):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # several compilations from empty caches
 @pytest.mark.parametrize("arguments", ["--fp8", "--checkpoint --bias", "--no-grad --tokens 4"])
 def test_a_case_runs_compiled(arguments, tmp_path, capsys):
     """Through the command line, on a CPU: every number is there, and lora_fx is as exact as plain LoRA."""
@@ -332,6 +333,7 @@ def test_a_case_runs_compiled(arguments, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # several compilations from empty caches
 def test_the_suite_keeps_to_its_budget(tmp_path, capsys):
     path = tmp_path / "suite.json"
     line = f"--device cpu --smoke --rounds 2 --window 0.005 --case prefill decode-64 --budget 0 --json {path}"
@@ -344,6 +346,7 @@ def test_the_suite_keeps_to_its_budget(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # several compilations from empty caches
 def test_the_blocks_of_the_model_share_one_graph(tmp_path):
     """More blocks than Dynamo's limit of graphs for one piece of code, which is an error in a benchmark."""
     path = tmp_path / "model.json"
