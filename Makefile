@@ -10,6 +10,7 @@
 #   make lint        ruff (lint and format) and mypy
 #   make format      let ruff rewrite what it can
 #   make bench       the CPU benchmark
+#   make bench-gpu   both GPU benchmarks, on a machine with a CUDA device; writes examples/benchmarks/results/*.json
 #   make clean       remove what builds and tools leave; `make distclean` removes .venv as well
 #
 # Variables:
@@ -36,7 +37,7 @@ endif
 pytest := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(PY) -m pytest
 spread := -n $(or $(JOBS),auto --maxprocesses 8) --dist worksteal
 
-.PHONY: demo test test-fast test-slow test-gpu lint format bench clean distclean
+.PHONY: demo test test-fast test-slow test-gpu lint format bench bench-gpu clean distclean
 .NOTPARALLEL:
 .SUFFIXES:
 
@@ -65,6 +66,10 @@ format: $(call ready,test)
 
 bench: $(call ready,bench)
 	$(PY) examples/benchmarks/cpu.py $(ARGS)
+
+bench-gpu: $(call ready,bench)
+	$(PY) examples/benchmarks/block.py --suite --budget 3600 --json examples/benchmarks/results/block.json $(ARGS)
+	$(PY) examples/benchmarks/model.py --json examples/benchmarks/results/model.json
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

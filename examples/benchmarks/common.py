@@ -205,7 +205,8 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Write a result; numbers that JSON has no word for (NaN) become null."""
+    """Write a result, into a new folder if need be; numbers that JSON has no word for (NaN) become null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_jsonable(document), indent=2) + "\n")
 
 
