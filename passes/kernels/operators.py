@@ -18,7 +18,8 @@ for _schema in (
     "accumulate_(Tensor(a!) base, Tensor a, Tensor b, Tensor? scale=None) -> ()",
     "gradient_pair(Tensor dy, Tensor b, Tensor h, Tensor? scale=None) -> (Tensor, Tensor)",
     "gradient_parts(Tensor dy, Tensor b, Tensor h, int rows, int columns) -> (Tensor, Tensor)",
-    "tile(str program, Tensor[] inputs) -> Tensor[]",
+    "tile_(Tensor(a!)[] outputs, str program, Tensor[] inputs) -> ()",
+    "tile_outputs(str program, Tensor like, int rows) -> Tensor[]",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -83,28 +84,38 @@ def _gradient_parts(dy: Tensor, b: Tensor, h: Tensor, rows: int, columns: int) -
     return gradient_parts(dy, b, h, rows, columns)
 
 
-def _tile(program: str, inputs: list[Tensor]) -> list[Tensor]:
-    """Run a tile program (:mod:`lora_fx.passes.kernels.tile_program`) as ATen."""
-    return tile_program.evaluate(tile_program.loads(program), inputs)
+def _tile_(outputs: list[Tensor], program: str, inputs: list[Tensor]) -> None:
+    """Run a tile program (:mod:`lora_fx.passes.kernels.tile_program`) as ATen.
+
+    An output [M, N] may be an input's memory: every element is read before it is written.
+    """
+    for output, value in zip(outputs, tile_program.evaluate(tile_program.loads(program), inputs)):
+        output.copy_(value.view_as(output))
 
 
-def _tile_cuda(program: str, inputs: list[Tensor]) -> list[Tensor]:
+def _tile_cuda_(outputs: list[Tensor], program: str, inputs: list[Tensor]) -> None:
     """Run a tile program as a kernel; needs Triton, which is imported with its first use."""
     from lora_fx.passes.kernels.tile_triton import run
 
-    return run(program, inputs)
+    run(program, inputs, outputs)
 
 
-_library.impl("tile", _tile, "CPU")
-_library.impl("tile", _tile_cuda, "CUDA")
-
-
-@torch.library.register_fake("lora_fx::tile", lib=_library)
-def _tile_fake(program: str, inputs: list[Tensor]) -> list[Tensor]:
+def _tile_outputs(program: str, like: Tensor, rows: int) -> list[Tensor]:
+    """Memory for the outputs of a program over ``rows`` = M, on the device of ``like``."""
     plan = tile_program.loads(program)
-    rows = plan.row_count(inputs)
     shapes = [plan.output_shape(statement, rows) for statement in plan.outputs]
-    return [inputs[0].new_empty(shape, dtype=dtype) for shape, dtype in shapes]
+    return [like.new_empty(shape, dtype=dtype) for shape, dtype in shapes]
+
+
+_library.impl("tile_", _tile_, "CPU")
+_library.impl("tile_", _tile_cuda_, "CUDA")
+_library.impl("tile_outputs", _tile_outputs, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("lora_fx::tile_", lib=_library)
+def _tile_fake_(outputs: list[Tensor], program: str, inputs: list[Tensor]) -> None:
+    plan = tile_program.loads(program)
+    torch._check(len(inputs) == len(plan.inputs) and len(outputs) == len(plan.outputs), lambda: "operands are missing")
 
 
 _library.impl("gradient_parts", _gradient_parts, "CompositeExplicitAutograd")
@@ -162,5 +173,6 @@ scaled_mm = torch.ops.lora_fx.scaled_mm.default
 accumulate = torch.ops.lora_fx.accumulate.default
 accumulate_ = torch.ops.lora_fx.accumulate_.default
 gradient_pair = torch.ops.lora_fx.gradient_pair.default
-tile = torch.ops.lora_fx.tile.default
+tile_ = torch.ops.lora_fx.tile_.default
+tile_outputs = torch.ops.lora_fx.tile_outputs.default
 gradient_parts = torch.ops.lora_fx.gradient_parts.default

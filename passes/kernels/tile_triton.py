@@ -13,7 +13,6 @@ import hashlib
 import linecache
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -276,14 +275,13 @@ def kernel(text: str) -> Any:
     return namespace["kernel"]
 
 
-def run(text: str, inputs: list[Tensor]) -> list[Tensor]:
-    """Run the kernel of the program that ``text`` describes on ``inputs``; gives its outputs."""
+def run(text: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    """Run the kernel of the program that ``text`` describes on ``inputs`` into ``outputs``.
+
+    An output [M, N] may be the memory of an input: a tile is loaded before it is stored, and by nobody else.
+    """
     program = loads(text)
-    tile, m, device = program.tile, int(program.row_count(inputs)), inputs[0].device
-    outputs = []
-    for statement in program.outputs:
-        shape, dtype = program.output_shape(statement, m)
-        outputs.append(torch.empty(shape, dtype=dtype, device=device))
+    tile, m = program.tile, int(program.row_count(inputs))
     tensors = [_prepared(kind, t, program.columns) for kind, t in zip(program.inputs, inputs)]
     strides: list[int] = []
     for kind, t in zip(program.inputs, tensors):
@@ -302,7 +300,6 @@ def run(text: str, inputs: list[Tensor]) -> list[Tensor]:
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-    return outputs
 
 
 def _prepared(kind: list[Any], tensor: Tensor, columns: int) -> Tensor:
