@@ -59,7 +59,7 @@ def same_count(a: Node, b: Node) -> bool:
     return bool(statically_known_true(val(a).numel() == val(b).numel()))
 
 
-def has_shape(node: Node, *sizes: int | None) -> bool:
+def has_shape(node: Node, *sizes: int | torch.SymInt | None) -> bool:
     """Whether a node has these sizes (None for any), without adding a guard on a symbolic one."""
     return len(shape(node)) == len(sizes) and all(
         theirs is None or statically_known_true(ours == theirs) for ours, theirs in zip(shape(node), sizes, strict=True)

@@ -17,6 +17,7 @@ from torch.fx import Graph
 from lora_fx.passes import (
     accumulate,
     fold_scale,
+    fuse_tiles,
     pair_gradients,
     recompute_branch,
     recompute_dropout,
@@ -204,7 +205,7 @@ class LoweringStage(Stage):
     def __call__(self, graph: Graph) -> None:
         failures = [
             _failure(f"{step} {target_name(node.target)}", module_path(node) or "(root)", error)
-            for step, lower in (("tile", tile_regions.cut), ("lowering", lowering.lower))
+            for step, lower in (("tile", fuse_tiles.cut), ("lowering", lowering.lower))
             for node, error in lower(graph)
         ]
         if self.strict and failures:

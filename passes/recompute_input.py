@@ -1,7 +1,7 @@
 """Compute the input of a branch again in backward, where the frozen model does not keep it.
 
-dA = g^T x needs x, which the frozen linear does not. Before, for the down-projection of a SwiGLU and for whatever reads a
-normalised value, autograd keeps a matrix [M, K] for dA alone. After, it keeps what the frozen model keeps (the two
+dA = g^T x needs x, which the frozen linear does not. Before, for the down-projection of a SwiGLU and for whatever reads
+a normalised value, autograd keeps a matrix [M, K] for dA alone. After, it keeps what the frozen model keeps (the two
 products under silu(gate) * up; the residual stream and one number a row), and x is computed again::
 
     x: f[M, K] = silu(gate) * up            tagged for recomputation, down to what it is made of

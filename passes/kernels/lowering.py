@@ -1,7 +1,7 @@
 """Which implementation each of our operators gets, chosen per node once forward and backward are separate graphs.
 
-The functional form of an operator is always correct, so a lowering may leave a node as it is. ``LOWERINGS`` is the seam
-for kernels: an operator, and a function that decides by shape and device and rewrites the node.
+The functional form of an operator is always correct, so a lowering may leave a node as it is. On a GPU, what
+:mod:`lora_fx.passes.tile_regions` has left over comes here.
 """
 
 from __future__ import annotations
@@ -13,17 +13,11 @@ from typing import Any, cast
 import torch
 from torch.fx import Graph, Node
 
-from lora_fx.passes._torch import auto_functionalized, detect_fake_mode
-from lora_fx.passes.graph import CONVERT, aten, val
+from lora_fx.passes._torch import auto_functionalized
+from lora_fx.passes.graph import aten, shape, val
 from lora_fx.passes.kernels import operators
 
 Lowering = Callable[[Node], None]
-
-
-# What one program of the gradient kernel takes of dy: the best of five for a Llama-3-8B block on an H200 (M 8192, R 16,
-# bfloat16, steps queued back to back). Time to the frozen block's: 1.105 with these, 1.112 to 1.114 with 2048 x 256,
-# 1024 x 256, 512 x 256 and 1024 x 512, 1.131 with two products of cuBLAS.
-ROWS, COLUMNS = 1024, 128
 
 
 def accumulate(node: Node) -> None:
@@ -58,42 +52,41 @@ def scaled_mm(node: Node) -> None:
 
 
 def gradient_pair(node: Node) -> None:
-    """On CUDA, a kernel that reads dy once; the sums of its parts, scales and casts are Inductor's to fuse."""
+    """On an accelerator, the two products, and scales that Inductor fuses into the kernels that read them."""
     dy, b, h, scale = _operands(node, 4)
     grad_h, grad_b = val(node)
     if grad_h.device.type == "cpu":
         return
+    dy_t = _emit(node, aten.permute.default, (dy, [1, 0]), value=val(dy).t())
     results = []
-    if _has_kernel(val(dy), grad_h.shape[1]):
-        with detect_fake_mode([grad_h]):
-            values = operators.gradient_parts(val(dy), val(b), val(h), ROWS, COLUMNS)
-        parts = _emit(node, operators.gradient_parts, (dy, b, h, ROWS, COLUMNS), value=values)
-        for index, value in enumerate((grad_h, grad_b)):
-            part = _emit(node, operator.getitem, (parts, index), value=values[index])
-            with detect_fake_mode([grad_h]):
-                total_value = values[index].sum(0)
-            total = _emit(node, aten.sum.dim_IntList, (part, [0]), value=total_value)
-            if scale is not None:
-                total = _emit(node, aten.mul.Tensor, (total, scale), value=total_value)
-            results.append(_emit(node, CONVERT, (total, value.dtype), value=value))
-    else:
-        dy_t = _emit(node, aten.permute.default, (dy, [1, 0]), value=val(dy).t())
-        for operands, value in (((dy, b), grad_h), ((dy_t, h), grad_b)):
-            result = _emit(node, aten.mm.default, operands, value=value)
-            if scale is not None:
-                result = _emit(node, aten.mul.Tensor, (result, scale), value=value)
-            results.append(result)
+    for operands, value in (((dy, b), grad_h), ((dy_t, h), grad_b)):
+        result = _emit(node, aten.mm.default, operands, value=value)
+        if scale is not None:
+            result = _emit(node, aten.mul.Tensor, (result, scale), value=value)
+        results.append(result)
     for user in list(node.users):
         _replace(user, results[cast(int, user.args[1])])
     node.graph.erase_node(node)
 
 
-def _has_kernel(dy: torch.Tensor, rank: int | torch.SymInt) -> bool:
-    """Whether the gradient kernel is for this: 16-bit, static, and large enough to fill the device."""
-    m, n = dy.shape
-    static = isinstance(m, int) and isinstance(n, int) and isinstance(rank, int)
-    half = dy.dtype in (torch.bfloat16, torch.float16)
-    return dy.device.type == "cuda" and half and static and rank <= 64 and m >= ROWS and n >= COLUMNS
+def _join_scales(graph: Graph) -> None:
+    """One kernel for all products of two numbers in memory (a module's scale and its switch): each was a launch."""
+    found = [
+        node
+        for node in graph.find_nodes(op="call_function", target=aten.mul.Tensor)
+        if all(_is_number_input(a) for a in node.args) and val(node).device.type != "cpu"
+    ]
+    if len(found) < 2:
+        return
+    factors = [[node.args[side] for node in found] for side in (0, 1)]
+    joined = _emit(found[0], aten._foreach_mul.List, (*factors,), value=[val(node) for node in found])
+    for index, node in enumerate(found):
+        _replace(node, _emit(found[0], operator.getitem, (joined, index), value=val(node)))
+
+
+def _is_number_input(node: Any) -> bool:
+    is_input = isinstance(node, Node) and node.op == "placeholder"
+    return is_input and isinstance(val(node), torch.Tensor) and shape(node) == ()
 
 
 def _operands(node: Node, count: int) -> tuple[Any, ...]:
@@ -125,6 +118,7 @@ LOWERINGS: dict[Callable[..., Any], Lowering] = {
 
 def lower(graph: Graph) -> Iterator[tuple[Node, Exception]]:
     """Lower every node that has a lowering; gives each where that failed, which stays in its functional form."""
+    _join_scales(graph)
     for target, lowering in LOWERINGS.items():
         for node in graph.find_nodes(op="call_function", target=target):
             try:

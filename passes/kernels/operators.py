@@ -17,7 +17,6 @@ for _schema in (
     "accumulate(Tensor base, Tensor a, Tensor b, Tensor? scale=None) -> Tensor",
     "accumulate_(Tensor(a!) base, Tensor a, Tensor b, Tensor? scale=None) -> ()",
     "gradient_pair(Tensor dy, Tensor b, Tensor h, Tensor? scale=None) -> (Tensor, Tensor)",
-    "gradient_parts(Tensor dy, Tensor b, Tensor h, int rows, int columns) -> (Tensor, Tensor)",
     "tile_(Tensor(a!)[] outputs, str program, Tensor[] inputs) -> ()",
     "tile_outputs(str program, Tensor like, int rows) -> Tensor[]",
 ):
@@ -77,13 +76,6 @@ def _gradient_pair_cpu(dy: Tensor, b: Tensor, h: Tensor, scale: Tensor | None = 
     return grad_h, _scaled_mm_cpu(dy.t(), h, scale)
 
 
-def _gradient_parts(dy: Tensor, b: Tensor, h: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """As in :mod:`lora_fx.passes.kernels.gradient_pair`, which needs Triton and is imported with its first use."""
-    from lora_fx.passes.kernels.gradient_pair import gradient_parts
-
-    return gradient_parts(dy, b, h, rows, columns)
-
-
 def _tile_(outputs: list[Tensor], program: str, inputs: list[Tensor]) -> None:
     """Run a tile program (:mod:`lora_fx.passes.kernels.tile_program`) as ATen.
 
@@ -117,8 +109,6 @@ def _tile_fake_(outputs: list[Tensor], program: str, inputs: list[Tensor]) -> No
     plan = tile_program.loads(program)
     torch._check(len(inputs) == len(plan.inputs) and len(outputs) == len(plan.outputs), lambda: "operands are missing")
 
-
-_library.impl("gradient_parts", _gradient_parts, "CompositeExplicitAutograd")
 
 for _name, _anywhere, _cpu in (
     ("scaled_mm", _scaled_mm, _scaled_mm_cpu),
@@ -160,19 +150,9 @@ def _gradient_pair_fake(dy: Tensor, b: Tensor, h: Tensor, scale: Tensor | None =
     return dy.new_empty(dy.shape[0], b.shape[1]), dy.new_empty(dy.shape[1], h.shape[1])
 
 
-@torch.library.register_fake("lora_fx::gradient_parts", lib=_library)
-def _gradient_parts_fake(dy: Tensor, b: Tensor, h: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    _check_product(dy, b)
-    _check_product(dy.t(), h)
-    (m, n), r = dy.shape, b.shape[1]
-    g = dy.new_empty(-(-n // columns), m, r, dtype=torch.float32)
-    return g, dy.new_empty(-(-m // rows), n, r, dtype=torch.float32)
-
-
 scaled_mm = torch.ops.lora_fx.scaled_mm.default
 accumulate = torch.ops.lora_fx.accumulate.default
 accumulate_ = torch.ops.lora_fx.accumulate_.default
 gradient_pair = torch.ops.lora_fx.gradient_pair.default
 tile_ = torch.ops.lora_fx.tile_.default
 tile_outputs = torch.ops.lora_fx.tile_outputs.default
-gradient_parts = torch.ops.lora_fx.gradient_parts.default
