@@ -53,6 +53,9 @@ def padded(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
 
+ORDER = (False, True)
+
+
 class _Writer:
     """Writes the source of one kernel."""
 
@@ -88,9 +91,9 @@ class _Writer:
             column = f"pn * {tile.columns} + " + (f"{self.strip * width}" if self.down_rows else f"step * {tile.step}")
             self._fixed(False).append(f"column{self.strip} = {column}")
             self._fixed(False).append(f"{self._n} = column{self.strip} + j")
-            for outputs in (False, True):
+            for outputs in ORDER:
                 for index, statement in enumerate(program.body):
-                    if (statement[0] in OUTPUTS) == outputs:
+                    if outputs is None or (statement[0] in OUTPUTS) == outputs:
                         self._statement(index, statement)
         lines = [
             "@triton.jit",
