@@ -207,6 +207,8 @@ def _emit(region: Region, graph: Graph) -> bool:
     outputs = _outputs(program, writer, region, last)
     values = [val(node) for node in outputs]
     operands = {"outputs": outputs, "program": program.dumps(), "inputs": writer.inputs}
+    if val(writer.inputs[0]).device.type == "cuda":
+        operators.prepare_tile(program.dumps(), [val(node) for node in writer.inputs], values)
     # The wrapper is how Inductor represents a mutation that it may perform in place (accumulate has the same).
     ran = _call(last, auto_functionalized, (operators.tile_,), (None, values), operands)
     written = _call(last, operator.getitem, (ran, 1), values)

@@ -92,6 +92,13 @@ def _tile_cuda_(outputs: list[Tensor], program: str, inputs: list[Tensor]) -> No
     run(program, inputs, outputs)
 
 
+def prepare_tile(program: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    """Begin to compile the kernel of a tile program, in the background, for tensors like these, which may be fake."""
+    from lora_fx.passes.kernels.tile_triton import prepare
+
+    prepare(program, inputs, outputs)
+
+
 def _tile_outputs(program: str, like: Tensor, rows: int) -> list[Tensor]:
     """Memory for the outputs of a program over ``rows`` = M, on the device of ``like``."""
     plan = tile_program.loads(program)

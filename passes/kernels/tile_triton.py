@@ -11,11 +11,16 @@ from __future__ import annotations
 import functools
 import hashlib
 import linecache
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import MockTensor
 
 from lora_fx.passes.kernels.tile_program import OUTPUTS, Program, Statement, loads
 
@@ -53,9 +58,6 @@ def padded(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
 
-ORDER = (False, True)
-
-
 class _Writer:
     """Writes the source of one kernel."""
 
@@ -91,9 +93,9 @@ class _Writer:
             column = f"pn * {tile.columns} + " + (f"{self.strip * width}" if self.down_rows else f"step * {tile.step}")
             self._fixed(False).append(f"column{self.strip} = {column}")
             self._fixed(False).append(f"{self._n} = column{self.strip} + j")
-            for outputs in ORDER:
+            for outputs in (False, True):
                 for index, statement in enumerate(program.body):
-                    if outputs is None or (statement[0] in OUTPUTS) == outputs:
+                    if (statement[0] in OUTPUTS) == outputs:
                         self._statement(index, statement)
         lines = [
             "@triton.jit",
@@ -278,6 +280,66 @@ def kernel(text: str) -> Any:
     return namespace["kernel"]
 
 
+class _Compiler:
+    """Compiles kernels in threads ahead of their first run: Triton leaves Python for most of the time that it takes."""
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1), thread_name_prefix="lora_fx")
+        self.started: dict[str, Future[None]] = {}
+
+    def start(self, text: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        """Begin to compile a program's kernel for tensors like these, which may be fake."""
+        program, device = loads(text), inputs[0].device
+        arguments = _arguments(program, inputs, outputs)
+        mocks = [MockTensor(a.dtype) if isinstance(a, Tensor) else a for a in arguments.positional]
+
+        def compile_one() -> None:
+            with torch.cuda.device(device):
+                kernel(text).warmup(*mocks, **arguments.named, grid=(1, 1))
+
+        if text not in self.started:
+            self.started[text] = self.pool.submit(compile_one)
+
+    def wait(self, text: str) -> None:
+        """Let a compilation that has begun end; one that failed is tried again by whoever needs it."""
+        if (future := self.started.pop(text, None)) is not None:
+            future.exception()
+
+
+@functools.cache
+def _compiler() -> _Compiler:
+    return _Compiler()
+
+
+def prepare(text: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    """Begin to compile the kernel of the program that ``text`` describes, for tensors like these, which may be fake."""
+    sizes = [size for tensor in (*inputs, *outputs) for size in tensor.shape]
+    if torch.cuda.is_available() and all(isinstance(size, int) for size in sizes):
+        _compiler().start(text, inputs, outputs)
+
+
+@dataclass(frozen=True)
+class _Arguments:
+    """Of a kernel: what it takes by place (tensors and numbers), and constants and options by name."""
+
+    positional: list[Any]
+    named: dict[str, Any]
+
+
+def _arguments(program: Program, inputs: list[Tensor], outputs: list[Tensor]) -> _Arguments:
+    tile, m = program.tile, int(program.row_count(inputs))
+    tensors = [_prepared(kind, t, program.columns) for kind, t in zip(program.inputs, inputs)]
+    strides: list[int] = []
+    named: dict[str, Any] = {}
+    for index, (kind, t) in enumerate(zip(program.inputs, tensors)):
+        if kind[0] == "full":
+            named[f"stride{index}"] = t.stride(0)
+        elif kind[0] in ("thin", "factor"):
+            strides += t.stride() if kind[-1] != "RN" else reversed(t.stride())
+    named.update(EVEN_ROWS=m % tile.rows == 0, num_warps=tile.warps, num_stages=tile.stages)
+    return _Arguments([*tensors, *strides, *outputs, m], named)
+
+
 def run(text: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
     """Run the kernel of the program that ``text`` describes on ``inputs`` into ``outputs``.
 
@@ -285,24 +347,11 @@ def run(text: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
     """
     program = loads(text)
     tile, m = program.tile, int(program.row_count(inputs))
-    tensors = [_prepared(kind, t, program.columns) for kind, t in zip(program.inputs, inputs)]
-    strides: list[int] = []
-    for kind, t in zip(program.inputs, tensors):
-        if kind[0] in ("thin", "factor"):
-            strides += t.stride() if kind[-1] != "RN" else reversed(t.stride())
-    full = {f"stride{i}": t.stride(0) for i, (kind, t) in enumerate(zip(program.inputs, tensors)) if kind[0] == "full"}
-    grid = (-(-program.columns // tile.columns), -(-m // tile.rows))
     if m:
-        kernel(text)[grid](
-            *tensors,
-            *strides,
-            *outputs,
-            m,
-            **full,
-            EVEN_ROWS=m % tile.rows == 0,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+        _compiler().wait(text)
+        arguments = _arguments(program, inputs, outputs)
+        grid = (-(-program.columns // tile.columns), -(-m // tile.rows))
+        kernel(text)[grid](*arguments.positional, **arguments.named)
 
 
 def _prepared(kind: list[Any], tensor: Tensor, columns: int) -> Tensor:
