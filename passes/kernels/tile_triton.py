@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import linecache
+import logging
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,9 +21,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import MockTensor
 
-from lora_fx.passes.kernels.tile_program import OUTPUTS, Program, Statement, loads
+from lora_fx.passes.kernels.tile_program import OUTPUTS, Program, Statement, evaluate, loads
+
+log = logging.getLogger("lora_fx.passes")
 
 _OPS = {
     "identity": "{0}",
@@ -99,7 +103,7 @@ class _Writer:
                         self._statement(index, statement)
         lines = [
             "@triton.jit",
-            f"def kernel({', '.join((*names, 'M', *strides, 'EVEN_ROWS: tl.constexpr'))}):",
+            f"def {name_of(program)}({', '.join((*names, 'M', *strides, 'EVEN_ROWS: tl.constexpr'))}):",
             "    pn, pm = tl.program_id(0), tl.program_id(1)",
             f"    i, j = tl.arange(0, {rows}), tl.arange(0, {width})",
             *(f"    {line}" for line in self.before),
@@ -264,6 +268,13 @@ class _Writer:
         last += [f"k{out} = tl.arange(0, {padded(rank)})", write]
 
 
+def name_of(program: Program) -> str:
+    """What profilers call the kernel: how many statements of each kind it has, and N."""
+    kinds = [statement[0] for statement in program.body]
+    counts = "_".join(f"{kinds.count(k)}{k}" for k in ("load", "product", "store", "down", "across") if k in kinds)
+    return f"lora_fx_{counts}_n{program.columns}"
+
+
 def source(program: Program) -> str:
     """The source of the kernel of ``program``."""
     return _Writer(program).source()
@@ -277,7 +288,7 @@ def kernel(text: str) -> Any:
     linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
     namespace: dict[str, Any] = {"triton": triton, "tl": tl, "__name__": __name__}
     exec(compile(code, name, "exec"), namespace)
-    return namespace["kernel"]
+    return namespace[name_of(loads(text))]
 
 
 class _Compiler:
@@ -351,7 +362,17 @@ def run(text: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         _compiler().wait(text)
         arguments = _arguments(program, inputs, outputs)
         grid = (-(-program.columns // tile.columns), -(-m // tile.rows))
-        kernel(text)[grid](*arguments.positional, **arguments.named)
+        try:
+            kernel(text)[grid](*arguments.positional, **arguments.named)
+        except OutOfResources as error:
+            _warn_once(f"{name_of(program)} does not fit this device ({error}): it runs as ATen, which is slower")
+            for output, value in zip(outputs, evaluate(program, inputs)):
+                output.copy_(value.view_as(output))
+
+
+@functools.lru_cache(maxsize=256)
+def _warn_once(message: str) -> None:
+    log.warning("%s. Please report this.", message)
 
 
 def _prepared(kind: list[Any], tensor: Tensor, columns: int) -> Tensor:
