@@ -205,7 +205,9 @@ def _emit(region: Region, graph: Graph) -> bool:
     program = Program(region.columns, dtype, writer.kinds, writer.body, tile)
     last = [member for member in members if member not in region.copies][-1]
     outputs = _outputs(program, writer, region, last)
-    values = [val(node) for node in outputs]
+    with detect_fake_mode([val(node) for node in outputs]):
+        # Values of their own: by their storage Inductor would take them for views of what is mutated.
+        values = [torch.empty_like(val(node)) for node in outputs]
     operands = {"outputs": outputs, "program": program.dumps(), "inputs": writer.inputs}
     if val(writer.inputs[0]).device.type == "cuda":
         operators.prepare_tile(program.dumps(), [val(node) for node in writer.inputs], values)
