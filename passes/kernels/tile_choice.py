@@ -31,22 +31,31 @@ ENOUGH = 264
 
 
 def choose(kinds: list[list[Any]], body: list[Statement], rows: Any, columns: int) -> Tile | None:
-    """The tile for a program, or None where a kernel would not pay."""
+    """The tile for a program, or None where a kernel would not pay.
+
+    Higher ranks get smaller tiles or fewer stages: what a step loads must fit into shared memory, twice if it can.
+    """
     m = rows if isinstance(rows, int) else 1 << 13
     if m < FEWEST_ROWS:
         return None
     names = [statement[0] for statement in body]
+    rank = max(kind[1] for kind in kinds if kind[0] in ("thin", "factor"))
     if "across" in names:
         if "product" in names:
-            return Tile(rows=_shrunk(1024, 64, m, columns, 64), columns=64, step=64, walk="rows", stages=3)
-        if "down" in names:
+            height = _shrunk(1024, 64, m, columns, 64)
+            return Tile(rows=height, columns=64, step=64, walk="rows", stages=3 if rank <= 32 else 2)
+        if "down" in names and rank <= 32:
             height = _shrunk(512, 256, m, columns, 64)
             return Tile(rows=height, columns=256, step=64, walk="rows", strips=2, stages=3)
-        return Tile(rows=_shrunk(1024, 128, m, columns, 64), columns=128, step=64, walk="rows", stages=3)
+        width = 128 if rank <= 64 else 64
+        height = _shrunk(1024, width, m, columns, 64)
+        return Tile(rows=height, columns=width, step=64, walk="rows", stages=3 if rank <= 64 else 2)
     if "down" in names:
         width = _shrunk(2048, 64, columns, m, 128)
-        return Tile(rows=64, columns=width, step=128, walk="columns", stages=3)
-    height = 64 if max((kind[1] for kind in kinds if kind[0] == "thin"), default=0) > 16 else 32
+        heavy = "product" in names and rank > 32
+        step, stages = (64 if heavy else 128), (2 if heavy and rank > 64 else 3)
+        return Tile(rows=64, columns=width, step=step, walk="columns", stages=stages)
+    height = 64 if rank > 16 else 32
     return Tile(rows=height, columns=128, step=height, walk="rows")
 
 
