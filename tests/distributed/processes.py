@@ -26,7 +26,13 @@ class RankFailed(AssertionError):
 
 
 def run_ranks(
-    body: Callable[..., Any], world: int, folder: Path, *, timeout: float = 120.0, threads: int = 1, **arguments: Any
+    body: Callable[..., Any],
+    world: int,
+    folder: Path,
+    *,
+    timeout: float = 120.0,
+    environment: dict[str, str] | None = None,
+    **arguments: Any,
 ) -> list[Any]:
     """Run ``body(rank, folder, **arguments)`` in `world` processes that form the default process group.
 
@@ -35,7 +41,7 @@ def run_ranks(
         world: number of processes.
         folder: for the rendezvous, the outputs, and whatever the ranks leave for one another.
         timeout: seconds after which a rank that still runs writes the stacks of its threads and dies.
-        threads: for each rank's arithmetic.
+        environment: variables of the ranks beside those of this process.
         **arguments: as JSON has them.
 
     Returns:
@@ -46,7 +52,7 @@ def run_ranks(
     """
     target = f"{body.__module__}:{body.__qualname__}"
     command = [sys.executable, "-m", "tests.distributed.rank", target, json.dumps(arguments)]
-    with ranks(command, world, folder, timeout=timeout, threads=threads) as processes:
+    with ranks(command, world, folder, timeout=timeout, environment=environment) as processes:
         wait(processes, folder, timeout)
     return [json.loads(result_file(folder, rank).read_text()) for rank in range(world)]
 
@@ -58,7 +64,6 @@ def ranks(
     folder: Path,
     *,
     timeout: float,
-    threads: int = 1,
     environment: dict[str, str] | None = None,
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Start `command` once for each rank, in a session of its own, with torchrun's variables; end all at the end."""
@@ -72,7 +77,7 @@ def ranks(
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")]),
                 "PYTHONUNBUFFERED": "1",
-                "OMP_NUM_THREADS": str(threads),
+                "OMP_NUM_THREADS": "1",
                 "TORCHINDUCTOR_COMPILE_THREADS": "1",
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),

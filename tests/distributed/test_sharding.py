@@ -31,6 +31,13 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 CONFIG = LoRAConfig(rank=2, alpha=4.0)
 STEPS = 3
 SIZE = CONFIGS["tiny"]
+TABLE = [
+    ("forward", "allgather_base"),
+    ("backward", "allgather_base"),
+    ("forward", "all_reduce"),
+    ("backward", "all_reduce"),
+    ("backward", "reduce_scatter_base"),
+]
 
 
 def base(dtype: torch.dtype = torch.float32) -> Llama:
@@ -199,7 +206,7 @@ def tensor_parallel(rank: int, folder: Path) -> dict:
     _, _, at_step = train(module, mesh["dp"].get_local_rank(), 2, "deferred")
     found["hook"] = {"difference": difference(module, alone()[0]), "step": at_step.counts}
     # The embedding is trained here: then backward goes through every layer of the frozen model too.
-    models: dict[str, Any] = {"frozen": base().requires_grad_(False), "adapted": model()}
+    models: dict[str, Any] = {"frozen": base().requires_grad_(False), "adapted": model(), "as they come": model()}
     for name, module in models.items():
         parallelize_module(module, mesh["tp"], plan())
         module.tok_embeddings.weight.requires_grad_(True)
@@ -276,15 +283,18 @@ def test_tensor_parallelism_and_hsdp(tmp_path):
             )  # steps are long without clipping
             assert found[name].get("norms", 0) < 1e-5, name
 
-        frozen, adapted = found["frozen"], found["adapted"]
+        # The table of README.md.
+        frozen, adapted, eager = found["frozen"], found["adapted"], found["as they come"]
         assert adapted["forward"] == frozen["forward"]
         assert adapted["backward"]["all_reduce"] == frozen["backward"]["all_reduce"]
         # One reduce-scatter for each group that has something to train: the blocks, and the rest of the model.
         assert adapted["backward"]["reduce_scatter_base"] == SIZE.n_layers + 1
         # Deferred: one all-reduce a step. As they come: one for each replicated factor of each layer.
         assert found["hook"]["step"] == {"allreduce": 1}
-        eager, deferred = (found[f"before {how}"]["counts"]["all_reduce"] for how in ("eager", "deferred"))
-        assert eager - deferred == SIZE.n_layers * len(plan())
+        assert eager["backward"]["all_reduce"] - adapted["backward"]["all_reduce"] == SIZE.n_layers * len(plan())
+        assert eager["forward"] == adapted["forward"]
+        counts = [each[half][name] for each in (frozen, adapted, eager) for half, name in TABLE]
+        assert counts == [3, 2, 4, 10, 1, 3, 2, 4, 10, 3, 3, 2, 4, 24, 3]
         assert found["before deferred"]["step"] == {}  # done by then
 
 
