@@ -16,6 +16,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from lora_fx import _torch
 from lora_fx.install import adapter_parameters, thawed
 from lora_fx.linear import PARAMETERS, LoRAModule
 from lora_fx.placements import adapter_placements, is_dtensor, local
@@ -80,7 +81,8 @@ class DeferredReduction:
         optimizer: of the adapters; a hook reduces before its step.
 
     Raises:
-        ValueError: a model holds no adapters.
+        ValueError: no model holds adapters.
+        RuntimeError: this torch cannot do it; 2.13 can.
     """
 
     def __init__(self, models: nn.Module | Sequence[nn.Module], optimizer: torch.optim.Optimizer) -> None:
@@ -88,6 +90,11 @@ class DeferredReduction:
         self.modules = [module for model in models for module in model.modules() if isinstance(module, LoRAModule)]
         if not self.modules:
             raise ValueError("no model holds adapters: call lora_fx.install before deferring the reduction")
+        if not _torch.can_place_gradients():
+            raise RuntimeError(
+                f"torch {torch.__version__} reduces gradients as they come (its DTensor.from_local has no "
+                f"grad_placements): use it without DeferredReduction, or a newer torch"
+            )
         self.reduced = False
         for module in self.modules:
             module._lora_deferred = True

@@ -120,8 +120,8 @@ def deferred(factor: Tensor) -> Tensor:
     """`factor` in a form whose gradient is not reduced over the mesh dimensions on which it is replicated.
 
     Its gradient is the term of this rank, labelled as if it were the sum: FSDP then reduces over its own dimensions
-    alone, and `lora_fx.distributed.reduce_gradients` does the rest for all adapters at once. Reductions over different
-    dimensions commute. A plain tensor is returned as it is.
+    alone, and `lora_fx.distributed.DeferredReduction` does the rest for all adapters at once. Sums over different
+    dimensions may be taken in any order. A plain tensor is returned as it is.
     """
     if not is_dtensor(factor):
         return factor
