@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama3.config import LlamaConfig
+from llama3.moe import MixtureOfExperts
 
 
 def rope_table(head_dim: int, length: int, theta: float) -> Tensor:
@@ -116,7 +117,9 @@ class TransformerBlock(nn.Module):
     def __init__(self, layer_id: int, config: LlamaConfig, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.attention = Attention(config, dtype)
-        self.feed_forward = FeedForward(config, dtype)
+        self.feed_forward: FeedForward | MixtureOfExperts = FeedForward(config, dtype)
+        if config.n_experts:
+            self.feed_forward = MixtureOfExperts(config, self.feed_forward, dtype)
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps, dtype=dtype)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps, dtype=dtype)
         # Deeper blocks start smaller, so that the residual stream does not grow with depth.

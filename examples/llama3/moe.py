@@ -1,0 +1,116 @@
+"""A mixture of experts in place of the feed-forward: a router, grouped experts, and a shared expert beside them.
+
+The experts' weights are stacked, [E, N, K], and applied by a grouped product: they are no `nn.Linear`s, so
+`target_modules="all-linear"` adapts the router and the shared expert and leaves routed experts as they are.
+
+Legend of shapes: T tokens, D width, F feed-forward size, E experts, P experts that a token is sent to.
+"""
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama3.config import LlamaConfig
+
+
+def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Multiply rows `x` [M, K], sorted by expert, by their expert's `weight` [E, N, K]: [M, N].
+
+    bfloat16 takes torch's grouped product, which compiled code has for no other dtype. There every expert multiplies
+    all rows and the rows of others are dropped: E times the work, and sizes that do not depend on the routing.
+
+    Args:
+        x: the rows.
+        weight: of all experts.
+        ends: int32 [E], the end of each expert's rows. Rows behind the last end are nobody's; what they get is
+            unspecified.
+    """
+    if x.dtype == torch.bfloat16:
+        return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+    expert = (torch.arange(len(x), device=x.device) >= ends[:, None]).sum(0)
+    products = [torch.where((expert == e)[:, None], F.linear(x, w), 0.0) for e, w in enumerate(weight)]
+    return torch.stack(products).sum(0)
+
+
+class Experts(nn.Module):
+    """E SwiGLUs, each applied to the rows that were sent to it."""
+
+    def __init__(self, config: LlamaConfig, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        sizes = {"w1": (config.ffn_dim, config.dim), "w2": (config.dim, config.ffn_dim)}
+        sizes["w3"] = sizes["w1"]
+        for name, size in sizes.items():
+            setattr(self, name, nn.Parameter(torch.empty(config.n_experts, *size, dtype=dtype)))
+
+    w1: nn.Parameter
+    w2: nn.Parameter
+    w3: nn.Parameter
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """Map rows `x` [T * P, D], sorted by expert, to rows of the same size.
+
+        Args:
+            x: the rows.
+            ends: int32 [E], the end of each expert's rows. Rows behind the last end are nobody's.
+        """
+        gate, up = (grouped_product(x, weight, ends) for weight in (self.w1, self.w3))
+        return grouped_product(F.silu(gate) * up, self.w2, ends)
+
+    def init_weights(self, output_std: float) -> None:
+        nn.init.trunc_normal_(self.w1, std=0.02)
+        for weight in (self.w2, self.w3):
+            nn.init.trunc_normal_(weight, std=output_std)
+
+
+class Router(nn.Module):
+    """Chooses P experts for each token, and how much of each."""
+
+    def __init__(self, config: LlamaConfig, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.chosen = config.experts_per_token
+        self.gate = nn.Linear(config.dim, config.n_experts, bias=False, dtype=dtype)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """For tokens `x` [T, D]: the weights of their experts [T, P], which sum to 1, and the experts [T, P]."""
+        scores, experts = self.gate(x).topk(self.chosen)
+        accurate = torch.promote_types(scores.dtype, torch.float32)
+        return scores.softmax(-1, dtype=accurate).to(x.dtype), experts
+
+
+class MixtureOfExperts(nn.Module):
+    """The sum of a shared expert and of the routed ones that each token is sent to.
+
+    Args:
+        config: the size.
+        shared: the expert that sees every token, a `FeedForward`.
+        dtype: of all parameters.
+    """
+
+    def __init__(self, config: LlamaConfig, shared: Any, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.router = Router(config, dtype)
+        self.experts = Experts(config, dtype)
+        self.shared = shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, S, D] to [B, S, D]."""
+        tokens = x.flatten(0, 1)
+        weights, experts = self.router(tokens)
+        return self.shared(x) + self.routed(tokens, weights, experts).view_as(x)
+
+    def routed(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """Send tokens [T, D] to their experts [T, P] and sum what comes back by `weights` [T, P]: [T, D]."""
+        order = experts.flatten().argsort(stable=True)
+        # By comparison: the sizes of a compiled graph must not depend on where tokens go.
+        own = torch.arange(self.experts.w1.shape[0], device=tokens.device)
+        ends = (experts.flatten() == own[:, None]).sum(-1).cumsum(0).to(torch.int32)
+        sources = order // experts.shape[1]
+        outputs = self.experts(tokens[sources], ends) * weights.flatten()[order, None]
+        return torch.zeros_like(tokens).index_add(0, sources, outputs)
+
+    def init_weights(self, output_std: float) -> None:
+        nn.init.trunc_normal_(self.router.gate.weight, std=0.02)
+        self.experts.init_weights(output_std)
+        cast(Any, self.shared).init_weights(output_std)
