@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import lora_fx
-from llama3 import Llama, LlamaConfig, rope_table
+from llama3 import Llama, LlamaConfig, MixtureOfExperts, rope_table
 from llama3.model import Attention
 from lora_fx import LoRAConfig, LoRAModule
 from lora_fx.placements import fill
@@ -31,17 +31,25 @@ from ring_attention import ring_attention, shard_sequence
 
 @dataclass(frozen=True)
 class Degrees:
-    """How many ranks share the work along each dimension: pipeline, data, context, tensor."""
+    """How many ranks share the work along each dimension: pipeline, data, context, tensor.
+
+    `ep` of the data-parallel ranks hold the experts of a mixture between them.
+    """
 
     pp: int = 1
     dp: int = 1
     cp: int = 1
     tp: int = 1
+    ep: int = 1
 
     def __post_init__(self) -> None:
         for name, degree in vars(self).items():
             if degree < 1:
                 raise ValueError(f"--{name} {degree} is not positive")
+        if self.dp % self.ep:
+            raise ValueError(f"--ep {self.ep} must divide --dp {self.dp}: data-parallel ranks hold the experts")
+        if self.ep > 1 and self.tp > 1:
+            raise ValueError("--ep and --tp together are not supported by this example")
 
     @property
     def world(self) -> int:
@@ -49,8 +57,13 @@ class Degrees:
 
     def mesh(self, device: torch.device) -> DeviceMesh:
         """The mesh of all ranks; neighbours share a tensor-parallel group."""
-        names = ("pp", "dp", "cp", "tp")
-        return init_device_mesh(device.type, (self.pp, self.dp, self.cp, self.tp), mesh_dim_names=names)
+        sizes = {"pp": self.pp, "dp": self.dp, "cp": self.cp, "tp": self.tp}
+        if self.ep > 1:
+            sizes = {"pp": self.pp, "dp_outer": self.dp // self.ep, "ep": self.ep, "cp": self.cp, "tp": self.tp}
+        mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        if self.ep > 1:
+            mesh["dp_outer", "ep"]._flatten("dp")
+        return mesh
 
 
 def layers_of_stage(n_layers: int, stage: int, stages: int) -> range:
@@ -137,18 +150,44 @@ def build_stage(
         for module in model.modules():
             if isinstance(module, Attention):
                 module.attend = ring_attention(cp)
+    experts = shard_experts(model, mesh)
     compile_parts(model, compiled)
     # Context-parallel ranks hold the same parameters and other tokens, as data-parallel ones do.
-    data = mesh["dp", "cp"]._flatten("dp_cp")
+    names = tuple(name for name in mesh.mesh_dim_names or () if name in ("dp", "dp_outer", "ep", "cp"))
+    data = mesh[names]._flatten("dp_cp")
     if data.size() > 1:
         for layer in model.layers.values():
-            fully_shard(layer, mesh=data)
-        fully_shard(model, mesh=data)
+            fully_shard(layer, mesh=data, ignored_params=experts)
+        fully_shard(model, mesh=data, ignored_params=experts)
     model.to_empty(device=device)
     initialise(model, seed)
     rope = rope_table(config.head_dim, length, config.rope_theta).to(device)
     model.rope = shard_sequence(cp, rope, 0) if cp.size() > 1 and device.type == "cpu" else rope
     return model
+
+
+def shard_experts(model: Llama, mesh: DeviceMesh) -> set[nn.Parameter]:
+    """Give each expert-parallel rank its part of the experts of every mixture; returns these parameters.
+
+    Raises:
+        ValueError: the model has no experts, or not a multiple of the ranks; or it is tensor parallel as well.
+    """
+    ranks = mesh["ep"] if "ep" in (mesh.mesh_dim_names or ()) else None
+    mixtures = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
+    if mixtures and mesh["tp"].size() > 1:
+        raise ValueError("a mixture of experts under tensor parallelism is not supported by this example")
+    if ranks is None:
+        return set()
+    if not mixtures or model.config.n_experts % ranks.size():
+        raise ValueError(f"{model.config.n_experts} experts cannot be shared by {ranks.size()} expert-parallel ranks")
+    found: set[nn.Parameter] = set()
+    for module in mixtures:
+        module.ranks = ranks
+        for name, weight in list(module.experts.named_parameters()):
+            sharded = nn.Parameter(distribute_tensor(weight, ranks, [Shard(0)]), requires_grad=weight.requires_grad)
+            setattr(module.experts, name, sharded)
+            found.add(sharded)
+    return found
 
 
 def compile_parts(model: Llama, compiled: str) -> None:

@@ -84,7 +84,7 @@ class Settings:
             rank=self.rank,
             alpha=2.0 * self.rank,
             dropout=self.dropout,
-            exclude_modules=self.exclude,
+            exclude_modules=(*self.exclude, *(["router"] if CONFIGS[self.model].n_experts else [])),
         )
 
 
@@ -353,6 +353,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     option = parser.add_argument
     for name, what in (("pp", "pipeline"), ("dp", "data (FSDP2)"), ("cp", "context"), ("tp", "tensor and sequence")):
         option(f"--{name}", type=int, default=1, help=f"ranks along the {what} dimension")
+    option("--ep", type=int, default=1, help="data-parallel ranks that hold the experts of a mixture between them")
     option("--model", choices=CONFIGS, default=default.model, help="size of the model")
     option("--layers", type=int, help="number of layers, if not the model's own")
     option("--schedule", choices=[*SCHEDULES, *REFUSED], default=default.schedule, help="pipeline schedule")
@@ -373,7 +374,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     option("--dtype", choices=("float32", "bfloat16"), default="float32", help="of parameters and activations")
     values = vars(parser.parse_args(arguments))
     try:
-        degrees = Degrees(**{name: values.pop(name) for name in ("pp", "dp", "cp", "tp")})
+        degrees = Degrees(**{name: values.pop(name) for name in ("pp", "dp", "cp", "tp", "ep")})
         values.update(exclude=tuple(values["exclude"]), dtype=getattr(torch, values["dtype"]))
         settings = Settings(degrees=degrees, **values)
         if settings.save_every and settings.checkpoints is None:

@@ -11,6 +11,13 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import (
+    all_gather_tensor,
+    all_gather_tensor_autograd,
+    reduce_scatter_tensor_autograd,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from llama3.config import LlamaConfig
 
@@ -39,6 +46,7 @@ class Experts(nn.Module):
 
     def __init__(self, config: LlamaConfig, dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        self.count = config.n_experts
         sizes = {"w1": (config.ffn_dim, config.dim), "w2": (config.dim, config.ffn_dim)}
         sizes["w3"] = sizes["w1"]
         for name, size in sizes.items():
@@ -48,6 +56,11 @@ class Experts(nn.Module):
     w2: nn.Parameter
     w3: nn.Parameter
 
+    @property
+    def held(self) -> int:
+        """How many experts this rank holds: all, or its part when the weights are sharded over ranks."""
+        return len(_local(self.w1))
+
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """Map rows `x` [T * P, D], sorted by expert, to rows of the same size.
 
@@ -55,13 +68,18 @@ class Experts(nn.Module):
             x: the rows.
             ends: int32 [E], the end of each expert's rows. Rows behind the last end are nobody's.
         """
-        gate, up = (grouped_product(x, weight, ends) for weight in (self.w1, self.w3))
-        return grouped_product(F.silu(gate) * up, self.w2, ends)
+        gate, up = (grouped_product(x, _local(weight), ends) for weight in (self.w1, self.w3))
+        return grouped_product(F.silu(gate) * up, _local(self.w2), ends)
 
     def init_weights(self, output_std: float) -> None:
         nn.init.trunc_normal_(self.w1, std=0.02)
         for weight in (self.w2, self.w3):
             nn.init.trunc_normal_(weight, std=output_std)
+
+
+def _local(weight: Tensor) -> Tensor:
+    """This rank's experts."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 class Router(nn.Module):
@@ -93,6 +111,8 @@ class MixtureOfExperts(nn.Module):
         self.router = Router(config, dtype)
         self.experts = Experts(config, dtype)
         self.shared = shared
+        self.ranks: DeviceMesh | None = None
+        """The ranks that hold the experts between them; None where this rank holds all of them."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, S, D] to [B, S, D]."""
@@ -101,13 +121,31 @@ class MixtureOfExperts(nn.Module):
         return self.shared(x) + self.routed(tokens, weights, experts).view_as(x)
 
     def routed(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        """Send tokens [T, D] to their experts [T, P] and sum what comes back by `weights` [T, P]: [T, D]."""
-        order = experts.flatten().argsort(stable=True)
+        """Send tokens [T, D] to their experts [T, P] and sum what comes back by `weights` [T, P]: [T, D].
+
+        With experts on several ranks, each rank collects the tokens of all, does what is for its own experts, and
+        gives every rank its sums. That moves more than an all-to-all of what is asked for, but the sizes of a compiled
+        graph do not depend on where tokens go.
+        """
+        if self.ranks is None:
+            return self._own(tokens, weights, experts, 0)
+        group = (self.ranks, 0)
+        tokens, weights = (all_gather_tensor_autograd(t, 0, group) for t in (tokens.contiguous(), weights.contiguous()))
+        experts = all_gather_tensor(experts.contiguous(), 0, group)
+        first = self.ranks.get_local_rank() * (self.experts.count // self.ranks.size())
+        return reduce_scatter_tensor_autograd(self._own(tokens, weights, experts, first), "sum", 0, group)
+
+    def _own(self, tokens: Tensor, weights: Tensor, experts: Tensor, first: int) -> Tensor:
+        """The part of the sums that experts `first`, `first` + 1, ... of this rank contribute."""
+        held = self.experts.held
+        own = experts.flatten() - first
+        own = torch.where((own >= 0) & (own < held), own, held)  # behind the last: somebody else's
+        order = own.argsort(stable=True)
         # By comparison: the sizes of a compiled graph must not depend on where tokens go.
-        own = torch.arange(self.experts.w1.shape[0], device=tokens.device)
-        ends = (experts.flatten() == own[:, None]).sum(-1).cumsum(0).to(torch.int32)
+        ends = (own == torch.arange(held, device=own.device)[:, None]).sum(-1).cumsum(0).to(torch.int32)
         sources = order // experts.shape[1]
         outputs = self.experts(tokens[sources], ends) * weights.flatten()[order, None]
+        outputs = torch.where((own[order] < held)[:, None], outputs, 0.0)
         return torch.zeros_like(tokens).index_add(0, sources, outputs)
 
     def init_weights(self, output_std: float) -> None:

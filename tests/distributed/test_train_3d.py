@@ -119,6 +119,13 @@ def test_a_stage_without_adapters(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_experts_on_several_ranks(tmp_path):
+    """Four data-parallel ranks, of which two at a time hold the experts of a mixture between them."""
+    check(["--model", "tiny-moe", "--layers", "2", "--dp", "4", "--ep", "2"], tmp_path, timeout=600)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_stage_compiled_in_one(tmp_path):
     for seen in check(["--tp", "2", "--compile", "stage"], tmp_path, timeout=600):
         assert seen["sites"] == [[4 * ADAPTERS_OF_A_LAYER] * 2] * 2
@@ -144,6 +151,8 @@ def test_stages_hold_every_layer_once():
         (["--schedule", "zbv"], "--schedule zbv is wrong in torch when FSDP shards a stage: take 1f1b"),
         (["--schedule", "interleaved"], "--schedule interleaved needs --pp 2 or more"),
         (["--length", "30", "--cp", "2"], "--length 30 cannot be cut into 4 equal pieces"),
+        (["--dp", "4", "--ep", "3"], "--ep 3 must divide --dp 4"),
+        (["--dp", "2", "--ep", "2", "--tp", "2"], "--ep and --tp together are not supported"),
         (["--save-every", "2"], "--save-every needs --checkpoints"),
     ],
 )
