@@ -9,6 +9,7 @@ the optimizer (without FSDP). They are small, so that is mostly latency: `reduce
 reduce all of them in one collective a mesh dimension.
 """
 
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -95,19 +96,18 @@ class DeferredReduction:
                 f"torch {torch.__version__} reduces gradients as they come (its DTensor.from_local has no "
                 f"grad_placements): use it without DeferredReduction, or a newer torch"
             )
-        self.reduced = False
+        # By identity and not by a flag: a step may be left out (GradScaler does so), and then no hook is called.
+        self._reduced: list[weakref.ref[Tensor]] = []
         for module in self.modules:
             module._lora_deferred = True
         self._hooks = [
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
-            optimizer.register_step_post_hook(lambda *_: self._after_step()),
+            optimizer.register_step_post_hook(lambda *_: self._reduced.clear()),
         ]
 
     def reduce(self) -> int:
-        """Reduce what is deferred, unless this was done since the last step; returns how many all-reduces it took."""
-        if self.reduced:
-            return 0
-        self.reduced = True
+        """Reduce what is deferred and was not reduced since the last step; returns how many all-reduces it took."""
+        done = {id(gradient) for ref in self._reduced if (gradient := ref()) is not None}
         terms = []
         for module in self.modules:
             # The numbers of a swapped module are replicated on the tensor-parallel mesh, and FSDP leaves them there.
@@ -116,8 +116,11 @@ class DeferredReduction:
                 continue
             for name in PARAMETERS:
                 factor: Any = module._parameters[name]
-                if factor.grad is not None and (groups := _replica_groups(factor, scale.device_mesh)):
+                if factor.grad is None or id(factor.grad) in done:
+                    continue
+                if groups := _replica_groups(factor, scale.device_mesh):
                     terms.append((local(factor.grad), groups))
+                    self._reduced.append(weakref.ref(factor.grad))
         return _sum_over_groups(terms)
 
     def remove(self) -> None:
@@ -130,9 +133,6 @@ class DeferredReduction:
     def _before_step(self) -> None:
         self.reduce()
 
-    def _after_step(self) -> None:
-        self.reduced = False
-
 
 def clip_grad_norm(
     parameters: Iterable[nn.Parameter],
@@ -144,7 +144,8 @@ def clip_grad_norm(
     """Scale gradients so that their norm over all ranks is at most `max_norm`.
 
     Shards count once each and replicas once together, on meshes that may differ from parameter to parameter. One small
-    all-reduce a mesh dimension, and one for each of `groups`.
+    all-reduce a mesh dimension, and one for each of `groups`. Partial gradients are reduced first; deferred ones do not
+    show that they are partial, so call `DeferredReduction.reduce` before this.
 
     Args:
         parameters: this rank's trainable parameters; there may be none.

@@ -91,6 +91,12 @@ def test_deferred_gradients_are_summed_once_a_step(adapted):
             optimizer.step()
         assert counts == {}
 
+        # A step that is left out does not hide the gradients of the next one.
+        for _ in range(2):
+            optimizer.zero_grad()
+            run(model, x, dy)
+            assert reduction.reduce() == 1
+
         reduction.remove()
         optimizer.zero_grad()
         run(model, x, dy)
