@@ -30,7 +30,7 @@ def run_ranks(
     world: int,
     folder: Path,
     *,
-    timeout: float = 120.0,
+    timeout: float = 240.0,
     environment: dict[str, str] | None = None,
     **arguments: Any,
 ) -> list[Any]:

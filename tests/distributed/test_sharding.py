@@ -276,7 +276,7 @@ def test_float32_adapters_on_a_bfloat16_base(tmp_path):
 
 
 def test_tensor_parallelism_and_hsdp(tmp_path):
-    for found in run_ranks(tensor_parallel, 4, tmp_path, timeout=200):
+    for found in run_ranks(tensor_parallel, 4, tmp_path, timeout=280):
         for name in ("before eager", "before deferred", "after eager", "after deferred", "hook", "hsdp"):
             assert found[name]["difference"] < (5e-5 if name == "hook" else 1e-6), (
                 name
