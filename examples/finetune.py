@@ -19,13 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from loss_curves import draw
 from torch import Tensor
-from trainer import Curve, even_windows, random_windows, train
 
 import lora_fx
 from corpus import documentation, library_sources
 from llama3 import CONFIGS, LORA, Llama, LlamaConfig
+from loss_curves import draw
+from trainer import Curve, even_windows, random_windows, train
 
 ALPHA_PER_RANK = 2.0
 HELD_OUT_BATCHES = 8

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+
 from trainer import Curve
 
 INK, GREY = "#22262b", "#8b939c"

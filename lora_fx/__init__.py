@@ -1,5 +1,6 @@
 """LoRA fine-tuning at the cost of the frozen model: a class swap, and graph rewrites under `torch.compile`."""
 
+from lora_fx import distributed
 from lora_fx.compile import compile
 from lora_fx.config import LoRAConfig
 from lora_fx.converter import Converters, LoRAConverter, ModelConverter, convert
@@ -26,6 +27,7 @@ __all__ = [
     "compile",
     "convert",
     "disabled",
+    "distributed",
     "explain",
     "freeze",
     "install",

@@ -3,6 +3,7 @@
 Nothing here imports a subsystem: a model can only be an instance of a class whose module is loaded already.
 """
 
+import inspect
 import sys
 import types
 from collections.abc import Callable
@@ -58,12 +59,21 @@ def data_parallel_wrapper(module: nn.Module) -> str | None:
             return "fully_shard"
         if isinstance(module, fsdp.FullyShardedDataParallel):
             return "FullyShardedDataParallel"
+    if getattr(module, "_is_fsdp_managed_module", False):  # both leave it, for Dynamo, on all modules that they shard
+        return "a parent's fully_shard"
     replicate = sys.modules.get("torch.distributed._composable.replicate")
     if replicate is not None and isinstance(module, getattr(replicate, "DDP", ())):
         return "replicate"
     if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         return type(module).__name__
     return None
+
+
+def can_place_gradients() -> bool:
+    """Whether a DTensor made of a local tensor can say how its gradient is placed: in 2.13 it can, not in old ones."""
+    from torch.distributed.tensor import DTensor
+
+    return "grad_placements" in inspect.signature(DTensor.from_local).parameters
 
 
 def has_instance_forward(module: nn.Module) -> bool:

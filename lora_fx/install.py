@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from lora_fx.linear import (
     swap,
     unswap,
 )
+from lora_fx.placements import is_dtensor
 from lora_fx.targets import Target, clean_path, find_targets
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -132,7 +134,7 @@ def freeze(model: Model) -> Model:
     Raises:
         ValueError: `model` holds no adapters.
     """
-    adapters = adapter_parameters(model)
+    adapters = [parameter for _, parameter in named_adapter_parameters(model)]
     # By assignment: uninitialised parameters of lazy modules refuse `requires_grad_`.
     for parameter in model.parameters():
         parameter.requires_grad = False
@@ -144,10 +146,33 @@ def freeze(model: Model) -> Model:
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters to give to an optimizer: A and B of every swapped linear, in the order of `model.modules()`.
 
+    Warns when a distributed parameter beside them requires gradients, see `thawed`.
+
     Raises:
         ValueError: `model` holds no adapters.
     """
-    return [parameter for _, parameter in named_adapter_parameters(model)]
+    adapters = [parameter for _, parameter in named_adapter_parameters(model)]
+    if names := thawed(model):
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        warnings.warn(
+            f"{names[0]}{more} require gradients beside the adapters. parallelize_module makes parameters anew and "
+            f"does not always keep them frozen (SequenceParallel): call lora_fx.freeze(model) after it",
+            stacklevel=2,
+        )
+    return adapters
+
+
+def thawed(model: nn.Module) -> list[str]:
+    """The distributed parameters of `model` that are no adapters and require gradients all the same.
+
+    Plain ones are not named: nothing thaws those but the caller.
+    """
+    adapters = {id(parameter) for _, parameter in named_adapter_parameters(model)}
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and is_dtensor(parameter) and id(parameter) not in adapters
+    ]
 
 
 def named_adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

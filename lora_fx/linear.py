@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.passes.low_rank import low_rank
+from lora_fx.placements import deferred, fill, is_dtensor, like_weight, local, placed, replicated_like
 
 # The 0-d float32 buffers of a swapped module.
 SCALE, ENABLED = "lora_scale", "lora_enabled"
 # Everything that the swap adds to a module, in the order in which it is added.
 PARAMETERS = ("lora_a", "lora_b")
 BUFFERS = (SCALE, ENABLED)
-ATTRIBUTES = ("lora_dropout", "lora_init", "_lora_last_scale", "_lora_disabled")
+ATTRIBUTES = ("lora_dropout", "lora_init", "_lora_last_scale", "_lora_disabled", "_lora_deferred")
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,32 @@ class LoRAModule(nn.Linear):
     lora_init: str
     _lora_last_scale: float
     _lora_disabled: Tensor | None
+    _lora_deferred: bool
 
     # The parameter is called `input` because `nn.Linear.forward`'s is, and callers may name it.
     def forward(self, input: Tensor) -> Tensor:
         """[..., K] -> [..., N], in the dtype of the parent's output."""
         base = super().forward(input)
         scale = self.lora_scale * self.lora_enabled
-        update = low_rank(input, self.lora_a, self.lora_b, scale, self.lora_dropout, self.training)
+        factors: tuple[Tensor, Tensor] = self.lora_a, self.lora_b
+        if self._lora_deferred:
+            factors = deferred(self.lora_a), deferred(self.lora_b)
+        update = low_rank(input, *factors, scale, self.lora_dropout, self.training)
         return base + update.to(base.dtype)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As any module's, except that distributed factors go where the distributed weight wants them.
+
+        `parallelize_module` registers every parameter of a linear anew, with placements that are meant for the weight.
+        """
+        weight = self._parameters.get("weight")
+        super().register_parameter(
+            name, placed(name, param, weight) if name in PARAMETERS and param is not None else param
+        )
+        if name == "weight":  # after the factors, where a parent registers it last
+            for factor in PARAMETERS:
+                if (held := self._parameters.get(factor)) is not None:
+                    self._parameters[factor] = placed(factor, held, param)
 
     def disabled_buffer(self) -> Tensor:
         """The zero that stands in for `lora_enabled` inside `lora_fx.disabled`.
@@ -166,7 +185,8 @@ def _new(parent: type[nn.Linear]) -> LoRAModule:
 
 
 def _value(number: Tensor) -> float | None:
-    """The value of a 0-d buffer, or None where there is none to read (meta, fake, distributed)."""
+    """The value of a 0-d buffer, or None where there is none to read (meta, fake)."""
+    number = local(number)  # the same on every rank
     return None if type(number) is not Tensor or number.is_meta else number.item()
 
 
@@ -222,7 +242,7 @@ def is_activation_dtype(dtype: torch.dtype) -> bool:
 def new_adapter(
     module: nn.Linear, *, rank: int, scale: float, dropout: float, init: str, activation_dtype: torch.dtype
 ) -> Adapter:
-    """The adapter for `module`, initialised, on its weight's device; `module` is not touched.
+    """The adapter for `module`, initialised, on its weight's device and mesh; `module` is not touched.
 
     The shapes follow `in_features` and `out_features`, because a packed weight has a shape of its own.
     """
@@ -232,31 +252,44 @@ def new_adapter(
     a = torch.empty(rank, module.in_features, dtype=dtype, device=device)
     reset_a(a, init)
     b = torch.zeros(module.out_features, rank, dtype=dtype, device=device)
+    a, b = like_weight("lora_a", a, weight), like_weight("lora_b", b, weight)
     return Adapter(nn.Parameter(a), nn.Parameter(b), scale, dropout, init)
 
 
 @torch.no_grad()
 def reset_a(lora_a: Tensor, init: str) -> None:
-    """Start A [R, K] as `init` says: kaiming-uniform as `nn.Linear`'s weight, or normal with deviation 1 / R."""
+    """Start A [R, K] as `init` says: kaiming-uniform as `nn.Linear`'s weight, or normal with deviation 1 / R.
+
+    A distributed A is drawn whole on every rank and cut from the first one's: the draw is that of a single process,
+    and replicas agree on devices where distributed random numbers do not.
+    """
+    whole = lora_a
+    if is_dtensor(lora_a):
+        whole = torch.empty(lora_a.shape, dtype=lora_a.dtype, device=lora_a.device)
     if init == "kaiming":
-        nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(whole, a=math.sqrt(5))
     else:
-        nn.init.normal_(lora_a, std=1.0 / lora_a.shape[0])
+        nn.init.normal_(whole, std=1.0 / lora_a.shape[0])
+    if whole is not lora_a:
+        fill(lora_a, whole)
 
 
 def swap(module: nn.Linear, adapter: Adapter) -> None:
     """Make `module` a `LoRA<Parent>` that holds `adapter`. Undone by `unswap`."""
     module.__class__ = lora_class(type(module))
     swapped = cast(LoRAModule, module)
-    device = adapter.lora_a.device
+    device, weight = adapter.lora_a.device, getattr(module, "weight", None)
     swapped.register_parameter("lora_a", adapter.lora_a)
     swapped.register_parameter("lora_b", adapter.lora_b)
-    swapped.register_buffer(SCALE, torch.full((), adapter.scale, dtype=torch.float32, device=device))
-    swapped.register_buffer(ENABLED, torch.ones((), dtype=torch.float32, device=device), persistent=False)
+    scale = torch.full((), adapter.scale, dtype=torch.float32, device=device)
+    enabled = torch.ones((), dtype=torch.float32, device=device)
+    swapped.register_buffer(SCALE, replicated_like(scale, weight))
+    swapped.register_buffer(ENABLED, replicated_like(enabled, weight), persistent=False)
     swapped.lora_dropout = adapter.dropout
     swapped.lora_init = adapter.init
     swapped._lora_last_scale = adapter.scale
     swapped._lora_disabled = None
+    swapped._lora_deferred = False
 
 
 def unswap(module: nn.Linear) -> None:

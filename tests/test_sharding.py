@@ -42,6 +42,8 @@ def test_wrapping_before_install_is_refused(one_rank):
     fully_shard(partly.layers["1"], mesh=one_rank)
     refused(partly, None, r"layers\.1 is " + order.format("fully_shard"))
     refused(shard(Toy(), one_rank), None, order.format("fully_shard"))
+    whole = fully_shard(Toy(), mesh=one_rank)
+    refused(whole.layers["0"], None, "the model itself is " + order.format("a parent's fully_shard"))
     refused(DistributedDataParallel(Toy()), None, order.format("DistributedDataParallel"))
     refused(replicate(Toy()), None, order.format("replicate"))
     fsdp1 = FullyShardedDataParallel(Toy(), device_id=torch.device("cpu"), use_orig_params=True)

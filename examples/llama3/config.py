@@ -1,7 +1,7 @@
 """Sizes of Llama 3, and the LoRA configuration of the debug model.
 
 `debug` is torchtitan's debug model (`llama3_debugmodel`): 256 wide, 6 layers, 16 heads, a vocabulary of 2048.
-`8B` is Llama-3-8B. `tiny` is for tests: two layers and grouped key/value heads.
+`8B` is Llama-3-8B. `tiny` is for tests: two layers and grouped key/value heads; `tiny-moe` has experts as well.
 """
 
 from dataclasses import dataclass
@@ -24,6 +24,8 @@ class LlamaConfig:
         norm_eps: epsilon of every RMSNorm.
         rope_theta: base of the rotary frequencies.
         max_seq_len: length of the table of rotary angles, in tokens.
+        n_experts: number of routed experts of each block; 0 is a plain feed-forward.
+        experts_per_token: how many of them a token is sent to.
     """
 
     dim: int
@@ -36,12 +38,16 @@ class LlamaConfig:
     norm_eps: float = 1e-5
     rope_theta: float = 500_000.0
     max_seq_len: int = 8192
+    n_experts: int = 0
+    experts_per_token: int = 2
 
     def __post_init__(self) -> None:
         if self.dim % self.n_heads or self.head_dim % 2:
             raise ValueError(f"dim {self.dim} must be {self.n_heads} heads of an even size")
         if self.n_heads % self.kv_heads:
             raise ValueError(f"{self.n_heads} query heads cannot share {self.kv_heads} key/value heads evenly")
+        if self.n_experts and not 1 <= self.experts_per_token <= self.n_experts:
+            raise ValueError(f"a token cannot be sent to {self.experts_per_token} of {self.n_experts} experts")
 
     @property
     def head_dim(self) -> int:
@@ -60,6 +66,9 @@ class LlamaConfig:
 
 CONFIGS: dict[str, LlamaConfig] = {
     "tiny": LlamaConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=256, multiple_of=32, max_seq_len=256),
+    "tiny-moe": LlamaConfig(
+        dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=256, multiple_of=32, max_seq_len=256, n_experts=4
+    ),
     "debug": LlamaConfig(dim=256, n_layers=6, n_heads=16, vocab_size=2048),
     "8B": LlamaConfig(
         dim=4096,

@@ -12,6 +12,7 @@ Legend of shapes: B batch, S sequence, D width, H query heads, G key/value heads
 V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama3.config import LlamaConfig
+from llama3.moe import MixtureOfExperts
 
 
 def rope_table(head_dim: int, length: int, theta: float) -> Tensor:
@@ -53,13 +55,21 @@ def apply_rope(x: Tensor, table: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
 
 
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each query of `q` [B, H, S, E] attends to the keys and values [B, G, S, E] up to its position: [B, H, S, E]."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
 class Attention(nn.Module):
-    """Causal grouped-query attention: H query heads share G key/value heads."""
+    """Causal grouped-query attention: H query heads share G key/value heads.
+
+    `attend` is how; context parallelism puts another function of the same shapes there.
+    """
 
     def __init__(self, config: LlamaConfig, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.grouped = config.kv_heads != config.n_heads
+        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = causal_attention
         kv_dim = config.kv_heads * config.head_dim
         self.wq = nn.Linear(config.dim, config.dim, bias=False, dtype=dtype)
         self.wk = nn.Linear(config.dim, kv_dim, bias=False, dtype=dtype)
@@ -67,13 +77,13 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.dim, config.dim, bias=False, dtype=dtype)
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        """Attend over `x` [B, S, D] with rotary angles `rope` [S, E / 2, 2]; returns [B, S, D]."""
+        """Attend over `x` [B, S, D] with rotary angles `rope` [S or more, E / 2, 2]; returns [B, S, D]."""
         # -1 and not the configured head count: under tensor parallelism a rank holds some of the heads.
         q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.wq, self.wk, self.wv))
+        # Here and not outside: under sequence parallelism a block sees a part of the sequence, attention all of it.
+        rope = rope[: q.shape[1]]
         q, k = apply_rope(q, rope), apply_rope(k, rope)
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=self.grouped
-        )
+        y = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.wo(y.transpose(1, 2).flatten(-2))
 
     def init_weights(self, output_std: float) -> None:
@@ -107,14 +117,16 @@ class TransformerBlock(nn.Module):
     def __init__(self, layer_id: int, config: LlamaConfig, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.attention = Attention(config, dtype)
-        self.feed_forward = FeedForward(config, dtype)
+        self.feed_forward: FeedForward | MixtureOfExperts = FeedForward(config, dtype)
+        if config.n_experts:
+            self.feed_forward = MixtureOfExperts(config, self.feed_forward, dtype)
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps, dtype=dtype)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps, dtype=dtype)
         # Deeper blocks start smaller, so that the residual stream does not grow with depth.
         self.output_std = 0.02 / (2 * (layer_id + 1)) ** 0.5
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        """Map the residual stream [B, S, D] to [B, S, D]; `rope` is [S, E / 2, 2]."""
+        """Map the residual stream [B, S, D] to [B, S, D]; `rope` is [S or more, E / 2, 2]."""
         x = x + self.attention(self.attention_norm(x), rope)
         return x + self.feed_forward(self.ffn_norm(x))
 
@@ -150,9 +162,8 @@ class Llama(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Map token ids [B, S] to logits [B, S, V]."""
         x = self.tok_embeddings(tokens) if self.tok_embeddings is not None else tokens
-        rope = self.rope[: x.shape[1]]
         for layer in self.layers.values():
-            x = layer(x, rope)
+            x = layer(x, self.rope)
         x = self.norm(x) if self.norm is not None else x
         return self.output(x) if self.output is not None else x
 

@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from loss_curves import draw
-from trainer import even_windows, growth_bytes, learning_rate, random_windows, train
 
 import lora_fx
 from corpus import documentation, library_sources, split, tokenise
 from finetune import Outcome, Settings, build, parse, run, table
 from llama3 import LORA, LlamaConfig
+from loss_curves import draw
+from trainer import even_windows, growth_bytes, learning_rate, random_windows, train
 
 # Half as wide as the demo's model, so smaller ranks. The learning rates are the best of those tried for each form (full
 # 2e-3 and 4e-3, LoRA 3e-3, 5e-3, 8e-3 and 12e-3): the forms stand in this order on their merits.

@@ -1,0 +1,154 @@
+"""A mixture of experts in place of the feed-forward: a router, grouped experts, and a shared expert beside them.
+
+The experts' weights are stacked, [E, N, K], and applied by a grouped product: they are no `nn.Linear`s, so
+`target_modules="all-linear"` adapts the router and the shared expert and leaves routed experts as they are.
+
+Legend of shapes: T tokens, D width, F feed-forward size, E experts, P experts that a token is sent to.
+"""
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import (
+    all_gather_tensor,
+    all_gather_tensor_autograd,
+    reduce_scatter_tensor_autograd,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from llama3.config import LlamaConfig
+
+
+def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Multiply rows `x` [M, K], sorted by expert, by their expert's `weight` [E, N, K]: [M, N].
+
+    bfloat16 takes torch's grouped product, which compiled code has for no other dtype. There every expert multiplies
+    all rows and the rows of others are dropped: E times the work, and sizes that do not depend on the routing.
+
+    Args:
+        x: the rows.
+        weight: of all experts.
+        ends: int32 [E], the end of each expert's rows. Rows behind the last end are nobody's; what they get is
+            unspecified.
+    """
+    if x.dtype == torch.bfloat16:
+        return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+    expert = (torch.arange(len(x), device=x.device) >= ends[:, None]).sum(0)
+    products = [torch.where((expert == e)[:, None], F.linear(x, w), 0.0) for e, w in enumerate(weight)]
+    return torch.stack(products).sum(0)
+
+
+class Experts(nn.Module):
+    """E SwiGLUs, each applied to the rows that were sent to it."""
+
+    def __init__(self, config: LlamaConfig, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.count = config.n_experts
+        sizes = {"w1": (config.ffn_dim, config.dim), "w2": (config.dim, config.ffn_dim)}
+        sizes["w3"] = sizes["w1"]
+        for name, size in sizes.items():
+            setattr(self, name, nn.Parameter(torch.empty(config.n_experts, *size, dtype=dtype)))
+
+    w1: nn.Parameter
+    w2: nn.Parameter
+    w3: nn.Parameter
+
+    @property
+    def held(self) -> int:
+        """How many experts this rank holds: all, or its part when the weights are sharded over ranks."""
+        return len(_local(self.w1))
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """Map rows `x` [T * P, D], sorted by expert, to rows of the same size.
+
+        Args:
+            x: the rows.
+            ends: int32 [E], the end of each expert's rows. Rows behind the last end are nobody's.
+        """
+        gate, up = (grouped_product(x, _local(weight), ends) for weight in (self.w1, self.w3))
+        return grouped_product(F.silu(gate) * up, _local(self.w2), ends)
+
+    def init_weights(self, output_std: float) -> None:
+        nn.init.trunc_normal_(self.w1, std=0.02)
+        for weight in (self.w2, self.w3):
+            nn.init.trunc_normal_(weight, std=output_std)
+
+
+def _local(weight: Tensor) -> Tensor:
+    """This rank's experts."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+class Router(nn.Module):
+    """Chooses P experts for each token, and how much of each."""
+
+    def __init__(self, config: LlamaConfig, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.chosen = config.experts_per_token
+        self.gate = nn.Linear(config.dim, config.n_experts, bias=False, dtype=dtype)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """For tokens `x` [T, D]: the weights of their experts [T, P], which sum to 1, and the experts [T, P]."""
+        scores, experts = self.gate(x).topk(self.chosen)
+        accurate = torch.promote_types(scores.dtype, torch.float32)
+        return scores.softmax(-1, dtype=accurate).to(x.dtype), experts
+
+
+class MixtureOfExperts(nn.Module):
+    """The sum of a shared expert and of the routed ones that each token is sent to.
+
+    Args:
+        config: the size.
+        shared: the expert that sees every token, a `FeedForward`.
+        dtype: of all parameters.
+    """
+
+    def __init__(self, config: LlamaConfig, shared: Any, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.router = Router(config, dtype)
+        self.experts = Experts(config, dtype)
+        self.shared = shared
+        self.ranks: DeviceMesh | None = None
+        """The ranks that hold the experts between them; None where this rank holds all of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, S, D] to [B, S, D]."""
+        tokens = x.flatten(0, 1)
+        weights, experts = self.router(tokens)
+        return self.shared(x) + self.routed(tokens, weights, experts).view_as(x)
+
+    def routed(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """Send tokens [T, D] to their experts [T, P] and sum what comes back by `weights` [T, P]: [T, D].
+
+        With experts on several ranks, each rank collects the tokens of all, does what is for its own experts, and
+        gives every rank its sums. That moves more than an all-to-all of what is asked for, but the sizes of a compiled
+        graph do not depend on where tokens go.
+        """
+        if self.ranks is None:
+            return self._own(tokens, weights, experts, 0)
+        group = (self.ranks, 0)
+        tokens, weights = (all_gather_tensor_autograd(t, 0, group) for t in (tokens.contiguous(), weights.contiguous()))
+        experts = all_gather_tensor(experts.contiguous(), 0, group)
+        first = self.ranks.get_local_rank() * (self.experts.count // self.ranks.size())
+        return reduce_scatter_tensor_autograd(self._own(tokens, weights, experts, first), "sum", 0, group)
+
+    def _own(self, tokens: Tensor, weights: Tensor, experts: Tensor, first: int) -> Tensor:
+        """The part of the sums that experts `first`, `first` + 1, ... of this rank contribute."""
+        held = self.experts.held
+        own = experts.flatten() - first
+        own = torch.where((own >= 0) & (own < held), own, held)  # behind the last: somebody else's
+        order = own.argsort(stable=True)
+        # By comparison: the sizes of a compiled graph must not depend on where tokens go.
+        ends = (own == torch.arange(held, device=own.device)[:, None]).sum(-1).cumsum(0).to(torch.int32)
+        sources = order // experts.shape[1]
+        outputs = self.experts(tokens[sources], ends) * weights.flatten()[order, None]
+        outputs = torch.where((own[order] < held)[:, None], outputs, 0.0)
+        return torch.zeros_like(tokens).index_add(0, sources, outputs)
+
+    def init_weights(self, output_std: float) -> None:
+        nn.init.trunc_normal_(self.router.gate.weight, std=0.02)
+        self.experts.init_weights(output_std)
+        cast(Any, self.shared).init_weights(output_std)

@@ -1,0 +1,406 @@
+"""Fine-tune a Llama 3 with adapters on many ranks: pipeline, data, context and tensor parallel, compiled and rewritten.
+
+    torchrun --nproc-per-node 8 examples/train_3d.py --pp 2 --dp 2 --tp 2 --compile block
+    torchrun --nproc-per-node 8 examples/train_3d.py --pp 2 --dp 2 --cp 2 --compile block --schedule interleaved
+
+Without a GPU the ranks are processes that talk by gloo; with GPUs each has one, and they talk by NCCL. The batch and
+the initial values do not depend on the mesh, so any two meshes train alike up to rounding.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from tqdm import tqdm
+
+import adapter_checkpoint
+import lora_fx
+from corpus import library_sources
+from llama3 import CONFIGS, LORA
+from lora_fx.distributed import DeferredReduction, clip_grad_norm, manual_seed
+from parallel import Degrees, build_stage
+from ring_attention import shard_sequence
+from trainer import learning_rate, random_windows
+
+SCHEDULES: dict[str, Any] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B}
+# Measured on torch 2.13: with FSDP2 they train to other values than one process does, without any adapter too.
+REFUSED = ("zero-bubble", "zbv")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """One run. Each field is the option of the same name, see `--help`."""
+
+    degrees: Degrees = dataclasses.field(default_factory=Degrees)
+    model: str = "debug"
+    layers: int | None = None
+    schedule: str = "1f1b"
+    compile: str = "none"
+    steps: int = 20
+    batch: int = 8
+    microbatches: int = 2
+    length: int = 128
+    rank: int = 8
+    exclude: tuple[str, ...] = ()
+    dropout: float = 0.0
+    optimizer: str = "adamw"
+    lr: float = 3e-3
+    clip: float = 1.0
+    seed: int = 0
+    checkpoints: Path | None = None
+    save_every: int = 0
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        if self.schedule in REFUSED:
+            raise ValueError(f"--schedule {self.schedule} is wrong in torch when FSDP shards a stage: take 1f1b")
+        dp, pp = self.degrees.dp, self.degrees.pp
+        if self.batch % dp or (pp > 1 and self.batch // dp % self.microbatches):
+            raise ValueError(f"--batch {self.batch} is not {dp} equal parts of {self.microbatches} equal microbatches")
+        if self.schedule == "interleaved" and (pp < 2 or self.microbatches % pp):
+            raise ValueError(
+                f"--schedule interleaved needs --pp 2 or more and --microbatches a multiple of it, not {pp}"
+            )
+        pieces = max(self.degrees.tp, 1) * (2 * self.degrees.cp if self.degrees.cp > 1 else 1)
+        if self.length % pieces:
+            raise ValueError(f"--length {self.length} cannot be cut into {pieces} equal pieces")
+
+    @property
+    def lora(self) -> lora_fx.LoRAConfig:
+        return dataclasses.replace(
+            LORA["debug"],
+            rank=self.rank,
+            alpha=2.0 * self.rank,
+            dropout=self.dropout,
+            exclude_modules=(*self.exclude, *(["router"] if CONFIGS[self.model].n_experts else [])),
+        )
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a rank saw.
+
+    Attributes:
+        losses: of each step that was done, the mean over all tokens; the same on every rank.
+        norms: of each step's gradient before clipping, over all ranks; empty without clipping.
+        sites: (rewritten, all) branches of every rank, by rank; empty when nothing was compiled.
+        seconds: of each step.
+        built: seconds until the first step.
+    """
+
+    losses: list[float] = dataclasses.field(default_factory=list)
+    norms: list[float] = dataclasses.field(default_factory=list)
+    sites: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    built: float = 0.0
+
+
+def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of `targets` [B, S] under `logits` [B, S, V], in nats a token."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+def run(settings: Settings) -> Outcome:
+    """Train on the ranks of the default process group; all of them call it."""
+    start = time.perf_counter()
+    degrees = settings.degrees
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    mesh = degrees.mesh(device)
+    trainer = Trainer(settings, mesh, device)
+    windows = random_windows(
+        library_sources().train_tokens(), settings.steps, settings.batch, settings.length, settings.seed
+    )
+    outcome, first = Outcome(), trainer.resume()
+    manual_seed(settings.seed + first, mesh)  # for dropout
+    outcome.built = time.perf_counter() - start
+    bar = tqdm(range(first, settings.steps), unit="step", disable=torch.distributed.get_rank() != 0, dynamic_ncols=True)
+    for step in bar:
+        began = time.perf_counter()
+        loss, norm = trainer.step(step, windows[step])
+        outcome.losses.append(loss)
+        outcome.norms += [] if norm is None else [norm]
+        outcome.seconds.append(time.perf_counter() - began)
+        bar.set_postfix_str(f"loss {loss:.4f}")
+        if settings.save_every and (step + 1) % settings.save_every == 0:
+            trainer.save(step + 1)
+    if settings.compile != "none":
+        outcome.sites = trainer.sites()
+    return outcome
+
+
+class Trainer:
+    """One rank's stages, their optimizer and their schedule."""
+
+    def __init__(self, settings: Settings, mesh: DeviceMesh, device: torch.device) -> None:
+        self.settings, self.mesh, self.device = settings, mesh, device
+        degrees, rank = settings.degrees, mesh["pp"].get_local_rank()
+        self.stages = degrees.pp * (2 if settings.schedule == "interleaved" else 1)
+        self.held = list(range(rank, self.stages, degrees.pp))
+        config = dataclasses.replace(CONFIGS[settings.model], max_seq_len=settings.length)
+        if settings.layers is not None:
+            config = dataclasses.replace(config, n_layers=settings.layers)
+        self.models = [
+            build_stage(
+                config,
+                settings.lora,
+                mesh,
+                stage,
+                self.stages,
+                length=settings.length,
+                device=device,
+                dtype=settings.dtype,
+                compiled=settings.compile,
+                seed=settings.seed,
+            )
+            for stage in self.held
+        ]
+        adapted = [model for model in self.models if lora_fx.is_installed(model)]
+        self.adapters = {name: p for model in adapted for name, p in lora_fx.named_adapter_parameters(model)}
+        parameters = list(self.adapters.values())
+        kinds: dict[str, Any] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+        # A stage may be without adapters, and torch has no optimizer of nothing.
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.reduction: DeferredReduction | None = None
+        if parameters:
+            self.optimizer = kinds[settings.optimizer](parameters, lr=settings.lr, weight_decay=0.0)
+            if degrees.tp > 1:
+                self.reduction = DeferredReduction(adapted, self.optimizer)
+        self.schedule = self._schedule() if degrees.pp > 1 else None
+
+    def _schedule(self) -> Any:
+        group = self.mesh["pp"].get_group()
+        stages = [
+            PipelineStage(model, stage, self.stages, self.device, group=group)
+            for model, stage in zip(self.models, self.held)
+        ]
+        kind = SCHEDULES[self.settings.schedule]
+        what = stages if self.settings.schedule == "interleaved" else stages[0]
+        return kind(what, n_microbatches=self.settings.microbatches, loss_fn=next_token_loss)
+
+    @property
+    def is_first(self) -> bool:
+        return 0 in self.held
+
+    @property
+    def is_last(self) -> bool:
+        return self.stages - 1 in self.held
+
+    def step(self, step: int, windows: Tensor) -> tuple[float, float | None]:
+        """One optimizer step on `windows` [B, S + 1]: its loss, and the norm of its gradient where that is clipped."""
+        parameters = list(self.adapters.values())
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+            if self.settings.optimizer == "adamw":
+                for group in self.optimizer.param_groups:
+                    group["lr"] = learning_rate(step, self.settings.steps, self.settings.lr)
+        with self._context() as shard:
+            inputs, targets = shard(windows[:, :-1]), shard(windows[:, 1:])
+            loss = self._forward_backward(inputs, targets)
+        if self.reduction is not None:
+            self.reduction.reduce()
+        norm = None
+        if self.settings.clip:
+            groups = [self.mesh["pp"].get_group()] if self.settings.degrees.pp > 1 else []
+            norm = clip_grad_norm(parameters, self.settings.clip, groups=groups, device=self.device).item()
+        if self.optimizer is not None:
+            self.optimizer.step()
+        return self._mean(loss), norm
+
+    @contextlib.contextmanager
+    def _context(self) -> Iterator[Any]:
+        """Within it a step runs; gives a function that cuts this rank's part out of a batch [B, S]."""
+        degrees, cp = self.settings.degrees, self.mesh["cp"]
+
+        def mine(batch: Tensor) -> Tensor:
+            return batch.chunk(degrees.dp)[self.mesh["dp"].get_local_rank()].to(self.device).contiguous()
+
+        if degrees.cp == 1:
+            yield mine
+        elif self.device.type == "cpu":
+            yield lambda batch: shard_sequence(cp, mine(batch), 1)
+        else:
+            yield from self._cuda_context_parallel(mine)
+
+    def _cuda_context_parallel(self, mine: Any) -> Iterator[Any]:
+        """torch's `context_parallel`: it cuts buffers in place, so they are cut as they are handed out."""
+        from torch.distributed.tensor.experimental import context_parallel
+
+        with contextlib.ExitStack() as stack:
+
+            def shard(batch: Tensor) -> Tensor:
+                part: Tensor = mine(batch)
+                buffers = context_parallel(
+                    self.mesh["cp"], buffers=[part], buffer_seq_dims=[1], no_restore_buffers={part}
+                )
+                stack.enter_context(buffers)
+                return part
+
+            tables = [model.rope for model in self.models]
+            stack.enter_context(context_parallel(self.mesh["cp"], buffers=tables, buffer_seq_dims=[0] * len(tables)))
+            yield shard
+
+    def _forward_backward(self, inputs: Tensor, targets: Tensor) -> Tensor | None:
+        """The mean loss of this rank's tokens, on ranks of the last stage; gradients are in the parameters."""
+        if self.schedule is None:
+            loss = next_token_loss(self.models[0](inputs), targets)
+            loss.backward()
+            return loss.detach()
+        losses: list[Tensor] = []
+        arguments = (inputs,) if self.is_first else ()
+        if self.is_last:
+            self.schedule.step(*arguments, target=targets, losses=losses)
+            return torch.stack([loss.detach() for loss in losses]).mean()
+        self.schedule.step(*arguments)
+        return None
+
+    def _mean(self, loss: Tensor | None) -> float:
+        """The mean over the ranks that have a loss, on all ranks."""
+        total = torch.zeros(2, device=self.device)
+        if loss is not None:
+            total += torch.stack([loss.float(), torch.ones((), device=self.device)])
+        torch.distributed.all_reduce(total)
+        return float(total[0] / total[1])
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: adapters, their scales, and what the optimizer remembers, by global name."""
+        tensors: dict[str, Tensor] = dict(self.adapters)
+        for model in self.models:
+            tensors |= {name: b for name, b in model.named_buffers() if name.endswith(".lora_scale")}
+        if self.optimizer is not None and self.settings.optimizer == "adamw":
+            for name, parameter in self.adapters.items():
+                state = self.optimizer.state[parameter]
+                if not state:  # before the first step: what AdamW starts with
+                    state["step"] = torch.zeros(())
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+                tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
+        return tensors
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint after `step` steps."""
+        assert self.settings.checkpoints is not None
+        writes = all(self.mesh[name].get_local_rank() == 0 for name in ("dp", "cp", "tp"))
+        stage = self.mesh["pp"].get_local_rank()
+        extra = {"degrees": vars(self.settings.degrees), "model": self.settings.model}
+        adapter_checkpoint.save(self.settings.checkpoints, step, self.state(), stage=stage, writes=writes, extra=extra)
+
+    def resume(self) -> int:
+        """Go on from the newest checkpoint, if there is one; returns how many steps it has done."""
+        folder = self.settings.checkpoints
+        checkpoint = adapter_checkpoint.newest(folder) if folder is not None else None
+        if checkpoint is None:
+            return 0
+        step = adapter_checkpoint.load(checkpoint, self.state())["step"]
+        assert isinstance(step, int)
+        return step
+
+    def sites(self) -> list[tuple[int, int]]:
+        """For every rank, how many of its branches are rewritten, and how many there are.
+
+        `explain` traces each block again: on a hit of Inductor's caches the passes do not run.
+        """
+        counts = torch.zeros(2, dtype=torch.int64, device=self.device)
+        local = self.settings.length // self.settings.degrees.cp // self.settings.degrees.tp
+        size = (self.settings.batch // self.settings.degrees.dp // self.settings.microbatches, local)
+        for model in self.models:
+            for layer in model.layers.values():
+                if lora_fx.is_installed(layer):
+                    x = torch.zeros(*size, model.config.dim, dtype=self.settings.dtype, device=self.device)
+                    report = lora_fx.explain(layer, x.requires_grad_(), model.rope)
+                    counts += torch.tensor([report.rewritten, len(report.sites)], device=self.device)
+        everyone = [torch.empty_like(counts) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(everyone, counts)
+        return [(int(rewritten), int(total)) for rewritten, total in everyone]
+
+
+def summary(settings: Settings, outcome: Outcome) -> str:
+    """The final report."""
+    degrees = [f"{name} {degree}" for name, degree in vars(settings.degrees).items() if degree > 1]
+    how = [*degrees, *([settings.schedule] if settings.degrees.pp > 1 else []), f"compile {settings.compile}"]
+    lines = [", ".join(how)]
+    if outcome.losses:
+        tokens = settings.batch * settings.length
+        steady = sorted(outcome.seconds[1:] or outcome.seconds)
+        rate = tokens / steady[len(steady) // 2]
+        lines.append(f"loss {outcome.losses[0]:.4f} -> {outcome.losses[-1]:.4f} in {len(outcome.losses)} steps")
+        lines.append(
+            f"{outcome.built:.1f} s to build, {outcome.seconds[0]:.1f} s for the first step, then {rate:,.0f} tokens/s"
+        )
+    for rank, (rewritten, total) in enumerate(outcome.sites):
+        lines.append(f"rank {rank}: {rewritten} of {total} branches of its blocks rewritten")
+    return "\n".join(lines)
+
+
+def parse(arguments: Sequence[str] | None = None) -> Settings:
+    """The settings from the command line."""
+    default = Settings()
+    parser = argparse.ArgumentParser(
+        description="Fine-tune a Llama 3 with adapters on many ranks. Start it with torchrun.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    option = parser.add_argument
+    for name, what in (("pp", "pipeline"), ("dp", "data (FSDP2)"), ("cp", "context"), ("tp", "tensor and sequence")):
+        option(f"--{name}", type=int, default=1, help=f"ranks along the {what} dimension")
+    option("--ep", type=int, default=1, help="data-parallel ranks that hold the experts of a mixture between them")
+    option("--model", choices=CONFIGS, default=default.model, help="size of the model")
+    option("--layers", type=int, help="number of layers, if not the model's own")
+    option("--schedule", choices=[*SCHEDULES, *REFUSED], default=default.schedule, help="pipeline schedule")
+    option("--compile", choices=("none", "block", "stage"), default=default.compile, help="what is compiled at a time")
+    option("--steps", type=int, default=default.steps, help="optimizer steps in all")
+    option("--batch", type=int, default=default.batch, help="windows a step, over all ranks")
+    option("--microbatches", type=int, default=default.microbatches, help="parts of a batch in the pipeline")
+    option("--length", type=int, default=default.length, help="bytes a window")
+    option("--rank", type=int, default=default.rank, help="LoRA rank; alpha is twice that")
+    option("--exclude", nargs="+", default=(), help="modules that get no adapter, as in LoRAConfig.exclude_modules")
+    option("--dropout", type=float, default=default.dropout, help="of the adapters' inputs")
+    option("--optimizer", choices=("adamw", "sgd"), default=default.optimizer, help="AdamW with a schedule, or SGD")
+    option("--lr", type=float, default=default.lr, help="(peak) learning rate")
+    option("--clip", type=float, default=default.clip, help="largest norm of the gradient; 0 leaves it")
+    option("--seed", type=int, default=default.seed, help="of initial values, batches and dropout")
+    option("--checkpoints", type=Path, help="folder of checkpoints; the newest one in it is gone on from")
+    option("--save-every", type=int, default=default.save_every, help="steps between checkpoints; 0 writes none")
+    option("--dtype", choices=("float32", "bfloat16"), default="float32", help="of parameters and activations")
+    values = vars(parser.parse_args(arguments))
+    try:
+        degrees = Degrees(**{name: values.pop(name) for name in ("pp", "dp", "cp", "tp", "ep")})
+        values.update(exclude=tuple(values["exclude"]), dtype=getattr(torch, values["dtype"]))
+        settings = Settings(degrees=degrees, **values)
+        if settings.save_every and settings.checkpoints is None:
+            raise ValueError("--save-every needs --checkpoints")
+    except ValueError as error:
+        parser.error(str(error))
+    return settings
+
+
+def main() -> None:
+    """Run from the command line, under torchrun."""
+    settings = parse()
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world != settings.degrees.world:
+        needed = settings.degrees.world
+        sys.exit(f"{needed} ranks are needed, not {world}: torchrun --nproc-per-node {needed} {sys.argv[0]} ...")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "0")):
+        os.environ.setdefault(name, value)
+    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    outcome = run(settings)
+    if torch.distributed.get_rank() == 0:
+        print(summary(settings, outcome))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""What a trainer on several ranks needs besides the model: gradients that are reduced once, clipping, random numbers.
+
+Placements need no call: factors follow their weight (see `lora_fx.placements`), so stock `parallelize_module` and
+`fully_shard` do what they do for any model. The order is: quantise, install, parallelise, `freeze`, shard, compile.
+
+A factor that is replicated over tensor-parallel ranks (A beside a column-wise weight, B beside a row-wise one) gets on
+each rank one term of its gradient. Left alone, each such term is reduced by itself, in the backward pass (FSDP) or in
+the optimizer (without FSDP). They are small, so that is mostly latency: `reduce_gradients` and `DeferredReduction`
+reduce all of them in one collective a mesh dimension.
+"""
+
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from lora_fx import _torch
+from lora_fx.install import adapter_parameters, thawed
+from lora_fx.linear import PARAMETERS, LoRAModule
+from lora_fx.placements import adapter_placements, is_dtensor, local
+
+__all__ = [
+    "DeferredReduction",
+    "adapter_placements",
+    "clip_grad_norm",
+    "manual_seed",
+    "reduce_gradients",
+    "thawed",
+]
+
+Group = Any
+"""A `torch.distributed.ProcessGroup`, which is not there in builds without distributed support."""
+
+
+def reduce_gradients(parameters: nn.Module | Iterable[nn.Parameter]) -> int:
+    """Turn every partial gradient into the sum, with one all-reduce for each mesh dimension (and dtype).
+
+    Call it after backward and before anything reads gradients. Calling it again does nothing, and leaving it out
+    only costs collectives: an optimizer step on partial gradients reduces each of them, more than once.
+
+    Args:
+        parameters: what to look at; for a module, its adapters.
+
+    Returns:
+        How many all-reduces were done.
+
+    Raises:
+        ValueError: a gradient is partial in a way that is not a sum.
+    """
+    found = adapter_parameters(parameters) if isinstance(parameters, nn.Module) else list(parameters)
+    terms: list[tuple[Tensor, list[Group]]] = []
+    for parameter in found:
+        gradient: Any = parameter.grad
+        if gradient is None or not is_dtensor(gradient):
+            continue
+        partial = [dim for dim, placement in enumerate(gradient.placements) if placement.is_partial()]
+        if not partial:
+            continue
+        if any(gradient.placements[dim].reduce_op != "sum" for dim in partial):
+            raise ValueError(f"a gradient is placed as {gradient.placements}: only sums can be reduced together")
+        terms.append((local(gradient), [gradient.device_mesh.get_group(dim) for dim in partial]))
+        parameter.grad = _as_sum(gradient)
+    return _sum_over_groups(terms)
+
+
+class DeferredReduction:
+    """Keeps FSDP from reducing the terms of replicated factors one by one; they are reduced together before the step.
+
+        reduction = DeferredReduction(stages, optimizer)  # after parallelize_module and fully_shard
+        loss.backward()
+        optimizer.step()                                  # reduces first, if `reduction.reduce()` was not called
+
+    Until then the gradients of these factors hold this rank's term. Whatever reads gradients between backward and the
+    step (clipping, logging) needs a call of `reduce` before it. Before that, gradients may be accumulated over any
+    number of backward passes.
+
+    Args:
+        models: a model, or the stages that this rank holds.
+        optimizer: of the adapters; a hook reduces before its step.
+
+    Raises:
+        ValueError: no model holds adapters.
+        RuntimeError: this torch cannot do it; 2.13 can.
+    """
+
+    def __init__(self, models: nn.Module | Sequence[nn.Module], optimizer: torch.optim.Optimizer) -> None:
+        models = [models] if isinstance(models, nn.Module) else models
+        self.modules = [module for model in models for module in model.modules() if isinstance(module, LoRAModule)]
+        if not self.modules:
+            raise ValueError("no model holds adapters: call lora_fx.install before deferring the reduction")
+        if not _torch.can_place_gradients():
+            raise RuntimeError(
+                f"torch {torch.__version__} reduces gradients as they come (its DTensor.from_local has no "
+                f"grad_placements): use it without DeferredReduction, or a newer torch"
+            )
+        # By identity and not by a flag: a step may be left out (GradScaler does so), and then no hook is called.
+        self._reduced: list[weakref.ref[Tensor]] = []
+        for module in self.modules:
+            module._lora_deferred = True
+        self._hooks = [
+            optimizer.register_step_pre_hook(lambda *_: self._before_step()),
+            optimizer.register_step_post_hook(lambda *_: self._reduced.clear()),
+        ]
+
+    def reduce(self) -> int:
+        """Reduce what is deferred and was not reduced since the last step; returns how many all-reduces it took."""
+        done = {id(gradient) for ref in self._reduced if (gradient := ref()) is not None}
+        terms = []
+        for module in self.modules:
+            # The numbers of a swapped module are replicated on the tensor-parallel mesh, and FSDP leaves them there.
+            scale: Any = module.lora_scale
+            if not is_dtensor(scale):
+                continue
+            for name in PARAMETERS:
+                factor: Any = module._parameters[name]
+                if factor.grad is None or id(factor.grad) in done:
+                    continue
+                if groups := _replica_groups(factor, scale.device_mesh):
+                    terms.append((local(factor.grad), groups))
+                    self._reduced.append(weakref.ref(factor.grad))
+        return _sum_over_groups(terms)
+
+    def remove(self) -> None:
+        """Go back to gradients that are reduced as they come."""
+        for hook in self._hooks:
+            hook.remove()
+        for module in self.modules:
+            module._lora_deferred = False
+
+    def _before_step(self) -> None:
+        self.reduce()
+
+
+def clip_grad_norm(
+    parameters: Iterable[nn.Parameter],
+    max_norm: float,
+    *,
+    groups: Sequence[Group] = (),
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Scale gradients so that their norm over all ranks is at most `max_norm`.
+
+    Shards count once each and replicas once together, on meshes that may differ from parameter to parameter. One small
+    all-reduce a mesh dimension, and one for each of `groups`. Partial gradients are reduced first; deferred ones do not
+    show that they are partial, so call `DeferredReduction.reduce` before this.
+
+    Args:
+        parameters: this rank's trainable parameters; there may be none.
+        max_norm: 2-norm, above 0.
+        groups: process groups whose ranks hold different parameters without a mesh that says so: pipeline stages.
+        device: of the norm on ranks without gradients (default: the CPU).
+
+    Returns:
+        The norm before clipping, a 0-d float32 tensor that is equal on all ranks.
+
+    Raises:
+        ValueError: `max_norm` is not above 0.
+    """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm must be above 0, got {max_norm}")
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    reduce_gradients(parameters)
+    gradients: list[Any] = [parameter.grad for parameter in parameters]
+    squares: dict[tuple[Group, ...], list[Tensor]] = {}
+    for gradient in gradients:
+        square = torch.linalg.vector_norm(local(gradient), dtype=torch.float32).square()
+        squares.setdefault(_shard_groups(gradient), []).append(square)
+    sums = {key: torch.stack(values).sum() for key, values in squares.items()}
+    # A gradient that is sharded over two dimensions is summed over one and then over the other.
+    _sum_over_groups([(total, list(key)) for key, total in sums.items()])
+    place = gradients[0].device if gradients else torch.device(device or "cpu")
+    total = torch.stack(list(sums.values())).sum() if sums else torch.zeros((), device=place)
+    for group in groups:
+        torch.distributed.all_reduce(total, group=group)
+    norm = total.sqrt()
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        local(gradient).mul_(factor)
+    return norm
+
+
+def manual_seed(seed: int, mesh: Any, shared: Sequence[str] = ("tp",)) -> int:
+    """Seed torch's generators so that ranks which share activations draw the same dropout masks, and others do not.
+
+    An input that is replicated over tensor-parallel ranks must be dropped alike on all of them, or the ranks compute
+    the branch of different inputs. On CUDA, eager DTensor arranges that by itself; on a CPU, and in compiled code, it
+    is a matter of equal seeds. An input that is sharded over them has the same pattern in each shard then.
+
+    Args:
+        seed: of the run.
+        mesh: the `DeviceMesh` of all ranks, with named dimensions.
+        shared: the dimensions along which activations are replicated. Names that the mesh lacks are ignored.
+
+    Returns:
+        The seed of this rank.
+    """
+    index = 0
+    for name, size, coordinate in zip(mesh.mesh_dim_names, mesh.shape, mesh.get_coordinate()):
+        if name not in shared:
+            index = index * size + coordinate
+    torch.manual_seed(seed + index)
+    return seed + index
+
+
+def _as_sum(gradient: Any) -> Any:
+    """The partial DTensor `gradient` as a view that is replicated where it was partial."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    placements = [Replicate() if placement.is_partial() else placement for placement in gradient.placements]
+    return DTensor.from_local(
+        gradient.to_local(),
+        gradient.device_mesh,
+        placements,
+        run_check=False,
+        shape=gradient.shape,
+        stride=gradient.stride(),
+    )
+
+
+def _replica_groups(factor: Any, mesh: Any) -> list[Group]:
+    """The groups of the tensor-parallel `mesh` over whose ranks a factor is replicated.
+
+    A factor that FSDP sharded lives on a larger mesh, which holds this one's dimensions by name.
+    """
+    dims = list(range(mesh.ndim))
+    if factor.device_mesh != mesh:
+        dims = [factor.device_mesh.mesh_dim_names.index(name) for name in mesh.mesh_dim_names]
+    return [factor.device_mesh.get_group(dim) for dim in dims if factor.placements[dim].is_replicate()]
+
+
+def _shard_groups(gradient: Any) -> tuple[Group, ...]:
+    """The groups over whose ranks a gradient is sharded."""
+    if not is_dtensor(gradient):
+        return ()
+    mesh = gradient.device_mesh
+    return tuple(mesh.get_group(dim) for dim, p in enumerate(gradient.placements) if not p.is_replicate())
+
+
+@torch.no_grad()
+def _sum_over_groups(terms: list[tuple[Tensor, list[Group]]]) -> int:
+    """Sum each tensor in place over its groups: one all-reduce for each group, dtype and device."""
+    buckets: dict[tuple[Any, ...], list[Tensor]] = {}
+    for tensor, groups in terms:
+        for group in groups:
+            buckets.setdefault((group, tensor.dtype, tensor.device), []).append(tensor)
+    for (group, *_), tensors in buckets.items():
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        torch.distributed.all_reduce(flat, group=group)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(part.view_as(tensor))
+    return len(buckets)

@@ -1,0 +1,141 @@
+"""Where the factors of an adapter live when the weight that they adapt is a DTensor.
+
+    column-wise base    W [N, K] Shard(0)     A [R, K] Replicate    B [N, R] Shard(0)
+    row-wise base       W [N, K] Shard(1)     A [R, K] Shard(1)     B [N, R] Replicate
+    replicated base     W [N, K] Replicate    A [R, K] Replicate    B [N, R] Replicate
+
+With these the branch needs no collective of its own. Column-wise, every rank has all of ``h = x A^T`` and computes its
+columns of ``h B^T``. Row-wise, every rank has a partial ``h``, the branch is as partial as the base, and one reduction
+serves their sum. A rule for each mesh dimension, so it holds for meshes of any number of dimensions.
+
+Nothing here is imported from `torch.distributed` before a model is distributed: a tensor can only be a DTensor when
+the class is loaded.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Whether `tensor` is a `torch.distributed.tensor.DTensor`."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def adapter_placements(weight: Sequence[Any]) -> dict[str, tuple[Any, ...]]:
+    """The placements of ``lora_a`` and ``lora_b`` that the placements of the weight [N, K] imply.
+
+    Args:
+        weight: one placement for each dimension of the mesh.
+
+    Raises:
+        ValueError: the weight is partial on some dimension: it is the term of a sum, not a weight.
+    """
+    from torch.distributed.tensor import Replicate
+
+    a: list[Any] = []
+    b: list[Any] = []
+    for placement in weight:
+        if placement.is_partial():
+            raise ValueError(f"a weight placed as {tuple(weight)} is partial: reduce it before it gets an adapter")
+        # Shard and _StridedShard, which are no subclasses of one another, have a `dim`; Replicate has none.
+        dim = getattr(placement, "dim", None)
+        a.append(placement if dim == 1 else Replicate())
+        b.append(placement if dim == 0 else Replicate())
+    return {"lora_a": tuple(a), "lora_b": tuple(b)}
+
+
+@torch.no_grad()
+def placed(name: str, parameter: nn.Parameter, weight: object) -> nn.Parameter:
+    """`parameter`, which is about to become the factor `name`, on the placements that `weight` implies.
+
+    `parallelize_module` hands every parameter of a linear over with the weight's placement (column-wise), or
+    replicated (row-wise). What is not a DTensor yet, or lives on another mesh, is returned as it is.
+    """
+    if not (is_dtensor(parameter) and is_dtensor(weight)):
+        return parameter
+    tensor: Any = parameter
+    base: Any = weight
+    wanted = adapter_placements(base.placements)[name]
+    if tensor.placements == wanted or tensor.device_mesh != base.device_mesh:
+        return parameter
+    moved = tensor.detach().redistribute(placements=wanted)
+    return nn.Parameter(moved, requires_grad=parameter.requires_grad)
+
+
+@torch.no_grad()
+def like_weight(name: str, full: Tensor, weight: object) -> Tensor:
+    """The factor `name` with the values `full`, distributed as the DTensor `weight` implies; plain if that is plain.
+
+    Every rank gets the values of the mesh's first rank, whatever its own random numbers were.
+    """
+    if not is_dtensor(weight):
+        return full
+    base: Any = weight
+    return distributed(full, base.device_mesh, adapter_placements(base.placements)[name])
+
+
+@torch.no_grad()
+def fill(tensor: Tensor, full: Tensor) -> None:
+    """Write the values `full` [the global shape] into `tensor`, plain or DTensor; ranks agree as in `like_weight`."""
+    if is_dtensor(tensor):
+        theirs: Any = tensor
+        full = distributed(full, theirs.device_mesh, theirs.placements)
+    tensor.copy_(full)
+
+
+def distributed(full: Tensor, mesh: Any, placements: Sequence[Any]) -> Tensor:
+    """A DTensor of the values that the mesh's first rank has in `full`."""
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    # First everywhere, then cut: `distribute_tensor` does not know every placement that FSDP makes.
+    return distribute_tensor(full, mesh, [Replicate()] * mesh.ndim).redistribute(placements=placements)
+
+
+def replicated_like(number: Tensor, weight: object) -> Tensor:
+    """A 0-d tensor as the neighbours of the DTensor `weight` need it: replicated on its mesh; plain if that is plain.
+
+    Every rank has the same number, so nothing is sent.
+    """
+    if not is_dtensor(weight):
+        return number
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh: Any = weight.device_mesh  # type: ignore[attr-defined]  # a DTensor has one
+    return DTensor.from_local(number, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor; a plain tensor itself."""
+    theirs: Any = tensor
+    part: Tensor = theirs.to_local() if is_dtensor(tensor) else tensor
+    return part
+
+
+def deferred(factor: Tensor) -> Tensor:
+    """`factor` in a form whose gradient is not reduced over the mesh dimensions on which it is replicated.
+
+    Its gradient is the term of this rank, labelled as if it were the sum: FSDP then reduces over its own dimensions
+    alone, and `lora_fx.distributed.DeferredReduction` does the rest for all adapters at once. Sums over different
+    dimensions may be taken in any order. A plain tensor is returned as it is.
+    """
+    if not is_dtensor(factor):
+        return factor
+    from torch.distributed.tensor import DTensor, Partial
+
+    theirs: Any = factor
+    placements = theirs.placements
+    terms = [Partial() if placement.is_replicate() else placement for placement in placements]
+    return DTensor.from_local(
+        theirs.to_local(grad_placements=placements),
+        theirs.device_mesh,
+        placements,
+        run_check=False,
+        shape=theirs.shape,
+        stride=theirs.stride(),
+        grad_placements=terms,
+    )

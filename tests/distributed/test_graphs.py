@@ -1,0 +1,165 @@
+"""The graph of one tensor-parallel rank, on a fake process group: where the branch meets the collectives."""
+
+# Submodules are reached by attribute, which torch types as `Tensor | Module`.
+# mypy: no-check-untyped-defs
+
+from collections import Counter
+from typing import Any
+from unittest import mock
+
+import expecttest
+import pytest
+import torch
+from torch import nn
+from torch._inductor.fx_passes.micro_pipeline_tp import micro_pipeline_tp_pass
+from torch._inductor.fx_passes.post_grad import view_to_reshape
+from torch.distributed._symmetric_memory import _test_mode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+import lora_fx
+from lora_fx.passes.printer import target_name
+from tests.distributed.simulated import fake_world
+from tests.passes.harness import Captured, adapt, capture
+
+pytestmark = [pytest.mark.distributed]
+
+
+class Gated(nn.Module):
+    """A gated MLP behind a norm: two column-wise linears that read one input, and a row-wise one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.mlp = Inner()
+
+    def forward(self, x):
+        return self.mlp(self.norm(x))
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(16, 32, bias=False)
+        self.up = nn.Linear(16, 32, bias=False)
+        self.down = nn.Linear(32, 16, bias=False)
+
+    def forward(self, x):
+        return self.down(torch.tanh(self.gate(x)) * self.up(x))
+
+
+def parallel(adapted: bool, sequence: bool) -> nn.Module:
+    """`Gated` on a mesh of two, frozen or with adapters."""
+    torch.manual_seed(0)
+    model: nn.Module = adapt(Gated(), rank=2) if adapted else Gated()
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    plan = {"mlp.gate": ColwiseParallel(), "mlp.up": ColwiseParallel(), "mlp.down": RowwiseParallel()}
+    if sequence:
+        plan["norm"] = SequenceParallel()
+        plan["mlp"] = PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate())
+        plan["mlp.down"] = RowwiseParallel(output_layouts=Shard(1))
+    parallelize_module(model, mesh, plan)
+    return lora_fx.freeze(model) if adapted else model.requires_grad_(False)
+
+
+def captured(adapted: bool, sequence: bool, rewrite: bool = True) -> Captured:
+    x = torch.randn(2, 4, 16, requires_grad=True)
+    return capture(parallel(adapted, sequence), x, rewrite=rewrite, backward=True)
+
+
+def collectives(graph: torch.fx.Graph) -> Counter[str]:
+    names = [target_name(node.target) for node in graph.nodes if node.op == "call_function"]
+    return Counter(name for name in names if "c10d" in name and "wait" not in name)
+
+
+@pytest.fixture(autouse=True)
+def two_ranks():
+    with fake_world(2):
+        yield
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_the_adapted_graph_has_the_collectives_of_the_frozen_one(sequence):
+    frozen, ours = captured(False, sequence), captured(True, sequence)
+    for half in ("forward", "backward"):
+        (before,), (after,) = getattr(frozen, half), getattr(ours, half)
+        assert collectives(after.graph) == collectives(before.graph)
+        # In backward without sequence parallelism gate and up reduce the gradient of their input one by one.
+        assert collectives(after.graph).total() == (1 if half == "forward" and not sequence else 2)
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_every_branch_is_rewritten_and_enters_before_the_reduction(sequence):
+    result = captured(True, sequence)
+    separate = "stack: the siblings' input gradients do not end in one sum"  # each is reduced by itself
+    assert result.sites == 3 and result.reasons == ([] if sequence else [separate] * 2)
+    assert result.count("forward") == {"scale": 3, "stack(2)": 2, "accumulate": 1}
+    assert result.count("backward")["stack(2)"] == 2
+    after = result.rewrite.after
+    # Written once, then reduced: the branch is a part of what the collective reads.
+    kind = "reduce_scatter_tensor" if sequence else "all_reduce"
+    (forward,) = [line for line in after.splitlines() if kind in line and not line.startswith("|")]
+    (accumulate,) = [n for n, line in enumerate(after.splitlines()) if "accumulate(" in line and line[0] != "|"]
+    assert accumulate < after.splitlines().index(forward)
+
+
+class TestRowWise(expecttest.TestCase):
+    def test_after(self) -> None:
+        torch.manual_seed(0)
+        model: Any = adapt(nn.ModuleDict({"down": nn.Linear(16, 12)}), rank=2)
+        parallelize_module(model, init_device_mesh("cpu", (2,)), {"down": RowwiseParallel()})
+        with torch.no_grad():
+            result = capture(lambda x: model["down"](x), torch.randn(6, 8))
+        self.assertExpectedInline(
+            result.rewrite.after,
+            """\
+%0 = input                                          f32[6, 8]
+%1 = input                                          f32[12, 8]
+%2 = input                                          f32[12]
+%3 = input                                          f32[]
+%4 = input                                          f32[]
+%5 = input                                          f32[2, 8]
+%6 = input                                          f32[12, 2]
+%7 = view(%0, [6, 8])                               f32[6, 8]
+%8 = permute(%1, [1, 0])                            f32[8, 12]
+%9 = div(%2, 2)                                     f32[12]
+%10 = addmm(%9, %7, %8)                             f32[6, 12]
+%11 = mul(%3, %4)                                   f32[]
+%12 = permute(%5, [1, 0])                           f32[8, 2]
+%13 = mm(%7, %12)                                   f32[6, 2]
+%14 = permute(%6, [1, 0])                           f32[2, 12]
+%15 = lora_fx.accumulate(%10, %13, %14, %11)        f32[6, 12]
+%16 = _c10d_functional.all_reduce(%15, 'sum', '0')  f32[6, 12]
+%17 = _c10d_functional.wait_tensor(%16)             f32[6, 12]
+return %17""",
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("half", ["forward", "backward"])
+def test_async_tensor_parallelism_finds_what_it_finds_without_us(half):
+    """The all-gather is pipelined with the products that read it: q, k, v or gate and up, as in the frozen model.
+
+    A product with its reduce-scatter is not, once an adapter stands in between, whoever compiles it.
+    """
+    found = {}
+    for name, adapted, rewrite in (("frozen", False, False), ("plain", True, False), ("ours", True, True)):
+        result = captured(adapted, True, rewrite)
+        (module,) = getattr(result, half)
+        view_to_reshape(module)
+        # A build without NCCL has no symmetric memory; the pass does not need it to match.
+        with _test_mode(), mock.patch("torch.distributed.is_nccl_available", return_value=True):
+            micro_pipeline_tp_pass(module.graph)
+        module.graph.lint()
+        fused = module.graph.find_nodes(
+            op="call_function", target=torch.ops.symm_mem.fused_all_gather_matmul.default, sort=True
+        )
+        found[name] = [len(node.args[1]) for node in fused]
+    assert found["ours"] == found["plain"] == found["frozen"] == [{"forward": 2, "backward": 1}[half]]

@@ -1,0 +1,175 @@
+"""`examples/train_3d.py` on eight ranks, compiled and rewritten, against a loop over a plain model in one process."""
+
+# Submodules are reached by attribute, which torch types as `Tensor | Module`.
+# mypy: no-check-untyped-defs
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import adapter_checkpoint
+import lora_fx
+import train_3d
+from corpus import library_sources
+from llama3 import CONFIGS, Llama
+from parallel import Degrees, initialise, layers_of_stage
+from tests.distributed.processes import run_ranks
+from tests.toy_models import shake
+from trainer import random_windows
+
+pytestmark = [pytest.mark.distributed]
+STEPS = 5
+SMALL = ["--model", "tiny", "--layers", "4", "--batch", "8", "--length", "32", "--rank", "4"]
+SGD = [*SMALL, "--steps", str(STEPS), "--optimizer", "sgd", "--lr", "0.2", "--save-every", str(STEPS)]
+ADAPTERS_OF_A_LAYER = 7
+
+
+def training(rank: int, folder: Path, arguments: list[str]) -> dict[str, Any]:
+    """One rank of a run."""
+    return dataclasses.asdict(train_3d.run(train_3d.parse(arguments)))
+
+
+def plain(settings: train_3d.Settings) -> nn.Module:
+    """The model of a run, whole and in this process, with adapters away from zero."""
+    layers = settings.layers or CONFIGS[settings.model].n_layers
+    config = dataclasses.replace(CONFIGS[settings.model], max_seq_len=settings.length, n_layers=layers)
+    model = lora_fx.install(Llama(config), settings.lora)
+    initialise(model, settings.seed)
+    return shake(model, std=0.05)
+
+
+def alone(settings: train_3d.Settings, model: nn.Module) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of the run's steps on `model`, written as anyone would."""
+    windows = random_windows(
+        library_sources().train_tokens(), settings.steps, settings.batch, settings.length, settings.seed
+    )
+    parameters = lora_fx.adapter_parameters(model)
+    optimizer = torch.optim.SGD(parameters, lr=settings.lr)
+    losses, norms = [], []
+    for batch in windows:
+        optimizer.zero_grad()
+        loss = train_3d.next_token_loss(model(batch[:, :-1]), batch[:, 1:])
+        loss.backward()
+        norms.append(nn.utils.clip_grad_norm_(parameters, settings.clip).item())
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, norms
+
+
+def adapters_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds of a plain model."""
+    numbers = {name: b for name, b in model.named_buffers() if name.endswith(".lora_scale")}
+    return {**dict(lora_fx.named_adapter_parameters(model)), **numbers}
+
+
+def check(arguments: list[str], folder: Path, timeout: float) -> list[dict[str, Any]]:
+    """Run on as many ranks as the arguments ask for, and compare with one process."""
+    arguments = [*SGD, "--checkpoints", str(folder / "checkpoints"), *arguments]
+    settings = train_3d.parse(arguments)
+    model = plain(settings)
+    adapter_checkpoint.save(folder / "checkpoints", 0, adapters_of(model))  # where the ranks start from
+    losses, norms = alone(settings, model)
+    found = run_ranks(
+        training,
+        settings.degrees.world,
+        folder / "ranks",
+        timeout=timeout,
+        arguments=arguments,
+    )
+    for seen in found:
+        torch.testing.assert_close(seen["losses"], losses, rtol=0, atol=1e-5)
+        torch.testing.assert_close(seen["norms"], norms, rtol=1e-4, atol=0)
+    whole: dict[str, torch.Tensor] = {}
+    for file in (folder / "checkpoints" / f"step-{STEPS:06d}").glob("*.safetensors"):
+        whole |= load_file(file)
+    expected = adapters_of(model)
+    assert whole.keys() == expected.keys()
+    assert max((whole[name] - expected[name]).abs().max().item() for name in expected) < 1e-6
+    print(f"losses {losses}; seconds to build {found[0]['built']:.1f}, of the steps {found[0]['seconds']}")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--pp", "2", "--dp", "2", "--tp", "2", "--schedule", "1f1b", "--layers", "2"],
+        ["--pp", "2", "--dp", "2", "--cp", "2", "--schedule", "gpipe", "--layers", "2"],
+        ["--pp", "2", "--dp", "2", "--tp", "2", "--schedule", "interleaved", "--layers", "4"],
+    ],
+    ids=["pp-dp-tp", "pp-dp-cp", "interleaved"],
+)
+def test_eight_ranks_compiled_and_rewritten(arguments, tmp_path):
+    blocks = int(arguments[-1]) // 2  # of each rank
+    for seen in check([*arguments, "--compile", "block"], tmp_path, timeout=1500):
+        assert seen["sites"] == [[blocks * ADAPTERS_OF_A_LAYER] * 2] * 8
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_stage_without_adapters(tmp_path):
+    check(["--pp", "2", "--exclude", "layers.0", "layers.1"], tmp_path, timeout=300)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_experts_on_several_ranks(tmp_path):
+    """Four data-parallel ranks, of which two at a time hold the experts of a mixture between them."""
+    check(["--model", "tiny-moe", "--layers", "2", "--dp", "4", "--ep", "2"], tmp_path, timeout=600)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_stage_compiled_in_one(tmp_path):
+    for seen in check(["--tp", "2", "--compile", "stage", "--layers", "2"], tmp_path, timeout=600):
+        assert seen["sites"] == [[2 * ADAPTERS_OF_A_LAYER] * 2] * 2
+
+
+# ---- small things, in one process ------------------------------------------------------------------------------------
+
+
+def test_stages_hold_every_layer_once():
+    for layers in (4, 6, 7, 32):
+        for stages in range(1, 5):
+            held = [layer for stage in range(stages) for layer in layers_of_stage(layers, stage, stages)]
+            assert held == list(range(layers))
+    with pytest.raises(ValueError, match="2 layers cannot be cut into 4 pipeline stages"):
+        layers_of_stage(2, 0, 4)
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (["--tp", "0"], "--tp 0 is not positive"),
+        (["--dp", "3"], "--batch 8 is not 3 equal parts"),
+        (["--schedule", "zbv"], "--schedule zbv is wrong in torch when FSDP shards a stage: take 1f1b"),
+        (["--schedule", "interleaved"], "--schedule interleaved needs --pp 2 or more"),
+        (["--length", "30", "--cp", "2"], "--length 30 cannot be cut into 4 equal pieces"),
+        (["--dp", "4", "--ep", "3"], "--ep 3 must divide --dp 4"),
+        (["--dp", "2", "--ep", "2", "--tp", "2"], "--ep and --tp together are not supported"),
+        (["--save-every", "2"], "--save-every needs --checkpoints"),
+    ],
+)
+def test_wrong_options_are_told(arguments, text, capsys):
+    with pytest.raises(SystemExit):
+        train_3d.parse(arguments)
+    assert text in capsys.readouterr().err
+
+
+def test_degrees_and_summary():
+    assert Degrees(pp=2, dp=3, tp=4).world == 24
+    settings = train_3d.parse(["--pp", "2", "--compile", "block", "--batch", "4", "--length", "10"])
+    outcome = train_3d.Outcome([3.0, 2.0, 1.5], [], [(7, 7), (6, 7)], [9.0, 0.5, 0.5], 2.0)
+    assert train_3d.summary(settings, outcome).splitlines() == [
+        "pp 2, 1f1b, compile block",
+        "loss 3.0000 -> 1.5000 in 3 steps",
+        "2.0 s to build, 9.0 s for the first step, then 80 tokens/s",
+        "rank 0: 7 of 7 branches of its blocks rewritten",
+        "rank 1: 6 of 7 branches of its blocks rewritten",
+    ]
