@@ -88,6 +88,8 @@ def rewrite_graph(graph: Graph, passes: tuple[Pass, ...] = PASSES) -> GraphRepor
     for site in sites:
         if site.dropout:
             site.down.meta[recompute_dropout.MARK] = True
+        for product in site.products():
+            product.meta[lowering.BRANCH] = True
     report.sites = [SiteReport.of(site) for site in sites] + report.sites
     return report
 
@@ -121,10 +123,10 @@ def _warn_once(message: str) -> None:
 
 @functools.cache
 def source_hash() -> str:
-    """A hash of the source of every pass: compiled code of another version must not be reused."""
+    """A hash of the source of every pass and kernel: compiled code of another version must not be reused."""
     folder = Path(__file__).parent
     digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.py")):
+    for file in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".cpp")):
         digest.update(str(file.relative_to(folder)).encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -14,10 +14,13 @@ import torch
 from torch.fx import Graph, Node
 
 from lora_fx.passes._torch import auto_functionalized, detect_fake_mode
-from lora_fx.passes.graph import CONVERT, aten, val
-from lora_fx.passes.kernels import operators
+from lora_fx.passes.graph import CONVERT, MM, aten, val
+from lora_fx.passes.kernels import native, operators
 
 Lowering = Callable[[Node], None]
+
+BRANCH = "lora_fx_branch"
+"""In the metadata of a matrix product that was proved to be part of a LoRA branch."""
 
 
 # What one program of the gradient kernel takes of dy: the best of five for a Llama-3-8B block on an H200 (M 8192, R 16,
@@ -55,6 +58,21 @@ def scaled_mm(node: Node) -> None:
     if bias is not None:
         result = _emit(node, aten.add.Tensor, (result, bias), value=val(node))
     _replace(node, result)
+
+
+def thin_mm(node: Node) -> None:
+    """On the CPU, our operator for what is left as a plain product of a branch: h, dA, and a dX that is in a sum.
+
+    Not before the graphs are apart: until then it is better to be an ``mm``, which everybody knows.
+    """
+    a, b = _operands(node, 2)
+    (m, k), n = val(a).shape, val(b).shape[1]
+    if not (node.meta.get(BRANCH) and val(node).device.type == "cpu" and native.supports(val(node).dtype)):
+        return
+    # A dynamic size is the number of tokens, usually many; the operator looks again.
+    m, n, k = (size if isinstance(size, int) else native.MIN_WORK for size in (m, n, k))
+    if native.is_thin(m, n, k):
+        _replace(node, _emit(node, operators.scaled_mm, (a, b), value=val(node)))
 
 
 def gradient_pair(node: Node) -> None:
@@ -116,6 +134,7 @@ def _emit(like: Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 LOWERINGS: dict[Callable[..., Any], Lowering] = {
+    MM: thin_mm,
     operators.accumulate: accumulate,
     # After accumulate, which makes some.
     operators.scaled_mm: scaled_mm,
