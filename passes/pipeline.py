@@ -88,8 +88,8 @@ def rewrite_graph(graph: Graph, passes: tuple[Pass, ...] = PASSES) -> GraphRepor
     for site in sites:
         if site.dropout:
             site.down.meta[recompute_dropout.MARK] = True
-        for product in site.products():
-            product.meta[lowering.BRANCH] = True
+        if site.forward_rewrites or site.backward_rewrites:
+            lowering.mark(site)
     report.sites = [SiteReport.of(site) for site in sites] + report.sites
     return report
 

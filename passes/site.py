@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +38,6 @@ from lora_fx.passes.graph import (
     is_row_view,
     is_sum,
     is_tensor,
-    is_transpose,
     module_path,
     peel,
     root,
@@ -102,16 +101,6 @@ class Site:
     def has_backward(self) -> bool:
         """Whether the gradients of both factors were found."""
         return self.grad_b is not None and self.grad_h is not None
-
-
-    def products(self) -> Iterator[Node]:
-        """The plain matrix products of this branch as they stand in the graph now; a stack's are those of each."""
-        for node in (self.down, self.up, self.grad_a, self.grad_x):
-            product: Any = node
-            while is_call(product, aten.slice.Tensor) or is_transpose(product) or is_row_view(product):
-                product = product.args[0]
-            if is_call(product, MM):
-                yield product
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Through the link, so that these paths are the ones of the archives: passes/..., below lora_fx.
 PACKAGE = ROOT / "lora_fx"
-PASS_FILES = sorted(path.relative_to(PACKAGE) for path in (PACKAGE / "passes").rglob("*.py"))
+PASS_FILES = sorted(
+    path.relative_to(PACKAGE) for path in (PACKAGE / "passes").rglob("*") if path.suffix in (".py", ".cpp")
+)
 
 
 def run(*command: object, cwd: Path) -> str:
@@ -60,6 +62,7 @@ def test_sdist_holds_the_passes_as_real_files(built: dict[str, Path]) -> None:
     assert not [name for name in members if name.parts[0] == "passes"]
     assert Path("LICENSE") in members and Path("README.md") in members
     assert Path("tests/test_packaging.py") in members
+    assert Path("lora_fx/passes/kernels/thin.cpp") in members
 
 
 @pytest.mark.parametrize("source", ["wheel", "direct"])

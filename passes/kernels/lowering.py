@@ -14,13 +14,24 @@ import torch
 from torch.fx import Graph, Node
 
 from lora_fx.passes._torch import auto_functionalized, detect_fake_mode
-from lora_fx.passes.graph import CONVERT, MM, aten, val
+from lora_fx.passes.graph import CONVERT, MM, aten, is_call, is_row_view, is_transpose, val
 from lora_fx.passes.kernels import native, operators
+from lora_fx.passes.site import Site
 
 Lowering = Callable[[Node], None]
 
 BRANCH = "lora_fx_branch"
 """In the metadata of a matrix product that was proved to be part of a LoRA branch."""
+
+
+def mark(site: Site) -> None:
+    """Mark the plain products of a branch as they stand in the joint graph now; a stack's are those of each sibling."""
+    for node in (site.down, site.up, site.grad_a, site.grad_x):
+        product: Any = node
+        while is_call(product, aten.slice.Tensor) or is_transpose(product) or is_row_view(product):
+            product = product.args[0]
+        if is_call(product, MM):
+            product.meta[BRANCH] = True
 
 
 # What one program of the gradient kernel takes of dy: the best of five for a Llama-3-8B block on an H200 (M 8192, R 16,
@@ -65,13 +76,12 @@ def thin_mm(node: Node) -> None:
 
     Not before the graphs are apart: until then it is better to be an ``mm``, which everybody knows.
     """
-    a, b = _operands(node, 2)
-    (m, k), n = val(a).shape, val(b).shape[1]
-    if not (node.meta.get(BRANCH) and val(node).device.type == "cpu" and native.supports(val(node).dtype)):
+    if not (node.meta.get(BRANCH) and val(node).device.type == "cpu"):
         return
+    a, b = _operands(node, 2)
     # A dynamic size is the number of tokens, usually many; the operator looks again.
-    m, n, k = (size if isinstance(size, int) else native.MIN_WORK for size in (m, n, k))
-    if native.is_thin(m, n, k):
+    m, n, k = (s if isinstance(s, int) else native.MIN_WORK for s in (*val(node).shape, val(a).shape[1]))
+    if native.is_thin(val(node).dtype, m, n, k):
         _replace(node, _emit(node, operators.scaled_mm, (a, b), value=val(node)))
 
 

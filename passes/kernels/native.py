@@ -1,7 +1,7 @@
 """The products of a thin matrix on a CPU, by the kernels of ``thin.cpp``.
 
-A matrix library runs h = x A^T, y += s h B^T and their gradients at a quarter of the CPU's speed, because one size of
-each is the rank. Each function here does its product when the shapes are thin and the layout is one that the kernels
+A matrix library runs h = x A^T, y += s h B^T and their gradients at half of a CPU's speed or less: one size of each is
+the rank. Each function here does its product when the shapes are thin and the layout is one that the kernels
 read, and says so; else it does nothing, and the caller uses ATen. The kernels are compiled at their first use, by the
 compiler that Inductor needs anyway, into Inductor's cache. Where that fails, it is logged once and ATen does it all.
 
@@ -25,11 +25,10 @@ from lora_fx.passes._torch import compile_cpp
 
 log = logging.getLogger("lora_fx.passes")
 
+# Inductor's own flags forbid fused multiply-adds.
+FLAGS = ("-ffp-contract=fast",)
 SOURCE = Path(__file__).with_name("thin.cpp")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-MAX_RANK = 128
-"""The largest rank (or stack of ranks) that counts as thin."""
 
 MIN_WORK = 1 << 20
 """Multiplications below which a call of the library, a few microseconds, is all that a product costs."""
@@ -39,7 +38,7 @@ _WORK_OF_A_THREAD = 1 << 18
 _pointer, _size, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _matrix = (_pointer, _size, _size)  # address, and the strides of rows and columns
 _SIGNATURES = {
-    "lora_fx_supports": (_int,),
+    "lora_fx_max_rank": (_int,),
     "lora_fx_product": (_int, _size, _size, _size, *_matrix, *_matrix, _pointer, _size, _float, _int, _int),
     "lora_fx_gradient": (
         *(_int, _size, _size, _size, _pointer, _size, *_matrix, *_matrix, _pointer, _size, *_matrix, _float, _int),
@@ -52,21 +51,18 @@ def library() -> ctypes.CDLL | None:
     """The compiled kernels; None, with the reason in the log, where they cannot be built."""
     try:
         # The compiler builds for the machine that it runs on, and a cache folder may be shared by several.
-        source = f"{SOURCE.read_text()}\n// {_processor()}\n"
-        # Inductor's own flags forbid fused multiply-adds.
-        built = compile_cpp(source, ("-ffp-contract=fast",))
-        for name, arguments in _SIGNATURES.items():
-            function = getattr(built, name)
-            function.argtypes, function.restype = arguments, _int
+        return declare(compile_cpp(f"{SOURCE.read_text()}\n// {_processor()}\n", FLAGS))
     except Exception as error:
-        log.warning(
-            "The CPU kernels of lora_fx (%s) could not be built; ATen's products, which are slower, take their place. "
-            "%s: %s",
-            SOURCE.name,
-            type(error).__name__,
-            error,
-        )
+        text = "The CPU kernels of lora_fx (%s) could not be built; ATen's products, slower ones, take their place: %s"
+        log.warning(text, SOURCE.name, f"{type(error).__name__}: {error}")
         return None
+
+
+def declare(built: ctypes.CDLL) -> ctypes.CDLL:
+    """Tell ctypes the signatures of ``thin.cpp``."""
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(built, name)
+        function.argtypes, function.restype = arguments, _int
     return built
 
 
@@ -78,29 +74,31 @@ def _processor() -> str:
     return f"{platform.machine()} {hashlib.sha256(features.encode()).hexdigest()}"
 
 
-def supports(dtype: torch.dtype) -> bool:
-    """Whether the kernels are there and compute with this type."""
+@functools.cache
+def max_rank(dtype: torch.dtype) -> int:
+    """The largest rank (or stack of ranks) of this type that the kernels are for; 0 for none."""
     built = library() if dtype in TYPES else None
-    return built is not None and bool(built.lora_fx_supports(TYPES[dtype]))
+    return int(built.lora_fx_max_rank(TYPES[dtype])) if built is not None else 0
 
 
-def is_thin(m: int, n: int, k: int) -> bool:
-    """Whether [m, k] @ [k, n] has a side that is thin and is large enough to be worth a call."""
-    return min(m, n, k) <= MAX_RANK and m * n * k >= MIN_WORK
+def is_thin(dtype: torch.dtype, m: int, n: int, k: int) -> bool:
+    """Whether [m, k] @ [k, n] has a thin side and is large enough to be worth a call."""
+    return m * n * k >= MIN_WORK and min(m, n, k) <= max_rank(dtype)
 
 
 def scaled_mm(a: Tensor, b: Tensor, scale: float) -> Tensor | None:
     """``scale * a @ b``: a [m, k], b [k, n]; None when it is not for these kernels."""
     (m, k), n = a.shape, b.shape[1]
-    if not (is_thin(m, n, k) and a.dtype == b.dtype and supports(a.dtype)):
+    if a.dtype != b.dtype or not is_thin(a.dtype, m, n, k):
         return None
-    if k <= MAX_RANK or (n <= MAX_RANK and a.stride(1) == 1):
+    thin = max_rank(a.dtype)
+    if k <= thin or (n <= thin and a.stride(1) == 1):
         out = a.new_empty(m, n)
         _product(a, b, out, scale, accumulate=False)
-    elif n <= MAX_RANK and a.stride(0) == 1:
+    elif n <= thin and a.stride(0) == 1:
         out = a.new_empty(m, n)
         _gradient(a.t(), None, b, None, out, scale)
-    elif m <= MAX_RANK and b.stride(1) == 1:
+    elif m <= thin and b.stride(1) == 1:
         out = a.new_empty(m, n)
         _gradient(b, None, a.t(), None, out.t(), scale)
     else:
@@ -111,8 +109,9 @@ def scaled_mm(a: Tensor, b: Tensor, scale: float) -> Tensor | None:
 def accumulate(base: Tensor, a: Tensor, b: Tensor, scale: float) -> bool:
     """``base += scale * a @ b``: base [m, n], a [m, k], b [k, n]; False, and nothing done, when it is not for these."""
     (m, k), n = a.shape, b.shape[1]
-    fits = k <= MAX_RANK and is_thin(m, n, k) and base.stride(1) == 1 and base.stride(0) >= n
-    if not (fits and base.dtype == a.dtype == b.dtype and supports(a.dtype)):
+    writable = base.stride(1) == 1 and base.stride(0) >= n
+    fits = writable and base.dtype == a.dtype == b.dtype and is_thin(a.dtype, m, n, k) and k <= max_rank(a.dtype)
+    if not fits:
         return False
     _product(a, b, base, scale, accumulate=True)
     return True
@@ -121,8 +120,8 @@ def accumulate(base: Tensor, a: Tensor, b: Tensor, scale: float) -> bool:
 def gradient_pair(dy: Tensor, b: Tensor, h: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
     """``(scale * dy @ b, scale * dy.T @ h)`` in one read of dy: dy [M, N], b [N, R], h [M, R]."""
     (m, n), r = dy.shape, b.shape[1]
-    fits = r <= MAX_RANK and is_thin(m, n, r) and dy.stride(1) == 1
-    if not (fits and dy.dtype == b.dtype == h.dtype and supports(dy.dtype)):
+    fits = dy.stride(1) == 1 and dy.dtype == b.dtype == h.dtype and is_thin(dy.dtype, m, n, r)
+    if not (fits and r <= max_rank(dy.dtype)):
         return None
     grad_h, grad_b = dy.new_empty(m, r), dy.new_empty(n, r)
     _gradient(dy, b, h, grad_h, grad_b, scale)

@@ -1,5 +1,6 @@
-// Products of matrices of which one is thin (rank R), for CPUs: the matrix libraries run these shapes at a quarter of
-// what the arithmetic allows. Plain C interface, no header of torch: this file compiles in seconds.
+// Products of matrices of which one is thin (rank R), for x86 CPUs with fused multiply-adds: the matrix libraries run
+// these shapes at half of what the arithmetic allows, or less. Plain C interface, no header of torch: this file compiles
+// in seconds.
 //
 // Everything is one register tile: rows of A (one number broadcast at a time) times a packed panel of B (vectors).
 // A number is a 32-bit unit: one float, or where the CPU multiplies bfloat16 (AVX512-BF16) a pair of neighbours along
@@ -18,7 +19,7 @@
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define NATIVE_BF16 1
 #endif
-#if defined(NATIVE_BF16) || defined(__F16C__)
+#if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #endif
 
@@ -39,17 +40,12 @@ constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
 #endif
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr bool MANY_REGISTERS = true;  // 32 vector registers; 16 elsewhere
-#else
-constexpr bool MANY_REGISTERS = false;
-#endif
+constexpr bool MANY_REGISTERS = LANES == 16;  // 32 vector registers; 16 elsewhere
 
 // A tile keeps rows x vectors sums in registers, beside the vectors of B and one broadcast number of A.
 constexpr int MAX_VECTORS = MANY_REGISTERS ? 4 : 2;
 constexpr int tile_rows(int vectors) { return MANY_REGISTERS ? (vectors < 4 ? 8 : 6) : (vectors < 2 ? 8 : 6); }
 constexpr int GRADIENT_RANKS = MANY_REGISTERS ? 8 : 4, GRADIENT_VECTORS = 2;
-constexpr int BLOCK = 64;  // rows of dy whose sums stay in registers: a multiple of every tile's pairs
 constexpr Int RUN = 128;   // units that are summed by themselves: a long sum is a sum of short ones, which rounds less
 constexpr int MAX_ROWS = 8;
 constexpr int LINE = 64;  // bytes of a cache line
@@ -411,13 +407,14 @@ void product(Int m, Int n, Int k, Matrix<const typename F::Element> a, Matrix<co
 
 // ---- D = scale * X^T H, and in the same read of X: G = scale * X B -------------------------------------------------
 
-// One thread's share of D, as [ranks][columns] floats.
+// One thread's share of D, as floats [columns / STRIP][ranks][STRIP].
 template <class F>
 struct Sums {
   Int columns, ranks, width, height;
   Buffer<float> sums;
   Buffer<typename F::Unit> h, strips;
-  static constexpr Int STRIP = GRADIENT_VECTORS * LANES, STRIPS = 4, UNITS = BLOCK / F::PAIR;
+  // Rows whose sums stay in registers, and how many strips of columns are packed at a time: 16 KB of units.
+  static constexpr Int UNITS = 64, BLOCK = UNITS * F::PAIR, STRIP = GRADIENT_VECTORS * LANES, STRIPS = 64 / STRIP;
 
   Sums(Int columns, Int ranks)
       : columns(columns),
@@ -428,6 +425,11 @@ struct Sums {
         h(buffer<typename F::Unit>(height * (UNITS + 1))),
         strips(buffer<typename F::Unit>(STRIPS * UNITS * STRIP)) {
     std::memset(sums.get(), 0, width * height * sizeof(float));
+  }
+
+  // The sums of one rank, from a column that is a multiple of LANES. Those of a tile stand together.
+  INLINE float* at(Int rank, Int column) const {
+    return sums.get() + column / STRIP * STRIP * height + rank * STRIP + column % STRIP;
   }
 
   // Adds X[begin:end]^T H[begin:end], at most BLOCK rows.
@@ -454,7 +456,7 @@ struct Sums {
             rows[row] = reinterpret_cast<const char*>(h.get() + (rank + row) * (UNITS + 1));
           Vector found[GRADIENT_RANKS][GRADIENT_VECTORS];
           tile<F>(found, rows, strips.get() + part * UNITS, units);
-          write<Float, true>(found, sums.get() + rank * width + j + part, width, GRADIENT_RANKS, STRIP, 1.0f);
+          write<Float, true>(found, at(rank, j + part), STRIP, GRADIENT_RANKS, STRIP, 1.0f);
         }
     }
   }
@@ -498,11 +500,11 @@ void gradient(Int m, Int n, Int r, Matrix<const typename F::Element> x, Matrix<c
     const int thread = omp_get_thread_num(), all = omp_get_num_threads();
     if (b.data) panels.pack(b, thread, all);
     const Rows<F> rows(x, n);
-    const Part part(m, BLOCK, thread, all);
+    const Part part(m, Sums<F>::BLOCK, thread, all);
     shares[thread].reset(new Sums<F>(n, r));
 #pragma omp barrier
-    for (Int i = part.begin; i < part.end; i += BLOCK) {
-      const Int end = std::min(i + BLOCK, part.end);
+    for (Int i = part.begin; i < part.end; i += Sums<F>::BLOCK) {
+      const Int end = std::min(i + Sums<F>::BLOCK, part.end);
       if (b.data) product_part(rows, panels, g, i, end, scale, false);
       shares[thread]->add(x, h, i, end);
     }
@@ -512,7 +514,7 @@ void gradient(Int m, Int n, Int r, Matrix<const typename F::Element> x, Matrix<c
       for (Int j = columns.begin; j < columns.end; j += LANES) {
         Vector sum = Vector{};
         for (int share = 0; share < all; ++share)
-          sum += Float::load(shares[share]->sums.get() + rank * shares[share]->width + j);
+          sum += Float::load(shares[share]->at(rank, j));
         const Int left = std::min<Int>(LANES, n - j);
         if (d.row == 1) {
           store_part<Type>(&d.at(j, rank), sum * scale, left);
@@ -525,13 +527,16 @@ void gradient(Int m, Int n, Int r, Matrix<const typename F::Element> x, Matrix<c
   }
 }
 
-// Calls f with the way in which a type is multiplied; false for a type that this machine cannot do.
+// Calls f with the way in which a type is multiplied; false for a type that this machine cannot do, or not fast: without
+// fused multiply-adds a matrix library is faster, and what it makes of other architectures was not measured.
 template <class Function>
 bool dispatch(int type, Function f) {
+#ifdef __FMA__
   if (type == 0) return f(Single<Float>()), true;
   if (type == 1) return f(ForBfloat16()), true;
 #ifdef __F16C__
   if (type == 2) return f(Single<Float16>()), true;
+#endif
 #endif
   return false;
 }
@@ -542,7 +547,15 @@ bool dispatch(int type, Function f) {
 // type. Gives 0 when it did what was asked, 1 when there is no kernel for this.
 extern "C" {
 
-int lora_fx_supports(int type) { return dispatch(type, [](auto) {}); }
+// The largest rank to use a type with; 0 for never. A CPU that multiplies tiles of bfloat16 (AMX) does ranks for which
+// arithmetic counts, and not memory, several times faster than these kernels. (32 is where the two should meet on paper.)
+int lora_fx_max_rank(int type) {
+  int rank = dispatch(type, [](auto) {}) ? 128 : 0;
+#ifdef __AMX_BF16__
+  if (type == 1) rank = 32;
+#endif
+  return rank;
+}
 
 // c [m, n] = scale * a [m, k] @ b [k, n], or c += it; c's columns are neighbours.
 int lora_fx_product(int type, Int m, Int n, Int k, const void* a, Int a_row, Int a_column, const void* b, Int b_row,
