@@ -355,7 +355,7 @@ void product_rows(const Rows<F>& a, const Panels<F>& b, Matrix<typename F::Eleme
         UNROLL
         for (int row = 0; row < ROWS; ++row)
           for (int byte = 0; byte < VECTORS * LANES * int(sizeof *to); byte += LINE)
-            __builtin_prefetch(reinterpret_cast<char*>(to + row * c.row + b.width()) + byte, 1);
+            __builtin_prefetch(reinterpret_cast<char*>(to + (row + ROWS) * c.row) + byte, 1);
       }
       Vector sums[ROWS][VECTORS];
       const Int ahead = index == 0 && b.units > 64 ? a.ahead(ROWS) : 0;
