@@ -256,19 +256,20 @@ struct Panels {
 
   // One thread's part of the packing.
   void pack(Matrix<const typename F::Element> b, int thread, int threads) const {
-    const Part part(units, 16, thread, threads);
-    for (Int index = 0; index < count; ++index) {
-      typename F::Unit* to = panel(index);
-      for (Int lane = 0; lane < width(); ++lane) {
-        const Int j = index * width() + lane;
-        for (Int unit = part.begin; unit < part.end; ++unit) {
-          const Int i = unit * F::PAIR;
-          typename F::Element first{}, second{};
-          if (j < outer) first = b.at(i, j);
-          if (F::PAIR > 1 && j < outer && i + 1 < inner) second = b.at(i + 1, j);
-          to[unit * width() + lane] = F::unit(first, second);
-        }
-      }
+    const Part part(count * units, 1, thread, threads);
+    for (Int line = part.begin; line < part.end; ++line) {
+      typename F::Unit* to = units_of.get() + line * width();
+      const Int i = line % units * F::PAIR, j = line / units * width(), lanes = std::min(width(), outer - j);
+      const bool whole = i + F::PAIR <= inner;
+      Int lane = 0;
+      if (whole && b.column == 1)
+        for (; lane + LANES <= lanes; lane += LANES)
+          F::interleave(to + lane, &b.at(i, j + lane), &b.at(i + F::PAIR - 1, j + lane));
+      if (whole && F::DIRECT && b.row == 1)
+        for (; lane < lanes; ++lane) to[lane] = load<typename F::Unit>(&b.at(i, j + lane));
+      for (; lane < lanes; ++lane)
+        to[lane] = F::unit(b.at(i, j + lane), F::PAIR > 1 && whole ? b.at(i + 1, j + lane) : typename F::Element{});
+      for (; lane < width(); ++lane) to[lane] = typename F::Unit{};
     }
   }
 };
