@@ -501,7 +501,7 @@ void gradient(Int m, Int n, Int r, Matrix<const typename F::Element> x, Matrix<c
     const int thread = omp_get_thread_num(), all = omp_get_num_threads();
     if (b.data) panels.pack(b, thread, all);
     const Rows<F> rows(x, n);
-    const Part part(m, Sums<F>::BLOCK, thread, all);
+    const Part part(m, 16, thread, all);
     shares[thread].reset(new Sums<F>(n, r));
 #pragma omp barrier
     for (Int i = part.begin; i < part.end; i += Sums<F>::BLOCK) {
