@@ -79,6 +79,11 @@ def stable_topological_sort(graph: torch.fx.Graph) -> None:
     _private("torch._inductor.pattern_matcher:stable_topological_sort")(graph)
 
 
+def compile_cpp(source: str, flags: tuple[str, ...] = ()) -> Any:
+    """A ``ctypes.CDLL`` of C++ source, built with Inductor's compiler and flags (and these) and kept in its cache."""
+    return _private("torch._inductor.codecache:CppCodeCache").load(source, extra_flags=flags)
+
+
 def inductor_config() -> Any:
     """``torch._inductor.config``, with the patches of the compilation that is running."""
     return importlib.import_module("torch._inductor.config")

@@ -27,9 +27,9 @@ from lora_fx.passes.graph import (
 from lora_fx.passes.kernels import operators
 from lora_fx.passes.kernels.tile_choice import choose
 from lora_fx.passes.kernels.tile_program import OUTPUTS, Program, Statement
+from lora_fx.passes.site import MARK
 from lora_fx.passes.tile_regions import (
     HALF,
-    MARK,
     POINTWISE,
     Region,
     columns_of,

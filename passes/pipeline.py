@@ -23,7 +23,6 @@ from lora_fx.passes import (
     recompute_dropout,
     recompute_input,
     stack_siblings,
-    tile_regions,
 )
 from lora_fx.passes._torch import CustomGraphPass, inductor_config, trace_structured
 from lora_fx.passes.graph import module_path
@@ -31,7 +30,7 @@ from lora_fx.passes.kernels import lowering
 from lora_fx.passes.printer import graph_text, target_name
 from lora_fx.passes.report import GraphReport, SiteReport
 from lora_fx.passes.rewriter import Rewriter
-from lora_fx.passes.site import Site, find_sites
+from lora_fx.passes.site import MARK, Site, find_sites
 
 log = logging.getLogger("lora_fx.passes")
 
@@ -98,8 +97,9 @@ def rewrite_graph(graph: Graph, passes: tuple[Pass, ...] = PASSES) -> GraphRepor
         ]
         return report
     for site in sites:
-        for product in site.products():
-            product.meta[tile_regions.MARK] = True
+        if site.forward_rewrites or site.backward_rewrites:
+            for product in site.products():
+                product.meta[MARK] = True
         if site.dropout:
             site.down.meta[recompute_dropout.MARK] = True
     report.sites = [SiteReport.of(site) for site in sites] + report.sites
@@ -135,10 +135,10 @@ def _warn_once(message: str) -> None:
 
 @functools.cache
 def source_hash() -> str:
-    """A hash of the source of every pass: compiled code of another version must not be reused."""
+    """A hash of the source of every pass and kernel: compiled code of another version must not be reused."""
     folder = Path(__file__).parent
     digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.py")):
+    for file in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".cpp")):
         digest.update(str(file.relative_to(folder)).encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch.fx import Node
 
-from lora_fx.passes._torch import CheckpointPolicy
+from lora_fx.passes._torch import CheckpointPolicy, statically_known_true
 from lora_fx.passes.graph import is_sum, readers, same_shape, stays_in_kernel, val
 from lora_fx.passes.rewriter import Rewriter
 from lora_fx.passes.site import Site
@@ -40,13 +40,22 @@ def find(sites: list[Site]) -> Iterator[list[Site]]:
     )
 
 
+_CACHE = 1 << 20
+"""Bytes that the cache of a CPU's core holds: large enough for the layers of small models."""
+
+
 def _is_cheap(product: torch.Tensor) -> bool:
     """Whether computing the product again costs about as much as reading it.
 
-    Not in float32 on the CPU: a SwiGLU MLP (M 2048, K 1024, N 2816, R 16; ``examples/benchmarks/cpu.py``) then has 0.9
-    of plain torch.compile's overhead, and 0.3 without. In bfloat16 it has 0.5 either way.
+    On a CPU not in float32, nor where it leaves the cache: fresh memory for it costs as much as the product. A SwiGLU
+    MLP (M 2048, K 1024, N 2816, R 16; ``examples/benchmarks/cpu.py``) then has 1.1 of plain torch.compile's overhead in
+    bfloat16 and 0.9 in float32, and without this 0.6 and 0.3. Autograd keeps as much either way there.
     """
-    return not (product.device.type == "cpu" and product.dtype == torch.float32)
+    if product.device.type != "cpu":
+        return True
+    return product.dtype.itemsize < 4 and bool(
+        statically_known_true(product.numel() * product.dtype.itemsize <= _CACHE)
+    )
 
 
 def rewrite(group: list[Site], rewriter: Rewriter) -> None:

@@ -51,6 +51,9 @@ from lora_fx.passes.graph import (
 
 Scale = float | int | Node
 
+MARK = "lora_fx_product"
+"""In the metadata of the matrix products that were proved to be part of a LoRA branch."""
+
 
 @dataclass
 class Site:

@@ -78,8 +78,7 @@ POINTWISE = {
 """Pointwise operators that a kernel can compute, and their names in programs."""
 
 HALF = (torch.bfloat16, torch.float16)
-MARK = "lora_fx_product"
-"""Set in the metadata of the matrix products that belong to a LoRA branch."""
+from lora_fx.passes.site import MARK
 
 
 @dataclass

@@ -102,12 +102,14 @@ def test_the_hash_covers_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     compute = pipeline.source_hash.__wrapped__
     seen = {compute()}
     assert seen == {pipeline.source_hash()}
-    for file in sorted(folder.rglob("*.py")):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    assert {file.suffix for file in files} == {".py", ".cpp"}, "what else is compiled?"
+    for file in files:
         file.write_bytes(file.read_bytes() + b"\n")
         seen.add(compute())
     (folder / "kernels" / "new.py").write_text("")
     seen.add(compute())
-    assert len(seen) == 2 + len(list(folder.rglob("*.py"))) - 1
+    assert len(seen) == 2 + len(files)
 
 
 def test_stages_are_equal_by_what_they_do() -> None:

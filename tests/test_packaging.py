@@ -21,7 +21,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Through the link, so that these paths are the ones of the archives: passes/..., below lora_fx.
 PACKAGE = ROOT / "lora_fx"
-PASS_FILES = sorted(path.relative_to(PACKAGE) for path in (PACKAGE / "passes").rglob("*.py"))
+PASS_FILES = sorted(
+    path.relative_to(PACKAGE) for path in (PACKAGE / "passes").rglob("*") if path.suffix in (".py", ".cpp")
+)
+PASS_MODULES = [path for path in PASS_FILES if path.suffix == ".py"]
 
 
 def run(*command: object, cwd: Path) -> str:
@@ -60,6 +63,7 @@ def test_sdist_holds_the_passes_as_real_files(built: dict[str, Path]) -> None:
     assert not [name for name in members if name.parts[0] == "passes"]
     assert Path("LICENSE") in members and Path("README.md") in members
     assert Path("tests/test_packaging.py") in members
+    assert Path("lora_fx/passes/kernels/thin.cpp") in members
 
 
 @pytest.mark.parametrize("source", ["wheel", "direct"])
@@ -186,7 +190,7 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{module}.{alias.name}" for alias in node.names) if module in {"lora_fx", ""} else [module]
 
 
-@pytest.mark.parametrize("path", PASS_FILES, ids=str)
+@pytest.mark.parametrize("path", PASS_MODULES, ids=str)
 def test_a_pass_module_knows_graphs_only(path: Path) -> None:
     allowed = {"torch", "triton", *sys.stdlib_module_names}
     for name in imports(path):
@@ -194,13 +198,13 @@ def test_a_pass_module_knows_graphs_only(path: Path) -> None:
         assert inside or name.split(".")[0] in allowed, f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("path", PASS_FILES, ids=str)
+@pytest.mark.parametrize("path", PASS_MODULES, ids=str)
 def test_a_pass_module_says_what_it_does(path: Path) -> None:
     assert ast.get_docstring(ast.parse((PACKAGE / path).read_text(encoding="utf-8"))), f"{path} has no docstring"
 
 
 def test_there_are_passes() -> None:
-    assert Path("passes/__init__.py") in PASS_FILES  # else the parametrised tests above test nothing
+    assert Path("passes/__init__.py") in PASS_MODULES  # else the parametrised tests above test nothing
 
 
 # ---- the metadata ----------------------------------------------------------------------------------------------------

@@ -52,6 +52,17 @@ TARGET = 0.65  # the bf16 overhead that lora_fx must not exceed, in units of pla
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+class Linear(nn.Module):
+    """One linear: [..., D] -> [..., D]. Dynamo skips torch's own modules: a bare frozen `nn.Linear` stays eager."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
 class Qkv(nn.Module):
     """Three projections of one input: [..., D] -> three times [..., D]."""
 
@@ -83,7 +94,7 @@ def config_of(dim: int) -> LlamaConfig:
 
 
 CASES: dict[str, Callable[[int], nn.Module]] = {
-    "linear": lambda dim: nn.Linear(dim, dim, bias=False),
+    "linear": Linear,
     "qkv": Qkv,
     "mlp": lambda dim: FeedForward(config_of(dim)),
     "block": lambda dim: Block(config_of(dim)),

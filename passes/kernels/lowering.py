@@ -14,8 +14,9 @@ import torch
 from torch.fx import Graph, Node
 
 from lora_fx.passes._torch import auto_functionalized
-from lora_fx.passes.graph import aten, shape, val
-from lora_fx.passes.kernels import operators
+from lora_fx.passes.graph import MM, aten, shape, val
+from lora_fx.passes.kernels import native, operators
+from lora_fx.passes.site import MARK
 
 Lowering = Callable[[Node], None]
 
@@ -49,6 +50,20 @@ def scaled_mm(node: Node) -> None:
     if bias is not None:
         result = _emit(node, aten.add.Tensor, (result, bias), value=val(node))
     _replace(node, result)
+
+
+def thin_mm(node: Node) -> None:
+    """On the CPU, our operator for what is left as a plain product of a branch: h, dA, and a dX that is in a sum.
+
+    Not before the graphs are apart: until then it is better to be an ``mm``, which everybody knows.
+    """
+    if not (node.meta.get(MARK) and val(node).device.type == "cpu"):
+        return
+    a, b = _operands(node, 2)
+    # A dynamic size is the number of tokens, usually many; the operator looks again.
+    m, n, k = (s if isinstance(s, int) else native.MIN_WORK for s in (*val(node).shape, val(a).shape[1]))
+    if native.is_thin(val(node).dtype, m, n, k):
+        _replace(node, _emit(node, operators.scaled_mm, (a, b), value=val(node)))
 
 
 def gradient_pair(node: Node) -> None:
@@ -110,6 +125,7 @@ def _emit(like: Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 LOWERINGS: dict[Callable[..., Any], Lowering] = {
+    MM: thin_mm,
     operators.accumulate: accumulate,
     # After accumulate, which makes some.
     operators.scaled_mm: scaled_mm,

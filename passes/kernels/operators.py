@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_fx.passes.kernels import tile_program
+from lora_fx.passes.kernels import native, tile_program
 
 _library = torch.library.Library("lora_fx", "DEF")
 for _schema in (
@@ -49,26 +49,37 @@ def _gradient_pair(dy: Tensor, b: Tensor, h: Tensor, scale: Tensor | None = None
     return _scaled_mm(dy, b, scale), _scaled_mm(dy.t(), h, scale)
 
 
-# On the CPU reading a number is free, and as alpha it multiplies before the result is rounded.
+# On the CPU reading a number is free, and as alpha it multiplies before the result is rounded. Thin products, which is
+# what passes make, have kernels; whatever those do not take is ATen's.
 
 
 def _scaled_mm_cpu(a: Tensor, b: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     alpha = 1.0 if scale is None else scale.item()
     if bias is not None:
         return torch.addmm(bias, a, b, alpha=alpha)
+    found = native.scaled_mm(a, b, alpha)
+    if found is not None:
+        return found
     out = a.new_empty(a.shape[0], b.shape[1])
     return torch.addmm(out, a, b, beta=0, alpha=alpha, out=out)
 
 
 def _accumulate_cpu(base: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None) -> Tensor:
-    return torch.addmm(base, a, b, alpha=1.0 if scale is None else scale.item())
+    out = base.clone(memory_format=torch.contiguous_format)
+    _accumulate_cpu_(out, a, b, scale)
+    return out
 
 
 def _accumulate_cpu_(base: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None) -> None:
-    base.addmm_(a, b, alpha=1.0 if scale is None else scale.item())
+    alpha = 1.0 if scale is None else scale.item()
+    if not native.accumulate(base, a, b, alpha):
+        base.addmm_(a, b, alpha=alpha)
 
 
 def _gradient_pair_cpu(dy: Tensor, b: Tensor, h: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    found = native.gradient_pair(dy, b, h, 1.0 if scale is None else scale.item())
+    if found is not None:
+        return found
     grad_h = _scaled_mm_cpu(dy, b, scale)
     if dy.dtype == torch.float32:
         # h.T @ dy takes half the time of dy.T @ h in fp32 (not in bf16), and the copy is small.
