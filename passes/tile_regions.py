@@ -45,6 +45,7 @@ from lora_fx.passes.graph import (
     val,
 )
 from lora_fx.passes.kernels import operators
+from lora_fx.passes.site import MARK
 
 POINTWISE = {
     aten.add.Tensor: "add",
@@ -78,7 +79,6 @@ POINTWISE = {
 """Pointwise operators that a kernel can compute, and their names in programs."""
 
 HALF = (torch.bfloat16, torch.float16)
-from lora_fx.passes.site import MARK
 
 
 @dataclass

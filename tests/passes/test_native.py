@@ -17,7 +17,8 @@ from torch.fx import GraphModule, Node
 
 from lora_fx.passes._torch import compile_cpp
 from lora_fx.passes.graph import MM
-from lora_fx.passes.kernels import lowering, native, operators
+from lora_fx.passes.kernels import native, operators
+from lora_fx.passes.site import MARK
 from tests.passes.harness import Case, adapt, by_kernels, capture, check_case
 from tests.passes.modules import QKV
 
@@ -249,7 +250,7 @@ def test_marks_are_on_the_branch_alone() -> None:
     captured = capture(lambda x: sum(y.sum() for y in module(x)), x, backward=True)
     for graph in captured.forward + captured.backward:
         for node in products(graph, MM):
-            assert bool(node.meta.get(lowering.BRANCH)) == (24 in (*sizes(node), inner(node)))
+            assert bool(node.meta.get(MARK)) == (24 in (*sizes(node), inner(node)))
 
 
 LARGE = {"shape": (2, 512, 256), "seeds": 3}
