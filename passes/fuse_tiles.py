@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from lora_fx.passes.graph import (
 )
 from lora_fx.passes.kernels import operators
 from lora_fx.passes.kernels.tile_choice import choose
-from lora_fx.passes.kernels.tile_program import OUTPUTS, Program, Statement
+from lora_fx.passes.kernels.tile_program import OUTPUTS, Program, Statement, Tile
 from lora_fx.passes.tile_regions import (
     HALF,
     MARK,
@@ -42,18 +42,29 @@ from lora_fx.passes.tile_regions import (
 )
 
 
-def cut(graph: Graph) -> Iterator[tuple[Node, Exception]]:
-    """Replace every region of ``graph`` by a call of its program; gives each seed where that failed, which stays."""
+Choose = Callable[[list[list[Any]], list[Statement], Any, int], Tile | None]
+
+
+def cut(graph: Graph, choose: Choose = choose) -> Iterator[tuple[Node, Exception]]:
+    """Replace every region of ``graph`` by a call of its program; gives each seed where that failed, which stays.
+
+    ``choose`` gives the tile for a program's input kinds, body, M and N, or None to leave the region alone.
+    """
     taken: set[Node] = set()
     changed = False
     for seed in [node for node in graph.nodes if columns_of(node) is not None]:
         if seed in taken or not _has_kernels(seed):
             continue
+        before = set(graph.nodes)
         try:
             region = grow(seed, graph)
             taken |= region.nodes
-            changed |= _emit(region, graph)
+            changed |= _emit(region, graph, choose)
         except Exception as error:
+            # Up to the point where it takes the region's place, a program is only new nodes.
+            for node in reversed(graph.nodes):
+                if node not in before:
+                    graph.erase_node(node)
             yield seed, error
     if changed:
         graph.eliminate_dead_code()
@@ -189,7 +200,7 @@ class _Writer:
         return found
 
 
-def _emit(region: Region, graph: Graph) -> bool:
+def _emit(region: Region, graph: Graph, choose: Choose) -> bool:
     """Put the region's program in its place; says whether it did."""
     members = [node for node in graph.nodes if node in region.nodes]
     writer = _Writer(region)

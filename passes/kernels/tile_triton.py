@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import linecache
+import math
 from typing import Any
 
 import triton
@@ -33,12 +34,17 @@ _OPS = {
     "rsqrt": "tl.rsqrt({0})",
     "reciprocal": "(1.0 / {0})",
     "sigmoid": "tl.sigmoid({0})",
-    # Not 1 - 2 / (exp(2 x) + 1): that loses every digit of a small x. libdevice is not in Triton's interpreter.
-    "tanh": "(2.0 * tl.sigmoid(2.0 * {0}) - 1.0)",
+    # The series where the difference of two numbers near 1 would lose the digits of x (its next term is below 2e-9 of
+    # it there). libdevice is not in Triton's interpreter.
+    "tanh": (
+        "tl.where(tl.abs({0}) < 0.125, {0} * (1.0 + {0} * {0} * (-1.0 / 3.0 + {0} * {0} * (2.0 / 15.0 + {0} * {0} "
+        "* (-17.0 / 315.0 + {0} * {0} * (62.0 / 2835.0))))), 2.0 * tl.sigmoid(2.0 * {0}) - 1.0)"
+    ),
     "erf": "tl.erf({0})",
-    "relu": "tl.maximum({0}, 0.0)",
-    "maximum": "tl.maximum({0}, {1})",
-    "minimum": "tl.minimum({0}, {1})",
+    # NaN goes on, as in ATen.
+    "relu": "tl.where({0} < 0.0, 0.0, {0})",
+    "maximum": "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
+    "minimum": "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
     "gt": "({0} > {1})",
     "ge": "({0} >= {1})",
     "lt": "({0} < {1})",
@@ -51,6 +57,25 @@ _TYPES = {"bfloat16": "tl.bfloat16", "float16": "tl.float16", "float32": "tl.flo
 def padded(rank: int) -> int:
     """The inner size that the tensor cores get for a rank: a power of two, 16 at least."""
     return max(16, triton.next_power_of_2(rank))
+
+
+def _constant(number: float) -> str:
+    """A number in a kernel's source."""
+    value = float(number)
+    return repr(value) if math.isfinite(value) else f'float("{value}")'
+
+
+def _power(base: str, exponent: float) -> str:
+    """``base ** exponent``: by multiplication for small whole exponents, which a negative base may have."""
+    if exponent == 0.0:
+        return f"tl.where({base} == 0.0, 1.0, 1.0)"  # of any base, as a tile
+    if exponent.is_integer() and abs(exponent) <= 8:
+        product = "(" + " * ".join([base] * abs(int(exponent))) + ")"
+        return product if exponent > 0 else f"(1.0 / {product})"
+    if abs(exponent) == 0.5:
+        return f"tl.sqrt({base})" if exponent > 0 else f"tl.rsqrt({base})"
+    power = f"tl.exp({exponent} * tl.log({'tl.abs(' + base + ')' if exponent.is_integer() else base}))"
+    return f"tl.where({base} < 0.0, -{power}, {power})" if exponent % 2 == 1 else power
 
 
 class _Writer:
@@ -208,7 +233,7 @@ class _Writer:
             scale = "" if statement[3] is None else f" * {self._value(statement[3])}"
             self.inside.append(f"{self._v(index)} = tl.dot({thin}, tl.trans({factor})){scale}")
         elif kind == "op":
-            operands = [repr(float(o[0])) if isinstance(o, list) else self._v(o) for o in statement[2]]
+            operands = [_constant(o[0]) if isinstance(o, list) else self._v(o) for o in statement[2]]
             self.inside.append(f"{self._v(index)} = {self._op(statement[1], operands)}")
             if index in self.rounded:
                 self._for_product(index)
@@ -219,10 +244,7 @@ class _Writer:
     @staticmethod
     def _op(name: str, operands: list[str]) -> str:
         if name == "pow":
-            base, exponent = operands[0], float(operands[1])
-            if exponent in (1.0, 2.0, 3.0):
-                return "(" + " * ".join([base] * int(exponent)) + ")"
-            return f"tl.exp({exponent} * tl.log({base}))"
+            return _power(operands[0], float(operands[1]))
         return _OPS[name].format(*operands)
 
     def _store(self, out: int, statement: Statement) -> None:
