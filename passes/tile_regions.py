@@ -106,7 +106,7 @@ def columns_of(node: Node) -> int | None:
 
 
 def _is_half(node: Node) -> bool:
-    value = val(node)
+    value = node.meta.get("val")  # Inductor's own rewrites leave nodes without
     value = value[0] if isinstance(value, (tuple, list)) and value else value
     return isinstance(value, torch.Tensor) and value.dtype in HALF
 
