@@ -41,7 +41,6 @@ from lora_fx.passes.tile_regions import (
     value_of,
 )
 
-
 Choose = Callable[[list[list[Any]], list[Statement], Any, int], Tile | None]
 
 
@@ -225,7 +224,7 @@ def _emit(region: Region, graph: Graph, choose: Choose) -> bool:
     for index, (key, statement) in enumerate(zip(writer.outputs, program.outputs)):
         out = _call(last, operator.getitem, (written, index), values[index])
         member, which = key
-        replacements[key] = _finish(last, out, statement, member, which)
+        replacements[key] = _finish(last, out, statement, member, which, region)
     for (member, which), node in replacements.items():
         if member.target is operators.gradient_pair:
             for user in list(member.users):
@@ -289,14 +288,14 @@ def _rows(member: Node) -> Any:
     return total
 
 
-def _finish(like: Node, out: Node, statement: Statement, member: Node, which: int) -> Node:
+def _finish(like: Node, out: Node, statement: Statement, member: Node, which: int, region: Region) -> Node:
     """An output as the member's users expect it: parts summed, scaled, in the member's dtype and shape."""
     value = val(member)
     value = value[which] if isinstance(value, (tuple, list)) else value
     if statement[0] == "store":
         if val(out).dim() == value.dim():
             return out
-        return _compute(like, aten.reshape.default, out, list(value.shape), sizes_of=member)
+        return _compute(like, aten.reshape.default, out, _sizes(member, region, like))
     total = _compute(like, aten.sum.dim_IntList, out, [0])
     scale = member.args[3] if member.target is operators.gradient_pair and len(member.args) > 3 else None
     if scale is not None:
@@ -304,20 +303,31 @@ def _finish(like: Node, out: Node, statement: Statement, member: Node, which: in
     return _compute(like, CONVERT, total, value.dtype)
 
 
-def _compute(like: Node, target: Any, *args: Any, sizes_of: Node | None = None) -> Node:
-    """A node with its fake value computed; ``sizes_of`` names the node whose view had the sizes in ``args[1]``."""
-    if sizes_of is not None and not all(isinstance(size, int) for size in args[1]):
-        args = (args[0], _symbolic_sizes(sizes_of))
+def _compute(like: Node, target: Any, *args: Any) -> Node:
+    """A node with its fake value computed."""
     values = torch.fx.node.map_arg(args, val)
     with detect_fake_mode([v for v in values if isinstance(v, torch.Tensor)]):
         return _call(like, target, args, target(*values))
 
 
-def _symbolic_sizes(node: Node) -> list[Any]:
-    """The sizes of ``node`` with symbols as the nodes that hold them."""
-    for source in (node, *node.all_input_nodes):
-        if is_row_view(source) and has_shape(source, *shape(node)):
+def _sizes(node: Node, region: Region, like: Node) -> list[Any]:
+    """The sizes of ``node``, a member, with symbols as nodes that hold them and that are not members themselves."""
+    if all(isinstance(size, int) for size in shape(node)):
+        return list(shape(node))
+    pending, seen = [node], {node}
+    while pending:
+        source = pending.pop()
+        if is_row_view(source):
             return list(source.args[1])  # type: ignore[arg-type]  # the sizes that the view was made with
+        if source not in region.nodes:
+            return [
+                size if isinstance(size, int) else _call(like, aten.sym_size.int, (source, dim), size)
+                for dim, size in enumerate(shape(source))
+            ]
+        for operand in source.all_input_nodes:
+            if operand not in seen and is_tensor(operand) and has_shape(operand, *shape(node)):
+                seen.add(operand)
+                pending.append(operand)
     raise ValueError(f"no node holds the sizes of {node}")
 
 

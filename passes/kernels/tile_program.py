@@ -142,9 +142,9 @@ POINTWISE: dict[str, Pointwise] = {
     "ge": torch.ge,
     "lt": torch.lt,
     "le": torch.le,
-    "where": torch.where,
+    "where": lambda condition, x, y: torch.where(condition != 0, x, y),
 }
-"""What each pointwise name means, on float32 tensors."""
+"""What each pointwise name means, on float32 tensors. A condition is computed, or loaded as 0 and 1."""
 
 
 def evaluate(program: Program, inputs: list[Tensor]) -> list[Tensor]:

@@ -49,7 +49,7 @@ _OPS = {
     "ge": "({0} >= {1})",
     "lt": "({0} < {1})",
     "le": "({0} <= {1})",
-    "where": "tl.where({0}, {1}, {2})",
+    "where": "tl.where({0} != 0, {1}, {2})",
 }
 _TYPES = {"bfloat16": "tl.bfloat16", "float16": "tl.float16", "float32": "tl.float32"}
 

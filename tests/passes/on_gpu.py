@@ -62,8 +62,8 @@ class OnGpu(CustomGraphPass):
 
 def lower(graph: Graph, choose: fuse_tiles.Choose = one_tile) -> None:
     """As `LoweringStage`, with one tile for all."""
-    failures = [*fuse_tiles.cut(graph, choose), *lowering.lower(graph)]
-    assert failures == []
+    for node, error in (*fuse_tiles.cut(graph, choose), *lowering.lower(graph)):
+        raise AssertionError(f"{node.format_node()} was left as it was") from error
 
 
 def options(step: Any = lower) -> dict[str, Any]:
@@ -72,7 +72,9 @@ def options(step: Any = lower) -> dict[str, Any]:
     return {name: OnGpu(stage) for name, stage in {**stages, "post_grad_custom_pre_pass": step}.items()}
 
 
-def capture(function: Function, *inputs: Any, step: Any = lower, backward: bool = True, dynamic: bool = False) -> Captured:
+def capture(
+    function: Function, *inputs: Any, step: Any = lower, backward: bool = True, dynamic: bool = False
+) -> Captured:
     """Compile and call `function` up to the graphs, as on a GPU."""
     with recorded() as captured:
         backend = harness.graphs(captured, rewrite=False, options=options(step))

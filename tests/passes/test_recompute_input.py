@@ -4,11 +4,9 @@ The joint graph's fake values are on "cuda" while the passes look at it (`tests/
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph
@@ -18,7 +16,7 @@ from lora_fx.passes.pipeline import rewrite_graph
 from lora_fx.passes.printer import graph_text
 from lora_fx.passes.recompute_branch import REGION
 from tests.passes import on_gpu
-from tests.passes.harness import Captured, adapt, by_graphs, joint_graph, only
+from tests.passes.harness import Captured, adapt, joint_graph, only
 from tests.passes.modules import Mlp
 from tests.passes.test_sites import checkpointed
 

@@ -35,7 +35,19 @@ if not INTERPRETED:
     @pytest.mark.parametrize("part", ["program", "pointwise"])
     def test_in_the_interpreter(part: str) -> None:
         file = Path(__file__).resolve()
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", str(file), "-k", part]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:xdist",
+            "-p",
+            "no:cacheprovider",
+            str(file),
+            "-k",
+            part,
+        ]
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         for name in ("PYTEST_XDIST_WORKER", "PYTEST_CURRENT_TEST", "PYTEST_ADDOPTS"):
             environment.pop(name, None)

@@ -6,17 +6,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, Node
+from torch.fx import Graph
 
 from lora_fx.passes import fuse_tiles, pipeline, tile_regions
-from lora_fx.passes.kernels import lowering, operators
+from lora_fx.passes.kernels import lowering
 from lora_fx.passes.kernels.tile_choice import choose
 from lora_fx.passes.kernels.tile_program import Program, Tile
 from lora_fx.passes.printer import graph_text
 from tests.passes import on_gpu
-from tests.passes.harness import Case, Captured, adapt, compare
+from tests.passes.harness import Captured, Case, adapt, compare
 from tests.passes.modules import Mlp
-from tests.passes.on_gpu import capture, one_tile, programs, text
+from tests.passes.on_gpu import capture, one_tile, programs
 
 bf16 = torch.bfloat16
 K, N = 136, 264
@@ -32,9 +32,7 @@ def mlp(dtype: torch.dtype = bf16, **config: Any) -> nn.Module:
 
 def of(graph: Graph, *names: str) -> list[Program]:
     """The programs with all of these statements or operations."""
-    return [
-        p for p in programs(graph) if set(names) <= {s[0] for s in p.body} | {s[1] for s in p.body if s[0] == "op"}
-    ]
+    return [p for p in programs(graph) if set(names) <= {s[0] for s in p.body} | {s[1] for s in p.body if s[0] == "op"}]
 
 
 class After(nn.Module):

@@ -33,6 +33,8 @@ class Case:
     exact: Callable[..., tuple[Tensor, ...]]
     exact_operands: bool = False
     """Whether nothing is rounded to 16 bits on the way."""
+    mask: int | None = None
+    """The input that is a condition, if one is."""
 
     def __str__(self) -> str:
         return self.name
@@ -214,6 +216,25 @@ def _broadcast() -> Case:
     )
 
 
+def _mask(r: int) -> Case:
+    """The backward of relu with the mask that forward kept, and the gradient pair that reads its result."""
+    return Case(
+        f"mask, rank {r}",
+        [["full"], ["full"], ["factor", r, "NR"], ["thin", r]],
+        [
+            ["load", 0],
+            ["load", 1],
+            ["op", "where", [0, [0.0], 1]],
+            ["down", 2, 2],
+            ["across", 2, 3, "NR"],
+            ["store", 2, "model"],
+        ],
+        lambda mask, dy, b, h: ((t := dy * (1 - mask)) @ b, t.t() @ h, t),
+        exact_operands=True,
+        mask=0,
+    )
+
+
 CASES = [
     *(_branch(r, order, scaled) for r, order, scaled in ((1, "NR", True), (16, "RN", False), (128, "NR", False))),
     *(_pair(r, order) for r, order in ((1, "NR"), (5, "RN"), (16, "NR"), (33, "RN"), (128, "NR"))),
@@ -223,6 +244,7 @@ CASES = [
     _norm(16),
     _norm(20),
     _infinite(4),
+    _mask(8),
     _broadcast(),
 ]
 SIZES = [(1, 8), (100, 120), (192, 128), (131, 136)]
@@ -301,7 +323,9 @@ def operands(program: Program, rows: int, device: str = "cpu", batch: int = 1) -
         scale = kind[1] ** -0.5 if kind[0] == "factor" else 1.0
         whole = tensor._base if tensor._base is not None else tensor
         whole = (whole * scale).to(dtype)
-        return whole if tensor._base is None else whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        return (
+            whole if tensor._base is None else whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        )
 
     return [typed(kind, one(kind)) for kind in program.inputs]
 
@@ -334,6 +358,8 @@ def exactly(case: Case, program: Program, inputs: list[Tensor]) -> list[Tensor]:
 def check(case: Case, program: Program, rows: int, run: Runner, device: str = "cpu", batch: int = 1) -> None:
     """One case: every output within its bound of float64, nothing of the inputs written, a second run equal."""
     inputs = operands(program, rows, device, batch)
+    if case.mask is not None:
+        inputs[case.mask] = inputs[case.mask] > 0
     before = [t.clone() for t in inputs]
     results, again = outputs(program, inputs, rows), outputs(program, inputs, rows)
     run(program, inputs, results)
@@ -355,7 +381,7 @@ def check(case: Case, program: Program, rows: int, run: Runner, device: str = "c
 def _check_in_place(program: Program, inputs: list[Tensor], expected: list[Tensor], rows: int, run: Runner) -> None:
     """The same results when a stored value takes the memory of an input that it is computed from."""
     stores = [i for i, s in enumerate(program.outputs) if s == ["store", s[1], program.dtype]]
-    full = [i for i, kind in enumerate(program.inputs) if kind == ["full"]]
+    full = [i for i, kind in enumerate(program.inputs) if kind == ["full"] and inputs[i].is_floating_point()]
     if not stores or not full:
         return
     results, mine = outputs(program, inputs, rows), list(inputs)
