@@ -1,11 +1,12 @@
 """What the passes do to a graph on a GPU, on a machine without one.
 
-A pass knows the device of a node from its fake value. Here the fake values of Inductor's graphs say "cuda" while a pass
-looks at them and "cpu" again afterwards: the passes are the real ones, in Inductor's own stages, and what comes out runs
-on the CPU, where a tile program is evaluated as ATen.
+A pass knows the device of a node from its fake value. Here the fake values of Inductor's graphs say "cuda" while a
+pass looks at them and "cpu" again afterwards: the passes are the real ones, in Inductor's own stages, and what comes
+out runs on the CPU, where a tile program is evaluated as ATen.
 """
 
 import contextlib
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -80,7 +81,7 @@ def capture(
         backend = harness.graphs(captured, rewrite=False, options=options(step))
         outputs = torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=True)(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        if backward:
+        if torch.is_grad_enabled():
             torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
         return captured
 
@@ -126,9 +127,16 @@ def text(graph: Graph) -> str:
         if listing not in listings:
             listings.append(listing)
         printed = printed.replace(repr(whole), f"#{listings.index(listing)}")
+    printed = printed.replace("auto_functionalized(lora_fx.tile_, ", "tile(")
     # Types were aligned behind the longest line, which held a program.
     lines = [" ".join(line.split()) for line in printed.splitlines()]
-    return "\n".join([*lines, *(f"#{i}: {listing}" for i, listing in enumerate(listings))])
+    lines += [line for i, listing in enumerate(listings) for line in f"#{i}: {listing}".splitlines()]
+    return "\n".join("\n".join(textwrap.wrap(line, 116, subsequent_indent=" " * 8)) for line in lines)
+
+
+def halves(captured: Captured) -> tuple[str, str]:
+    """The forward and the backward graph as text."""
+    return text(captured.forward[0].graph), text(captured.backward[0].graph)
 
 
 def _listing(program: Program) -> str:

@@ -281,7 +281,7 @@ def pointwise_cases() -> list[Case]:
                 binary = n in ("add", "sub", "mul", "div", "maximum", "minimum", "gt", "ge", "lt", "le")
                 return ((f(a, b) if binary else f(a)).double(),)
 
-            body = [["load", 0], ["load", 1], *steps, ["store", value, "float32"]]
+            body: list[Statement] = [["load", 0], ["load", 1], *steps, ["store", value, "float32"]]
             cases.append(Case(" ".join([name, *map(str, constants)]), [["full"], ["full"]], body, exact))
     return cases
 
