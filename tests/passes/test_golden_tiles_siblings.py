@@ -1,7 +1,7 @@
 """The forward and backward graphs of q, k and v of a norm after their regions have been cut out, as on a GPU.
 
-See `tests/passes/test_golden_tiles.py`. The norm is computed again for dA in the kernel that needs it; dX of the three is
-one sum, with their stacked product, in one kernel.
+See `tests/passes/test_golden_tiles.py`. The norm is computed again for dA in the kernel that needs it; dX of the three
+is one sum, with their stacked product, in one kernel.
 """
 
 from expecttest import assert_expected_inline

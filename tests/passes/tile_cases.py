@@ -83,13 +83,7 @@ def _swiglu(r: int, q: int) -> Case:
     """z = silu(gate) * up, with both products, and h of the next linear."""
     return Case(
         f"SwiGLU, ranks {r} and {q}",
-        [
-            *([["full"]] * 2),
-            *([["thin", r]] * 2),
-            *([["factor", r, "NR"]] * 2),
-            ["number"],
-            ["factor", q, "RN"],
-        ],
+        [*([["full"]] * 2), *([["thin", r]] * 2), *([["factor", r, "NR"]] * 2), ["number"], ["factor", q, "RN"]],
         [
             ["load", 0],
             ["product", 2, 4, 6],
