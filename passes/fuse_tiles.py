@@ -33,6 +33,7 @@ from lora_fx.passes.tile_regions import (
     POINTWISE,
     Region,
     columns_of,
+    constant_of,
     grow,
     makes,
     operand_kind,
@@ -165,8 +166,8 @@ class _Writer:
 
     def _operand(self, operand: Any, member: Node) -> Any:
         """The place of an operand's value, loaded when it comes from outside, or a constant."""
-        if not isinstance(operand, Node):
-            return [float(operand)]
+        if (constant := constant_of(operand)) is not None:
+            return [constant]
         whole = (
             member if is_tensor(member) and member in self.region.nodes and value_of(member) is not None else operand
         )

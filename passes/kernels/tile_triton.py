@@ -300,7 +300,8 @@ def kernel(text: str) -> Any:
 def run(text: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
     """Run the kernel of the program that ``text`` describes on ``inputs`` into ``outputs``.
 
-    An output [M, N] may be the memory of an input: a tile is loaded before it is stored, and by nobody else.
+    An output [M, N] may be the memory of an input: a tile is loaded before it is stored, and by nobody else. Kernels
+    write contiguous memory; what is laid out in another way gets a copy.
     """
     program = loads(text)
     tile, m = program.tile, int(program.row_count(inputs))
@@ -311,17 +312,21 @@ def run(text: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
             strides += t.stride() if kind[-1] != "RN" else reversed(t.stride())
     full = {f"stride{i}": t.stride(0) for i, (kind, t) in enumerate(zip(program.inputs, tensors)) if kind[0] == "full"}
     grid = (-(-program.columns // tile.columns), -(-m // tile.rows))
+    written = [t if t.is_contiguous() else t.new_empty(t.shape) for t in outputs]
     if m:
         kernel(text)[grid](
             *tensors,
             *strides,
-            *outputs,
+            *written,
             m,
             **full,
             EVEN_ROWS=m % tile.rows == 0,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
+    for output, memory in zip(outputs, written):
+        if memory is not output:
+            output.copy_(memory)
 
 
 def _prepared(kind: list[Any], tensor: Tensor, columns: int) -> Tensor:

@@ -87,7 +87,11 @@ CASES = [
     (case("gated", lambda: adapt(Gated().to(bf16)), 2), (3, 6)),
     (case("no gradient", mlp, 3, grad=torch.no_grad), (3, 0)),
     (case("checkpointed", mlp, 3, wrap=checkpointed), (3, 10)),
-    (case("any number of tokens", mlp, 3, shapes=((2, 80, K), (3, 70, K), (5, 31, K)), dynamic=True, seeds=2), (3, 6)),
+    pytest.param(
+        case("any number of tokens", mlp, 3, shapes=((2, 80, K), (3, 70, K), (5, 31, K)), dynamic=True, seeds=1),
+        (3, 6),
+        marks=pytest.mark.slow,
+    ),
     (case("autocast", lambda: mlp(torch.float32), 3, dtype=torch.float32, autocast=True), (3, 6)),
     (case("dropout", lambda: mlp(dropout=0.25), 3, random=True), (4, 5)),
 ]

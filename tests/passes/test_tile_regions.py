@@ -136,6 +136,31 @@ def test_operands_of_all_kinds(function: Callable[[Tensor, nn.Module], Tensor]) 
     compared(lambda: after(function), 1)
 
 
+def test_numbers_that_the_graph_makes() -> None:
+    """They become constants of the program, and no kernel fills memory with them."""
+    captured = compared(lambda: after(lambda y, other: torch.where(y > 0.1, y, 0.5)), 1, grad=torch.no_grad)
+    (program,) = of(captured.forward[0].graph, "where")
+    assert [0.5] in next(s for s in program.body if s[0] == "op" and s[1] == "where")[2]
+    assert "full(" not in graph_text(captured.forward[0].graph)
+
+
+def test_numbers_in_the_memory_of_the_cpu() -> None:
+    """As a float attribute under `dynamic=True` is: no kernel on a GPU can load one."""
+    counts = []
+
+    def step(graph: Graph) -> None:
+        for node in graph.nodes:
+            value = node.meta.get("val")
+            if isinstance(value, Tensor) and value.dim() == 0:
+                value.fake_device = torch.device("cpu")  # type: ignore[attr-defined]  # a FakeTensor
+        on_gpu.lower(graph)
+        assert not any(["number"] in p.inputs for p in programs(graph))
+        counts.append(len(programs(graph)))
+
+    capture(mlp(), x(), step=step)
+    assert all(counts), "products without a scale, and gradients, are cut out all the same"
+
+
 def test_masks_from_forward() -> None:
     """relu keeps a mask for backward: a condition that a program loads."""
     captured = compared(lambda: after(lambda y, other: torch.relu(y) * torch.where(y > 0.1, y, 0.0)), 1)
