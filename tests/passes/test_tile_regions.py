@@ -65,10 +65,10 @@ def test_a_value_that_leaves_and_comes_back() -> None:
     """y goes through a large product, and the result meets y again: one program cannot hold both ends."""
     captured = compared(lambda: after(lambda y, other: torch.sigmoid(y) * other(y) + y), 1)
     (forward,) = captured.forward
-    for program in programs(forward.graph):
-        assert sum(s[0] == "op" and s[1] == "add" for s in program.body) <= 1
-    (store,) = of(forward.graph, "store", "product")
-    assert len([s for s in store.body if s[0] == "store"]) >= 1
+    (program,) = of(forward.graph, "store", "product")
+    # y alone is stored: of what follows, the gate could have joined, but nothing that needs the large product.
+    assert {s[1] for s in program.body if s[0] == "op"} <= {"add", "neg", "exp", "sigmoid", "reciprocal", "identity"}
+    assert "mm(" in graph_text(forward.graph).split("tile_")[-1], "the large product comes after the program"
 
 
 def test_nothing_wider_than_the_model_is_written() -> None:
