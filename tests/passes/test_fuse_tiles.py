@@ -87,17 +87,23 @@ CASES = [
     (case("gated", lambda: adapt(Gated().to(bf16)), 2), (3, 6)),
     (case("no gradient", mlp, 3, grad=torch.no_grad), (3, 0)),
     (case("checkpointed", mlp, 3, wrap=checkpointed), (3, 10)),
-    pytest.param(
+    (
         case("any number of tokens", mlp, 3, shapes=((2, 80, K), (3, 70, K), (5, 31, K)), dynamic=True, seeds=1),
         (3, 6),
-        marks=pytest.mark.slow,
     ),
     (case("autocast", lambda: mlp(torch.float32), 3, dtype=torch.float32, autocast=True), (3, 6)),
     (case("dropout", lambda: mlp(dropout=0.25), 3, random=True), (4, 5)),
 ]
 
 
-@pytest.mark.parametrize(("case", "count"), CASES, ids=lambda value: str(value) if isinstance(value, Case) else "")
+FAST = ("linear", "SwiGLU", "q, k, v of a norm", "gated")
+"""The others are run with the slow tests: each compiles its module twice."""
+
+
+@pytest.mark.parametrize(
+    ("case", "count"),
+    [pytest.param(*pair, marks=() if pair[0].name in FAST else pytest.mark.slow, id=str(pair[0])) for pair in CASES],
+)
 def test_as_accurate_as_plain_compile(case: Case, count: tuple[int, int]) -> None:
     result = compare(case, on_gpu.by_graphs)
     result.assert_as_accurate()
