@@ -7,12 +7,17 @@ pass                   before                                        after
 ``stack_siblings``     ``mm(x, A_q^T), mm(x, A_k^T), mm(x, A_v^T)``  ``mm(x, cat(A_q, A_k, A_v)^T)`` and slices of it
 ``pair_gradients``     ``mm(dy, B) * s, mm(dy^T, h) * s``            ``gradient_pair(dy, B, h, s)``
 ``accumulate``         ``base + scaled_mm(h, B^T, s)``, written      ``accumulate(base, h, B^T, s)``
-``recompute_branch``   saves ``base`` and the product                saves ``base``
+``recompute_branch``   saves ``base`` and the product                saves ``base``; on a GPU, ``residual + y`` if
+                                                                     that is what reads y (``save sum``)
+``recompute_input``    saves ``x = silu(gate) * up`` for dA          saves what the frozen model does (on a GPU)
 ``recompute_dropout``  saves ``drop(x)`` and its mask                saves a seed
+``fuse_tiles``         products of rank R, pointwise between         ``tile(program, inputs)``: one kernel (on a GPU)
 =====================  ============================================  =============================================
 
 ``site`` finds LoRA branches and proves what they are; ``rewriter`` is the only way to change a graph; ``pipeline``
 holds the order, the hooks in Inductor and the cache identity; ``printer`` and ``report`` say what happened; ``kernels``
-holds the operators and their lowerings; ``low_rank`` is the expression that all of this rewrites. The entry points are
+holds the operators and their lowerings; ``low_rank`` is the expression that all of this rewrites. ``tile_regions``
+says what ``fuse_tiles`` cuts out of a GPU's forward and backward graphs, ``kernels.tile_program`` what a program means,
+``kernels.tile_triton`` writes its kernel and ``kernels.tile_launch`` runs it. The entry points are
 :func:`lora_fx.passes.pipeline.hooks` and :func:`lora_fx.passes.pipeline.rewrite_graph`.
 """

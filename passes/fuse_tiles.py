@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,13 +26,14 @@ from lora_fx.passes.graph import (
 )
 from lora_fx.passes.kernels import operators
 from lora_fx.passes.kernels.tile_choice import choose
-from lora_fx.passes.kernels.tile_program import OUTPUTS, Program, Statement
+from lora_fx.passes.kernels.tile_program import OUTPUTS, Program, Statement, Tile
 from lora_fx.passes.site import MARK
 from lora_fx.passes.tile_regions import (
     HALF,
     POINTWISE,
     Region,
     columns_of,
+    constant_of,
     grow,
     makes,
     operand_kind,
@@ -41,19 +42,29 @@ from lora_fx.passes.tile_regions import (
     value_of,
 )
 
+Choose = Callable[[list[list[Any]], list[Statement], Any, int], Tile | None]
 
-def cut(graph: Graph) -> Iterator[tuple[Node, Exception]]:
-    """Replace every region of ``graph`` by a call of its program; gives each seed where that failed, which stays."""
+
+def cut(graph: Graph, choose: Choose = choose) -> Iterator[tuple[Node, Exception]]:
+    """Replace every region of ``graph`` by a call of its program; gives each seed where that failed, which stays.
+
+    ``choose`` gives the tile for a program's input kinds, body, M and N, or None to leave the region alone.
+    """
     taken: set[Node] = set()
     changed = False
     for seed in [node for node in graph.nodes if columns_of(node) is not None]:
         if seed in taken or not _has_kernels(seed):
             continue
+        before = set(graph.nodes)
         try:
             region = grow(seed, graph)
             taken |= region.nodes
-            changed |= _emit(region, graph)
+            changed |= _emit(region, graph, choose)
         except Exception as error:
+            # Up to the point where it takes the region's place, a program is only new nodes.
+            for node in reversed(graph.nodes):
+                if node not in before:
+                    graph.erase_node(node)
             yield seed, error
     if changed:
         graph.eliminate_dead_code()
@@ -165,8 +176,8 @@ class _Writer:
 
     def _operand(self, operand: Any, member: Node) -> Any:
         """The place of an operand's value, loaded when it comes from outside, or a constant."""
-        if not isinstance(operand, Node):
-            return [float(operand)]
+        if (constant := constant_of(operand)) is not None:
+            return [constant]
         whole = (
             member if is_tensor(member) and member in self.region.nodes and value_of(member) is not None else operand
         )
@@ -206,7 +217,7 @@ class _Writer:
         return found
 
 
-def _emit(region: Region, graph: Graph) -> bool:
+def _emit(region: Region, graph: Graph, choose: Choose) -> bool:
     """Put the region's program in its place; says whether it did."""
     members = [node for node in graph.nodes if node in region.nodes]
     writer = _Writer(region)
@@ -237,7 +248,7 @@ def _emit(region: Region, graph: Graph) -> bool:
         for product in writer.accumulated:
             out = _accumulate(last, out, product)
         member, which = key
-        replacements[key] = _finish(last, out, statement, member, which)
+        replacements[key] = _finish(last, out, statement, member, which, region)
     for (member, which), node in replacements.items():
         if member.target is operators.gradient_pair:
             for user in list(member.users):
@@ -334,14 +345,14 @@ def _rows(member: Node) -> Any:
     return total
 
 
-def _finish(like: Node, out: Node, statement: Statement, member: Node, which: int) -> Node:
+def _finish(like: Node, out: Node, statement: Statement, member: Node, which: int, region: Region) -> Node:
     """An output as the member's users expect it: parts summed, scaled, in the member's dtype and shape."""
     value = val(member)
     value = value[which] if isinstance(value, (tuple, list)) else value
     if statement[0] == "store":
         if val(out).dim() == value.dim():
             return out
-        return _compute(like, aten.reshape.default, out, list(value.shape), sizes_of=member)
+        return _compute(like, aten.reshape.default, out, _sizes(member, region, like))
     total = _compute(like, aten.sum.dim_IntList, out, [0])
     scale = member.args[3] if member.target is operators.gradient_pair and len(member.args) > 3 else None
     if scale is not None:
@@ -349,20 +360,31 @@ def _finish(like: Node, out: Node, statement: Statement, member: Node, which: in
     return _compute(like, CONVERT, total, value.dtype)
 
 
-def _compute(like: Node, target: Any, *args: Any, sizes_of: Node | None = None) -> Node:
-    """A node with its fake value computed; ``sizes_of`` names the node whose view had the sizes in ``args[1]``."""
-    if sizes_of is not None and not all(isinstance(size, int) for size in args[1]):
-        args = (args[0], _symbolic_sizes(sizes_of))
+def _compute(like: Node, target: Any, *args: Any) -> Node:
+    """A node with its fake value computed."""
     values = torch.fx.node.map_arg(args, val)
     with detect_fake_mode([v for v in values if isinstance(v, torch.Tensor)]):
         return _call(like, target, args, target(*values))
 
 
-def _symbolic_sizes(node: Node) -> list[Any]:
-    """The sizes of ``node`` with symbols as the nodes that hold them."""
-    for source in (node, *node.all_input_nodes):
-        if is_row_view(source) and has_shape(source, *shape(node)):
+def _sizes(node: Node, region: Region, like: Node) -> list[Any]:
+    """The sizes of ``node``, a member, with symbols as nodes that hold them and that are not members themselves."""
+    if all(isinstance(size, int) for size in shape(node)):
+        return list(shape(node))
+    pending, seen = [node], {node}
+    while pending:
+        source = pending.pop()
+        if is_row_view(source):
             return list(source.args[1])  # type: ignore[arg-type]  # the sizes that the view was made with
+        if source not in region.nodes:
+            return [
+                size if isinstance(size, int) else _call(like, aten.sym_size.int, (source, dim), size)
+                for dim, size in enumerate(shape(source))
+            ]
+        for operand in source.all_input_nodes:
+            if operand not in seen and is_tensor(operand) and has_shape(operand, *shape(node)):
+                seen.add(operand)
+                pending.append(operand)
     raise ValueError(f"no node holds the sizes of {node}")
 
 

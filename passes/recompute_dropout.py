@@ -11,6 +11,10 @@ After::
 Inductor's random numbers are a function of a seed, so the mask is drawn again bit for bit. The pass only tags the nodes
 of the chain rand > p, * x, / (1 - p) for recomputation; the partitioner does the rest. It runs after Inductor replaced
 ``rand`` by its seeded form; with ``fallback_random`` there is no seed and the pass leaves the graph alone.
+
+Only on a CPU: a GPU takes longer to draw Inductor's numbers (Philox, ten rounds an element) than to read a mask. A
+Llama-3-8B block with dropout 0.1 on an H200 (M 8192): 1.301 of the frozen block's time and 1.39 of its activations with
+this pass (and inputs computed again), 1.223 and 1.81 without, plain LoRA 1.242 and 2.15.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from lora_fx.passes._torch import CheckpointPolicy
-from lora_fx.passes.graph import CONVERT, COPIES, MM, VIEWS, aten, is_call, is_row_view, prims
+from lora_fx.passes.graph import CONVERT, COPIES, MM, VIEWS, aten, is_call, is_row_view, prims, val
 from lora_fx.passes.recompute_branch import REGION
 
 MARK = "lora_fx_dropout"
@@ -31,7 +35,9 @@ def tag(graph: Graph) -> list[Node]:
     """Tag the dropout chains of every marked down-projection; returns the down-projections whose chain was tagged."""
     tagged = []
     for down in graph.find_nodes(op="call_function", target=MM):
-        if down.meta.get(MARK) and (chain := _chain(down.args[0])):
+        if not down.meta.get(MARK) or val(down).device.type != "cpu":
+            continue
+        if chain := _chain(down.args[0]):
             for node in chain:
                 node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
                 node.meta["ac_graph_id"] = REGION

@@ -22,12 +22,18 @@ from lora_fx.passes.graph import is_pointwise, is_sum, is_tensor, peel, same_cou
 from lora_fx.passes.recompute_branch import REGION
 from lora_fx.passes.rewriter import Rewriter
 from lora_fx.passes.site import Site, before_dropout
+from lora_fx.passes.tile_regions import MAX_RANK
 
 
 def find(sites: list[Site]) -> Iterator[list[Site]]:
     """All sites whose A is trained, together: a sum that belongs to any of them is looked through."""
-    group = [site for site in sites if site.grad_a is not None and val(site.down).device.type != "cpu"]
+    group = [site for site in sites if site.grad_a is not None and _has_kernel(site)]
     return iter([group] if group else [])
+
+
+def _has_kernel(site: Site) -> bool:
+    """Whether dA will be computed tile by tile; random numbers are not made there."""
+    return val(site.down).device.type != "cpu" and not site.dropout and site.rank <= MAX_RANK
 
 
 def rewrite(group: list[Site], rewriter: Rewriter) -> None:

@@ -105,7 +105,7 @@ def columns_of(node: Node) -> int | None:
 
 
 def _is_half(node: Node) -> bool:
-    value = val(node)
+    value = node.meta.get("val")  # Inductor's own rewrites leave nodes without
     value = value[0] if isinstance(value, (tuple, list)) and value else value
     return isinstance(value, torch.Tensor) and value.dtype in HALF
 
@@ -117,9 +117,11 @@ def _static(size: Any) -> int | None:
 def makes(node: Node) -> bool:
     """Whether ``node`` is a product of rank R that makes an [M, N] value."""
     if node.target in (operators.scaled_mm, operators.accumulate):
-        thin = node.args[0] if node.target is operators.scaled_mm else node.args[1]
-        extra = len(node.args) > 3 and node.args[3] is not None and node.target is operators.scaled_mm
-        return not extra and _is_thin(thin, 1) and _static(shape(node)[1]) is not None
+        operands = node.args if node.target is operators.accumulate else (None, *node.args)
+        _, thin, _, scale = (*operands, None)[:4]
+        bias = len(node.args) > 3 and node.args[3] is not None and node.target is operators.scaled_mm
+        plain = not bias and (scale is None or same_device(scale, node))
+        return plain and _is_thin(thin, 1) and _static(shape(node)[1]) is not None
     return _is_marked(node) and _is_thin(node.args[0], 1) and not _is_thin(node, 1)
 
 
@@ -142,7 +144,9 @@ def _is_marked(node: Node) -> bool:
     return is_call(node, MM) and bool(node.meta.get(MARK))
 
 
-MAX_RANK = 128
+# Time to the frozen block's on an H200 (Llama-3-8B, M 8192, examples/benchmarks/block.py): at rank 64 1.143 with tiles,
+# plain LoRA 1.174; at rank 128 1.323 with tiles and 1.147 without, plain LoRA 1.175: there cuBLAS has enough to multiply.
+MAX_RANK = 64
 
 
 def _is_thin(node: Any, dim: int) -> bool:
@@ -186,11 +190,24 @@ def operands_of(node: Node) -> list[Any]:
     return [node.args[0]] if node.target is CONVERT or node.target in COPIES else list(node.args)
 
 
+def constant_of(operand: Any) -> float | None:
+    """The number that an operand is, also where the graph makes a tensor of it."""
+    if is_call(operand, aten.full.default, aten.scalar_tensor.default) and shape(operand) == ():
+        operand = operand.args[-1]
+    plain = isinstance(operand, (int, float)) and not isinstance(operand, bool)
+    return float(operand) if plain else None
+
+
+def same_device(operand: Any, node: Node) -> bool:
+    """Whether a kernel on the device of ``node`` can load ``operand``; numbers may be in the memory of the CPU."""
+    return bool(val(operand).device == val(node).device)
+
+
 def operand_kind(operand: Any, node: Node, columns: int) -> str | None:
     """How a pointwise operand broadcasts against ``node``: full, row, column, number or constant; None if it cannot."""
-    if isinstance(operand, (int, float)) and not isinstance(operand, bool):
+    if constant_of(operand) is not None:
         return "constant"
-    if not is_tensor(operand):
+    if not (is_tensor(operand) and same_device(operand, node)):
         return None
     sizes, whole = shape(operand), shape(node)
     if len(sizes) == len(whole) and has_shape(operand, *whole[:-1], columns):

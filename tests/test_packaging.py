@@ -221,4 +221,5 @@ def test_constraints_pin_every_extra() -> None:
         *project["dependencies"],
         *(name for extra in project["optional-dependencies"].values() for name in extra),
     ]
-    assert {re.split(r"[^\w-]", requirement)[0] for requirement in wanted} <= names
+    # A torch for CUDA asks for one version of Triton, each for another.
+    assert {re.split(r"[^\w-]", requirement)[0] for requirement in wanted} <= names | {"triton"}

@@ -95,7 +95,7 @@ def _join_scales(graph: Graph) -> None:
         return
     factors = [[node.args[side] for node in found] for side in (0, 1)]
     joined = _emit(found[0], aten._foreach_mul.List, (*factors,), value=[val(node) for node in found])
-    results = [_emit(found[0], operator.getitem, (joined, index), value=val(node)) for index, node in enumerate(found)]
+    results = [_emit(found[0], operator.getitem, (joined, i), value=val(node)) for i, node in enumerate(found)]
     for node, result in zip(found, results):
         _replace(node, result)
 

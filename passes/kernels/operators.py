@@ -18,7 +18,7 @@ for _schema in (
     "accumulate_(Tensor(a!) base, Tensor a, Tensor b, Tensor? scale=None) -> ()",
     "gradient_pair(Tensor dy, Tensor b, Tensor h, Tensor? scale=None) -> (Tensor, Tensor)",
     "tile_(Tensor(a!)[] outputs, str program, Tensor[] inputs) -> ()",
-    "tile_outputs(str program, Tensor like, int rows) -> Tensor[]",
+    "tile_outputs(str program, Tensor like, SymInt rows) -> Tensor[]",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -98,19 +98,19 @@ def _tile_(outputs: list[Tensor], program: str, inputs: list[Tensor]) -> None:
 
 def _tile_cuda_(outputs: list[Tensor], program: str, inputs: list[Tensor]) -> None:
     """Run a tile program as a kernel; needs Triton, which is imported with its first use."""
-    from lora_fx.passes.kernels.tile_triton import run
+    from lora_fx.passes.kernels.tile_launch import run
 
     run(program, inputs, outputs)
 
 
 def prepare_tile(program: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
     """Begin to compile the kernel of a tile program, in the background, for tensors like these, which may be fake."""
-    from lora_fx.passes.kernels.tile_triton import prepare
+    from lora_fx.passes.kernels.tile_launch import prepare
 
     prepare(program, inputs, outputs)
 
 
-def _tile_outputs(program: str, like: Tensor, rows: int) -> list[Tensor]:
+def _tile_outputs(program: str, like: Tensor, rows: int | torch.SymInt) -> list[Tensor]:
     """Memory for the outputs of a program over ``rows`` = M, on the device of ``like``."""
     plan = tile_program.loads(program)
     shapes = [plan.output_shape(statement, rows) for statement in plan.outputs]

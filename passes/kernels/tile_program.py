@@ -53,6 +53,13 @@ class Tile:
     warps: int = 4
     stages: int = 2
 
+    def __post_init__(self) -> None:
+        along = self.rows if self.walk == "rows" else self.columns
+        if self.walk not in ("rows", "columns") or along % self.step or self.columns % self.strips:
+            raise ValueError(f"{self} does not divide into its steps and strips")
+        if self.walk == "columns" and self.strips != 1:
+            raise ValueError(f"{self} walks along its columns: steps are its strips there")
+
 
 @dataclass(frozen=True)
 class Program:
@@ -135,9 +142,9 @@ POINTWISE: dict[str, Pointwise] = {
     "ge": torch.ge,
     "lt": torch.lt,
     "le": torch.le,
-    "where": torch.where,
+    "where": lambda condition, x, y: torch.where(condition != 0, x, y),
 }
-"""What each pointwise name means, on float32 tensors."""
+"""What each pointwise name means, on float32 tensors. A condition is computed, or loaded as 0 and 1."""
 
 
 def evaluate(program: Program, inputs: list[Tensor]) -> list[Tensor]:
@@ -172,7 +179,8 @@ def evaluate(program: Program, inputs: list[Tensor]) -> list[Tensor]:
                 other = matrices[statement[2]].to(wide)
                 total = full @ other if kind == "down" else full.t() @ other
                 parts = total.new_zeros(shape, dtype=out_dtype)
-                parts[0] = total.t() if kind == "across" and statement[3] == "RN" else total
+                if len(parts):  # M = 0 has none
+                    parts[0] = total.t() if kind == "across" and statement[3] == "RN" else total
                 results.append(parts)
         values.append(value)
     return results

@@ -11,22 +11,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import linecache
-import logging
-import os
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+import math
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from triton.runtime.errors import OutOfResources
-from triton.runtime.jit import MockTensor
 
-from lora_fx.passes.kernels.tile_program import OUTPUTS, Program, Statement, evaluate, loads
-
-log = logging.getLogger("lora_fx.passes")
+from lora_fx.passes.kernels.tile_program import OUTPUTS, Program, Statement, loads
 
 _OPS = {
     "identity": "{0}",
@@ -42,17 +34,22 @@ _OPS = {
     "rsqrt": "tl.rsqrt({0})",
     "reciprocal": "(1.0 / {0})",
     "sigmoid": "tl.sigmoid({0})",
-    # Not 1 - 2 / (exp(2 x) + 1): that loses every digit of a small x. libdevice is not in Triton's interpreter.
-    "tanh": "(2.0 * tl.sigmoid(2.0 * {0}) - 1.0)",
+    # The series where the difference of two numbers near 1 would lose the digits of x (its next term is below 2e-9 of
+    # it there). libdevice is not in Triton's interpreter.
+    "tanh": (
+        "tl.where(tl.abs({0}) < 0.125, {0} * (1.0 + {0} * {0} * (-1.0 / 3.0 + {0} * {0} * (2.0 / 15.0 + {0} * {0} "
+        "* (-17.0 / 315.0 + {0} * {0} * (62.0 / 2835.0))))), 2.0 * tl.sigmoid(2.0 * {0}) - 1.0)"
+    ),
     "erf": "tl.erf({0})",
-    "relu": "tl.maximum({0}, 0.0)",
-    "maximum": "tl.maximum({0}, {1})",
-    "minimum": "tl.minimum({0}, {1})",
+    # NaN goes on, as in ATen.
+    "relu": "tl.where({0} < 0.0, 0.0, {0})",
+    "maximum": "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
+    "minimum": "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
     "gt": "({0} > {1})",
     "ge": "({0} >= {1})",
     "lt": "({0} < {1})",
     "le": "({0} <= {1})",
-    "where": "tl.where({0}, {1}, {2})",
+    "where": "tl.where({0} != 0, {1}, {2})",
 }
 # 1 / (1 + exp(-x)) in four instructions, where exp and / guard what cannot be here: 1 + exp(-x) is 1 at least, and
 # an exponential that overflows makes the quotient 0. The error is 2e-7 of the value.
@@ -72,6 +69,25 @@ def _has_ptx() -> bool:
 def padded(rank: int) -> int:
     """The inner size that the tensor cores get for a rank: a power of two, 16 at least."""
     return max(16, triton.next_power_of_2(rank))
+
+
+def _constant(number: float) -> str:
+    """A number in a kernel's source."""
+    value = float(number)
+    return repr(value) if math.isfinite(value) else f'float("{value}")'
+
+
+def _power(base: str, exponent: float) -> str:
+    """``base ** exponent``: by multiplication for small whole exponents, which a negative base may have."""
+    if exponent == 0.0:
+        return f"tl.where({base} == 0.0, 1.0, 1.0)"  # of any base, as a tile
+    if exponent.is_integer() and abs(exponent) <= 8:
+        product = "(" + " * ".join([base] * abs(int(exponent))) + ")"
+        return product if exponent > 0 else f"(1.0 / {product})"
+    if abs(exponent) == 0.5:
+        return f"tl.sqrt({base})" if exponent > 0 else f"tl.rsqrt({base})"
+    power = f"tl.exp({exponent} * tl.log({'tl.abs(' + base + ')' if exponent.is_integer() else base}))"
+    return f"tl.where({base} < 0.0, -{power}, {power})" if exponent % 2 == 1 else power
 
 
 class _Writer:
@@ -229,7 +245,7 @@ class _Writer:
             scale = "" if statement[3] is None else f" * {self._value(statement[3])}"
             self.inside.append(f"{self._v(index)} = tl.dot({thin}, tl.trans({factor})){scale}")
         elif kind == "op":
-            operands = [repr(float(o[0])) if isinstance(o, list) else self._v(o) for o in statement[2]]
+            operands = [_constant(o[0]) if isinstance(o, list) else self._v(o) for o in statement[2]]
             self.inside.append(f"{self._v(index)} = {self._op(statement[1], operands)}")
             if index in self.rounded:
                 self._for_product(index)
@@ -240,10 +256,7 @@ class _Writer:
     @staticmethod
     def _op(name: str, operands: list[str]) -> str:
         if name == "pow":
-            base, exponent = operands[0], float(operands[1])
-            if exponent in (1.0, 2.0, 3.0):
-                return "(" + " * ".join([base] * int(exponent)) + ")"
-            return f"tl.exp({exponent} * tl.log({base}))"
+            return _power(operands[0], float(operands[1]))
         if name == "sigmoid" and _has_ptx():
             return _SIGMOID.replace("{0}", operands[0])
         return _OPS[name].format(*operands)
@@ -303,95 +316,3 @@ def kernel(text: str) -> Any:
     namespace: dict[str, Any] = {"triton": triton, "tl": tl, "__name__": __name__}
     exec(compile(code, name, "exec"), namespace)
     return namespace[name_of(loads(text))]
-
-
-class _Compiler:
-    """Compiles kernels in threads ahead of their first run: Triton leaves Python for most of the time that it takes."""
-
-    def __init__(self) -> None:
-        self.pool = ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1), thread_name_prefix="lora_fx")
-        self.started: dict[str, Future[None]] = {}
-
-    def start(self, text: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        """Begin to compile a program's kernel for tensors like these, which may be fake."""
-        program, device = loads(text), inputs[0].device
-        arguments = _arguments(program, inputs, outputs)
-        mocks = [MockTensor(a.dtype) if isinstance(a, Tensor) else a for a in arguments.positional]
-
-        def compile_one() -> None:
-            with torch.cuda.device(device):
-                kernel(text).warmup(*mocks, **arguments.named, grid=(1, 1))
-
-        if text not in self.started:
-            self.started[text] = self.pool.submit(compile_one)
-
-    def wait(self, text: str) -> None:
-        """Let a compilation that has begun end; one that failed is tried again by whoever needs it."""
-        if (future := self.started.pop(text, None)) is not None:
-            future.exception()
-
-
-@functools.cache
-def _compiler() -> _Compiler:
-    return _Compiler()
-
-
-def prepare(text: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-    """Begin to compile the kernel of the program that ``text`` describes, for tensors like these, which may be fake."""
-    sizes = [size for tensor in (*inputs, *outputs) for size in tensor.shape]
-    if torch.cuda.is_available() and all(isinstance(size, int) for size in sizes):
-        _compiler().start(text, inputs, outputs)
-
-
-@dataclass(frozen=True)
-class _Arguments:
-    """Of a kernel: what it takes by place (tensors and numbers), and constants and options by name."""
-
-    positional: list[Any]
-    named: dict[str, Any]
-
-
-def _arguments(program: Program, inputs: list[Tensor], outputs: list[Tensor]) -> _Arguments:
-    tile, m = program.tile, int(program.row_count(inputs))
-    tensors = [_prepared(kind, t, program.columns) for kind, t in zip(program.inputs, inputs)]
-    strides: list[int] = []
-    named: dict[str, Any] = {}
-    for index, (kind, t) in enumerate(zip(program.inputs, tensors)):
-        if kind[0] == "full":
-            named[f"stride{index}"] = t.stride(0)
-        elif kind[0] in ("thin", "factor"):
-            strides += t.stride() if kind[-1] != "RN" else reversed(t.stride())
-    named.update(EVEN_ROWS=m % tile.rows == 0, num_warps=tile.warps, num_stages=tile.stages)
-    return _Arguments([*tensors, *strides, *outputs, m], named)
-
-
-def run(text: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-    """Run the kernel of the program that ``text`` describes on ``inputs`` into ``outputs``.
-
-    An output [M, N] may be the memory of an input: a tile is loaded before it is stored, and by nobody else.
-    """
-    program = loads(text)
-    tile, m = program.tile, int(program.row_count(inputs))
-    if m:
-        _compiler().wait(text)
-        arguments = _arguments(program, inputs, outputs)
-        grid = (-(-program.columns // tile.columns), -(-m // tile.rows))
-        try:
-            kernel(text)[grid](*arguments.positional, **arguments.named)
-        except OutOfResources as error:
-            _warn_once(f"{name_of(program)} does not fit this device ({error}): it runs as ATen, which is slower")
-            for output, value in zip(outputs, evaluate(program, inputs)):
-                output.copy_(value.view_as(output))
-
-
-@functools.lru_cache(maxsize=256)
-def _warn_once(message: str) -> None:
-    log.warning("%s. Please report this.", message)
-
-
-def _prepared(kind: list[Any], tensor: Tensor, columns: int) -> Tensor:
-    """The tensor as the kernel indexes it: a value as a matrix whose rows are contiguous, rows and columns as such."""
-    if kind[0] == "full":
-        matrix = tensor.reshape(-1, columns)
-        return matrix if matrix.stride(1) == 1 else matrix.contiguous()
-    return tensor.contiguous() if kind[0] in ("row", "column") else tensor

@@ -41,7 +41,8 @@ class Attention(nn.Module):
 def rotate(x: Tensor) -> Tensor:
     """Rotary embedding of [batch, heads, tokens, size]."""
     half = x.shape[-1] // 2
-    angles = torch.arange(x.shape[-2])[:, None] * 100.0 ** -(torch.arange(half) / half)
+    places, pairs = (torch.arange(n, device=x.device) for n in (x.shape[-2], half))
+    angles = places[:, None] * 100.0 ** -(pairs / half)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)

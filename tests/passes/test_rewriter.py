@@ -17,7 +17,7 @@ from lora_fx.passes.kernels import lowering
 from lora_fx.passes.pipeline import LoRARewriteError, LoweringStage, Pass, RewriteStage, rewrite_graph
 from lora_fx.passes.printer import graph_text
 from lora_fx.passes.rewriter import Rewriter
-from lora_fx.passes.site import Site
+from lora_fx.passes.site import MARK, Site
 from tests.passes.harness import adapt, capture, graphs, joint_graph, only, recorded
 from tests.passes.modules import Mlp
 
@@ -37,8 +37,11 @@ def product() -> tuple[Graph, Node, Node]:
 
 
 def state(graph: Graph) -> list[Any]:
-    """Everything that must be as it was."""
-    return [(node, node.op, node.target, node.args, dict(node.kwargs), dict(node.meta)) for node in graph.nodes]
+    """Everything that must be as it was. Products of branches are marked whatever happened to them."""
+    return [
+        (n, n.op, n.target, n.args, dict(n.kwargs), {name: value for name, value in n.meta.items() if name != MARK})
+        for n in graph.nodes
+    ]
 
 
 class TestRewriter:

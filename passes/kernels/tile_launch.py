@@ -1,0 +1,117 @@
+"""Compile the kernels of tile programs ahead of their first run, and run them."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+from triton.runtime.jit import MockTensor
+
+from lora_fx.passes.kernels.tile_program import Program, evaluate, loads
+from lora_fx.passes.kernels.tile_triton import kernel, name_of
+
+log = logging.getLogger("lora_fx.passes")
+
+
+class _Compiler:
+    """Compiles kernels in threads ahead of their first run: Triton leaves Python for most of the time that it takes."""
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1), thread_name_prefix="lora_fx")
+        self.started: dict[str, Future[None]] = {}
+
+    def start(self, text: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        """Begin to compile a program's kernel for tensors like these, which may be fake."""
+        program, device = loads(text), inputs[0].device
+        arguments = _arguments(program, inputs, outputs)
+        mocks = [MockTensor(a.dtype) if isinstance(a, Tensor) else a for a in arguments.positional]
+
+        def compile_one() -> None:
+            with torch.cuda.device(device):
+                kernel(text).warmup(*mocks, **arguments.named, grid=(1, 1))
+
+        if text not in self.started:
+            self.started[text] = self.pool.submit(compile_one)
+
+    def wait(self, text: str) -> None:
+        """Let a compilation that has begun end; one that failed is tried again by whoever needs it."""
+        if (future := self.started.pop(text, None)) is not None:
+            future.exception()
+
+
+@functools.cache
+def _compiler() -> _Compiler:
+    return _Compiler()
+
+
+def prepare(text: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    """Begin to compile the kernel of the program that ``text`` describes, for tensors like these, which may be fake."""
+    sizes = [size for tensor in (*inputs, *outputs) for size in tensor.shape]
+    if torch.cuda.is_available() and all(isinstance(size, int) for size in sizes):
+        _compiler().start(text, inputs, outputs)
+
+
+@dataclass(frozen=True)
+class _Arguments:
+    """Of a kernel: what it takes by place (tensors and numbers), and constants and options by name."""
+
+    positional: list[Any]
+    named: dict[str, Any]
+
+
+def _arguments(program: Program, inputs: list[Tensor], outputs: list[Tensor]) -> _Arguments:
+    tile, m = program.tile, int(program.row_count(inputs))
+    tensors = [_prepared(kind, t, program.columns) for kind, t in zip(program.inputs, inputs)]
+    strides: list[int] = []
+    named: dict[str, Any] = {}
+    for index, (kind, t) in enumerate(zip(program.inputs, tensors)):
+        if kind[0] == "full":
+            named[f"stride{index}"] = t.stride(0)
+        elif kind[0] in ("thin", "factor"):
+            strides += t.stride() if kind[-1] != "RN" else reversed(t.stride())
+    named.update(EVEN_ROWS=m % tile.rows == 0, num_warps=tile.warps, num_stages=tile.stages)
+    return _Arguments([*tensors, *strides, *outputs, m], named)
+
+
+def run(text: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    """Run the kernel of the program that ``text`` describes on ``inputs`` into ``outputs``.
+
+    An output [M, N] may be the memory of an input: a tile is loaded before it is stored, and by nobody else. Kernels
+    write contiguous memory; what is laid out in another way gets a copy.
+    """
+    program = loads(text)
+    tile, m = program.tile, int(program.row_count(inputs))
+    if not m:
+        return
+    _compiler().wait(text)
+    written = [t if t.is_contiguous() else t.new_empty(t.shape) for t in outputs]
+    arguments = _arguments(program, inputs, written)
+    grid = (-(-program.columns // tile.columns), -(-m // tile.rows))
+    try:
+        kernel(text)[grid](*arguments.positional, **arguments.named)
+    except OutOfResources as error:
+        _warn_once(f"{name_of(program)} does not fit this device ({error}): it runs as ATen, which is slower")
+        written = [value.view_as(t) for value, t in zip(evaluate(program, inputs), outputs)]
+    for output, memory in zip(outputs, written):
+        if memory is not output:
+            output.copy_(memory)
+
+
+@functools.lru_cache(maxsize=256)
+def _warn_once(message: str) -> None:
+    log.warning("%s. Please report this.", message)
+
+
+def _prepared(kind: list[Any], tensor: Tensor, columns: int) -> Tensor:
+    """The tensor as the kernel indexes it: a value as a matrix whose rows are contiguous, rows and columns as such."""
+    if kind[0] == "full":
+        matrix = tensor.reshape(-1, columns)
+        return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+    return tensor.contiguous() if kind[0] in ("row", "column") else tensor

@@ -1,0 +1,199 @@
+"""Tile programs as kernels on a CUDA device, by themselves and in compiled models."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lora_fx
+from lora_fx.passes.kernels.tile_choice import choose
+from lora_fx.passes.kernels.tile_program import Program, Tile
+from tests.passes import tile_cases
+from tests.passes.harness import adapt
+from tests.passes.modules import Block, Mlp
+from tests.passes.tile_cases import CASES, SIZES, TILES, Case
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+f16, bf16 = torch.float16, torch.bfloat16
+
+
+def run(program: Program, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    from lora_fx.passes.kernels import tile_launch  # needs Triton, which is there where there is a GPU
+
+    tile_launch.run(program.dumps(), inputs, outputs)
+
+
+# ---- kernels by themselves -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [f16, bf16])
+@pytest.mark.parametrize("tile", TILES, ids=lambda t: f"{t.walk} {t.rows}x{t.columns}")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_float64(case: Case, tile: Tile, dtype: torch.dtype) -> None:
+    """The cases that the interpreter runs, every walk with every size; two runs are equal to the bit."""
+    for rows, columns in SIZES:
+        tile_cases.check(case, case.program(columns, dtype, tile), rows, run, "cuda")
+    tile_cases.check(case, case.program(72, dtype, tile), 90, run, "cuda", batch=3)
+
+
+@pytest.mark.parametrize("dtype", [f16, bf16])
+@pytest.mark.parametrize(("rows", "columns"), [(2048, 1024), (1027, 4096), (3001, 1016), (4096, 14336)])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_tiles_that_are_chosen(case: Case, rows: int, columns: int, dtype: torch.dtype) -> None:
+    tile = choose(case.inputs, case.body, rows, columns)
+    if tile is None:
+        pytest.skip("a kernel would not pay here")
+    tile_cases.check(case, case.program(columns, dtype, tile), rows, run, "cuda")
+
+
+@pytest.mark.parametrize("case", tile_cases.pointwise_cases(), ids=str)
+def test_pointwise(case: Case) -> None:
+    tile_cases.check_pointwise(case, run, "cuda")
+
+
+# ---- compiled models -------------------------------------------------------------------------------------------------
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+class TwoLayers(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(width) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "linear and silu": lambda: nn.Sequential(nn.Linear(512, 1024, bias=False), nn.SiLU()),
+    "linear with bias": lambda: nn.Linear(512, 1016),
+    "SwiGLU": lambda: Mlp(512, 1408),
+    "two blocks": lambda: TwoLayers(512),
+}
+
+
+def model(name: str, dtype: torch.dtype = bf16, **config: Any) -> tuple[nn.Module, Tensor]:
+    module = MODELS[name]().to("cuda", dtype).requires_grad_(False)
+    return adapt(module, **config), torch.randn(2, 512, 512, device="cuda", dtype=dtype)
+
+
+def step(function: nn.Module, x: Tensor) -> list[Tensor]:
+    """Output, and the gradients of the input and of every adapter."""
+    x = x.detach().requires_grad_()
+    y = function(x)
+    generator = torch.Generator(x.device).manual_seed(1)
+    dy = torch.randn(y.shape, device=y.device, generator=generator).to(x.dtype if x.dtype != torch.float64 else bf16)
+    leaves = [x, *lora_fx.adapter_parameters(function)]
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
+
+
+@pytest.fixture(autouse=True)
+def compiled_anew() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("rank", [8, 16, 64, 100])
+@pytest.mark.parametrize("name", MODELS)
+def test_in_a_compiled_model(name: str, rank: int) -> None:
+    """Against float64 eager with plain torch.compile as the yardstick; the step repeats to the bit."""
+    torch.manual_seed(0)
+    module, _ = model(name, rank=rank, alpha=1.7 * rank)
+    inputs = [torch.randn(2, 512, 512, device="cuda", dtype=bf16) for _ in range(4)]
+    exact = copy.deepcopy(module).double()
+    oracle = [step(exact, x.double()) for x in inputs]
+
+    def errors(function: nn.Module) -> list[float]:
+        """Of the output and of every gradient, over all inputs."""
+        found = [[error(a, b) ** 2 for a, b in zip(step(function, x), o, strict=True)] for x, o in zip(inputs, oracle)]
+        return [float(torch.tensor(squares).mean().sqrt()) for squares in zip(*found, strict=True)]
+
+    plain = copy.deepcopy(module)
+    plain.compile()
+    theirs = errors(plain)
+    torch._dynamo.reset()
+    lora_fx.compile(module, strict=True)
+    ours = errors(module)
+    assert all(mine <= 1.1 * limit + 4 * 2.0**-24 for mine, limit in zip(ours, theirs, strict=True)), (ours, theirs)
+    first, second = step(module, inputs[0]), step(module, inputs[0])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_any_number_of_tokens() -> None:
+    module, x = model("SwiGLU", rank=16)
+    exact = copy.deepcopy(module).double()
+    lora_fx.compile(module, strict=True, dynamic=True)
+    for tokens in (512, 384, 301):
+        found, oracle = step(module, x[:, :tokens]), step(exact, x[:, :tokens].double())
+        assert all(error(a, b) < 0.02 for a, b in zip(found, oracle, strict=True))
+
+
+def test_retain_graph() -> None:
+    """A second backward over one forward: no kernel wrote over what was kept."""
+    module, x = model("SwiGLU", rank=16)
+    lora_fx.compile(module, strict=True)
+    x.requires_grad_()
+    # A backward that may free what was kept refuses a second run, in any compiled model.
+    with torch._functorch.config.patch(donated_buffer=False):
+        y = module(x)
+    dy, leaves = torch.randn_like(y), [x, *lora_fx.adapter_parameters(module)]
+    first = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    kept = y.detach().clone()
+    second = torch.autograd.grad(y, leaves, dy)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert torch.equal(y, kept)
+
+
+@pytest.mark.parametrize("name", ["SwiGLU", "linear and silu"])
+def test_in_a_cuda_graph(name: str) -> None:
+    """A captured step, replayed with other inputs, gives what the step gives."""
+    module, x = model(name, rank=16)
+    lora_fx.compile(module, strict=True)
+    x.requires_grad_()
+    leaves = [x, *lora_fx.adapter_parameters(module)]
+    dy = torch.randn_like(module(x))
+
+    def whole() -> list[Tensor]:
+        y = module(x)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            whole()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = whole()
+    for _ in range(2):
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+            dy.copy_(torch.randn_like(dy))
+        graph.replay()
+        replayed = [t.clone() for t in captured]
+        assert all(torch.equal(a, b) for a, b in zip(replayed, whole(), strict=True))
+
+
+def test_cuda_graph_trees() -> None:
+    """Inductor's own CUDA graphs, by mode."""
+    module, x = model("SwiGLU", rank=16)
+    expected = step(copy.deepcopy(module).double(), x.double())
+    lora_fx.compile(module, strict=True, mode="reduce-overhead")
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        found = [t.clone() for t in step(module, x)]
+        assert all(error(a, b) < 0.02 for a, b in zip(found, expected, strict=True))

@@ -1,0 +1,334 @@
+"""The forward and backward graphs of a linear and of SwiGLU after their regions have been cut out, as on a GPU.
+
+One tile serves every program (`tests/passes/on_gpu.py`), so these graphs do not hang on how tiles are chosen. Below
+each graph stand its programs, statement by statement. M = 160 tokens, K = 136, N = 264, R = 4.
+"""
+
+from expecttest import assert_expected_inline
+
+from tests.passes.on_gpu import capture, halves
+from tests.passes.test_fuse_tiles import linear, mlp, x
+
+
+def test_one_linear() -> None:
+    forward, backward = halves(capture(linear(), x()))
+    assert_expected_inline(
+        forward,
+        """\
+%0 = input bf16[264, 136]
+%1 = input bf16[2, 80, 136]
+%2 = input f32[]
+%3 = input f32[]
+%4 = input bf16[4, 136]
+%5 = input bf16[264, 4]
+%6 = permute(%0, [1, 0]) bf16[136, 264]
+%7 = view(%1, [160, 136]) bf16[160, 136]
+%8 = mm(%7, %6) bf16[160, 264]
+%9 = mul(%2, %3) f32[]
+%10 = lora_fx.tile_outputs(#0, %1, 160) (f32[1, 160, 4])
+%11 = getitem(%10, 0) f32[1, 160, 4]
+%12 = tile(outputs=[%11], program=#0, inputs=[%1, %4]) (None, (f32[1, 160, 4]))
+%13 = getitem(%12, 1) (f32[1, 160, 4])
+%14 = getitem(%13, 0) f32[1, 160, 4]
+%15 = sum(%14, [0]) f32[160, 4]
+%16 = convert_element_type(%15, bf16) bf16[160, 4]
+%17 = tile(outputs=[%8], program=#1, inputs=[%16, %5, %9, %8]) (None, (bf16[160, 264]))
+%18 = getitem(%17, 1) (bf16[160, 264])
+%19 = getitem(%18, 0) bf16[160, 264]
+%20 = view(%19, [2, 80, 264]) bf16[2, 80, 264]
+return %20, %0, %4, %5, %7, %9, %16
+#0: bfloat16, 136 columns; in0 full, in1 factor 4 RN
+    0: load in0
+    1: down %0 in1
+#1: bfloat16, 264 columns; in0 thin 4, in1 factor 4 NR, in2 number, in3 full
+    0: product in0 in1 in2
+    1: load in3
+    2: op add %1 %0
+    3: store %2 bfloat16""",
+    )
+    assert_expected_inline(
+        backward,
+        """\
+%0 = input bf16[264, 136]
+%1 = input bf16[4, 136]
+%2 = input bf16[264, 4]
+%3 = input bf16[160, 136]
+%4 = input f32[]
+%5 = input bf16[160, 4]
+| %6 = tangent bf16[2, 80, 264]
+| %7 = lora_fx.tile_outputs(#0, %6, 160) (f32[1, 160, 4], f32[1, 264, 4])
+| %8 = getitem(%7, 0) f32[1, 160, 4]
+| %9 = getitem(%7, 1) f32[1, 264, 4]
+| %10 = tile(outputs=[%8, %9], program=#0, inputs=[%6, %2, %5]) (None, (f32[1, 160, 4], f32[1, 264, 4]))
+| %11 = getitem(%10, 1) (f32[1, 160, 4], f32[1, 264, 4])
+| %12 = getitem(%11, 0) f32[1, 160, 4]
+| %13 = sum(%12, [0]) f32[160, 4]
+| %14 = mul(%13, %4) f32[160, 4]
+| %15 = convert_element_type(%14, bf16) bf16[160, 4]
+| %16 = getitem(%11, 1) f32[1, 264, 4]
+| %17 = sum(%16, [0]) f32[264, 4]
+| %18 = mul(%17, %4) f32[264, 4]
+| %19 = convert_element_type(%18, bf16) bf16[264, 4]
+| %20 = lora_fx.tile_outputs(#1, %3, 160) (f32[1, 4, 136])
+| %21 = getitem(%20, 0) f32[1, 4, 136]
+| %22 = tile(outputs=[%21], program=#1, inputs=[%3, %15]) (None, (f32[1, 4, 136]))
+| %23 = getitem(%22, 1) (f32[1, 4, 136])
+| %24 = getitem(%23, 0) f32[1, 4, 136]
+| %25 = sum(%24, [0]) f32[4, 136]
+| %26 = convert_element_type(%25, bf16) bf16[4, 136]
+| %27 = view(%6, [160, 264]) bf16[160, 264]
+%28 = permute(%0, [1, 0]) bf16[136, 264]
+| %29 = permute(%28, [1, 0]) bf16[264, 136]
+| %30 = mm(%27, %29) bf16[160, 136]
+| %31 = tile(outputs=[%30], program=#2, inputs=[%15, %1, %30]) (None, (bf16[160, 136]))
+| %32 = getitem(%31, 1) (bf16[160, 136])
+| %33 = getitem(%32, 0) bf16[160, 136]
+| %34 = view(%33, [2, 80, 136]) bf16[2, 80, 136]
+return None, %34, None, None, %26, %19
+#0: bfloat16, 264 columns; in0 full, in1 factor 4 NR, in2 thin 4
+    0: load in0
+    1: down %0 in1
+    2: across %0 in2 NR
+#1: bfloat16, 136 columns; in0 full, in1 thin 4
+    0: load in0
+    1: across %0 in1 RN
+#2: bfloat16, 136 columns; in0 thin 4, in1 factor 4 RN, in2 full
+    0: product in0 in1
+    1: load in2
+    2: op add %1 %0
+    3: store %2 bfloat16""",
+    )
+
+
+def test_swiglu() -> None:
+    forward, backward = halves(capture(mlp(), x()))
+    assert_expected_inline(
+        forward,
+        """\
+%0 = input bf16[264, 136]
+%1 = input bf16[2, 80, 136]
+%2 = input f32[]
+%3 = input f32[]
+%4 = input bf16[4, 136]
+%5 = input bf16[264, 4]
+%6 = input bf16[264, 136]
+%7 = input f32[]
+%8 = input f32[]
+%9 = input bf16[4, 136]
+%10 = input bf16[264, 4]
+%11 = input bf16[136, 264]
+%12 = input f32[]
+%13 = input f32[]
+%14 = input bf16[4, 264]
+%15 = input bf16[136, 4]
+%16 = permute(%0, [1, 0]) bf16[136, 264]
+%17 = view(%1, [160, 136]) bf16[160, 136]
+%18 = mm(%17, %16) bf16[160, 264]
+%19 = _foreach_mul([%2, %7, %12], [%3, %8, %13]) (f32[], f32[], f32[])
+%20 = getitem(%19, 0) f32[]
+%21 = getitem(%19, 1) f32[]
+%22 = getitem(%19, 2) f32[]
+%23 = cat([%4, %9], 0) bf16[8, 136]
+%24 = lora_fx.tile_outputs(#0, %1, 160) (f32[1, 160, 8])
+%25 = getitem(%24, 0) f32[1, 160, 8]
+%26 = tile(outputs=[%25], program=#0, inputs=[%1, %23]) (None, (f32[1, 160, 8]))
+%27 = getitem(%26, 1) (f32[1, 160, 8])
+%28 = getitem(%27, 0) f32[1, 160, 8]
+%29 = sum(%28, [0]) f32[160, 8]
+%30 = convert_element_type(%29, bf16) bf16[160, 8]
+%31 = slice(%30, 1, 0, 4) bf16[160, 4]
+%32 = permute(%6, [1, 0]) bf16[136, 264]
+%33 = mm(%17, %32) bf16[160, 264]
+%34 = slice(%30, 1, 4, 8) bf16[160, 4]
+%35 = permute(%11, [1, 0]) bf16[264, 136]
+%36 = lora_fx.tile_outputs(#1, %31, 160) (bf16[160, 264], f32[1, 160, 4])
+%37 = getitem(%36, 0) bf16[160, 264]
+%38 = getitem(%36, 1) f32[1, 160, 4]
+%39 = tile(outputs=[%37, %38], program=#1, inputs=[%31, %5, %20, %18, %34, %10, %21, %33, %14]) (None, (bf16[160,
+        264], f32[1, 160, 4]))
+%40 = getitem(%39, 1) (bf16[160, 264], f32[1, 160, 4])
+%41 = getitem(%40, 0) bf16[160, 264]
+%42 = reshape(%41, [2, 80, 264]) bf16[2, 80, 264]
+%43 = view(%42, [160, 264]) bf16[160, 264]
+%44 = mm(%43, %35) bf16[160, 136]
+%45 = getitem(%40, 1) f32[1, 160, 4]
+%46 = sum(%45, [0]) f32[160, 4]
+%47 = convert_element_type(%46, bf16) bf16[160, 4]
+%48 = tile(outputs=[%44], program=#2, inputs=[%47, %15, %22, %44]) (None, (bf16[160, 136]))
+%49 = getitem(%48, 1) (bf16[160, 136])
+%50 = getitem(%49, 0) bf16[160, 136]
+%51 = view(%50, [2, 80, 136]) bf16[2, 80, 136]
+return %51, %0, %4, %5, %6, %9, %10, %11, %14, %15, %17, %18, %20, %31, %33, %21, %34, %22, %47
+#0: bfloat16, 136 columns; in0 full, in1 factor 8 RN
+    0: load in0
+    1: down %0 in1
+#1: bfloat16, 264 columns; in0 thin 4, in1 factor 4 NR, in2 number, in3 full, in4 thin 4, in5 factor 4 NR, in6
+        number, in7 full, in8 factor 4 RN
+    0: product in0 in1 in2
+    1: load in3
+    2: op add %1 %0
+    3: op neg %2
+    4: op exp %3
+    5: op add %4 1.0
+    6: op sigmoid %2
+    7: op mul %2 %6
+    8: product in4 in5 in6
+    9: load in7
+    10: op add %9 %8
+    11: op mul %7 %10
+    12: store %11 bfloat16
+    13: down %11 in8
+#2: bfloat16, 136 columns; in0 thin 4, in1 factor 4 NR, in2 number, in3 full
+    0: product in0 in1 in2
+    1: load in3
+    2: op add %1 %0
+    3: store %2 bfloat16""",
+    )
+    assert_expected_inline(
+        backward,
+        """\
+%0 = input bf16[264, 136]
+%1 = input bf16[4, 136]
+%2 = input bf16[264, 4]
+%3 = input bf16[264, 136]
+%4 = input bf16[4, 136]
+%5 = input bf16[264, 4]
+%6 = input bf16[136, 264]
+%7 = input bf16[4, 264]
+%8 = input bf16[136, 4]
+%9 = input bf16[160, 136]
+%10 = input bf16[160, 264]
+%11 = input f32[]
+%12 = input bf16[160, 4]
+%13 = input bf16[160, 264]
+%14 = input f32[]
+%15 = input bf16[160, 4]
+%16 = input f32[]
+%17 = input bf16[160, 4]
+| %18 = tangent bf16[2, 80, 136]
+| %19 = lora_fx.tile_outputs(#0, %18, 160) (f32[1, 160, 4], f32[1, 136, 4])
+| %20 = getitem(%19, 0) f32[1, 160, 4]
+| %21 = getitem(%19, 1) f32[1, 136, 4]
+| %22 = tile(outputs=[%20, %21], program=#0, inputs=[%18, %8, %17]) (None, (f32[1, 160, 4], f32[1, 136, 4]))
+| %23 = getitem(%22, 1) (f32[1, 160, 4], f32[1, 136, 4])
+| %24 = getitem(%23, 0) f32[1, 160, 4]
+| %25 = sum(%24, [0]) f32[160, 4]
+| %26 = mul(%25, %16) f32[160, 4]
+| %27 = convert_element_type(%26, bf16) bf16[160, 4]
+| %28 = getitem(%23, 1) f32[1, 136, 4]
+| %29 = sum(%28, [0]) f32[136, 4]
+| %30 = mul(%29, %16) f32[136, 4]
+| %31 = convert_element_type(%30, bf16) bf16[136, 4]
+| %32 = view(%18, [160, 136]) bf16[160, 136]
+%33 = permute(%6, [1, 0]) bf16[264, 136]
+| %34 = permute(%33, [1, 0]) bf16[136, 264]
+| %35 = mm(%32, %34) bf16[160, 264]
+%36 = permute(%3, [1, 0]) bf16[136, 264]
+| %37 = permute(%36, [1, 0]) bf16[264, 136]
+| %38 = lora_fx.tile_outputs(#1, %12, 160) (f32[1, 4, 264], bf16[160, 264], bf16[160, 264])
+| %39 = getitem(%38, 0) f32[1, 4, 264]
+| %40 = getitem(%38, 2) bf16[160, 264]
+| %41 = tile(outputs=[%39, %35, %40], program=#1, inputs=[%12, %2, %11, %10, %15, %5, %14, %13, %27, %7, %35])
+        (None, (f32[1, 4, 264], bf16[160, 264], bf16[160, 264]))
+| %42 = getitem(%41, 1) (f32[1, 4, 264], bf16[160, 264], bf16[160, 264])
+| %43 = getitem(%42, 0) f32[1, 4, 264]
+| %44 = sum(%43, [0]) f32[4, 264]
+| %45 = convert_element_type(%44, bf16) bf16[4, 264]
+| %46 = getitem(%42, 1) bf16[160, 264]
+| %47 = reshape(%46, [2, 80, 264]) bf16[2, 80, 264]
+| %48 = lora_fx.tile_outputs(#2, %46, 160) (f32[1, 160, 4], f32[1, 264, 4])
+| %49 = getitem(%48, 0) f32[1, 160, 4]
+| %50 = getitem(%48, 1) f32[1, 264, 4]
+| %51 = tile(outputs=[%49, %50], program=#2, inputs=[%46, %5, %15]) (None, (f32[1, 160, 4], f32[1, 264, 4]))
+| %52 = getitem(%51, 1) (f32[1, 160, 4], f32[1, 264, 4])
+| %53 = getitem(%52, 0) f32[1, 160, 4]
+| %54 = sum(%53, [0]) f32[160, 4]
+| %55 = mul(%54, %14) f32[160, 4]
+| %56 = convert_element_type(%55, bf16) bf16[160, 4]
+| %57 = getitem(%52, 1) f32[1, 264, 4]
+| %58 = sum(%57, [0]) f32[264, 4]
+| %59 = mul(%58, %14) f32[264, 4]
+| %60 = convert_element_type(%59, bf16) bf16[264, 4]
+| %61 = view(%47, [160, 264]) bf16[160, 264]
+| %62 = mm(%61, %37) bf16[160, 136]
+| %63 = getitem(%42, 2) bf16[160, 264]
+| %64 = reshape(%63, [2, 80, 264]) bf16[2, 80, 264]
+| %65 = lora_fx.tile_outputs(#2, %63, 160) (f32[1, 160, 4], f32[1, 264, 4])
+| %66 = getitem(%65, 0) f32[1, 160, 4]
+| %67 = getitem(%65, 1) f32[1, 264, 4]
+| %68 = tile(outputs=[%66, %67], program=#2, inputs=[%63, %2, %12]) (None, (f32[1, 160, 4], f32[1, 264, 4]))
+| %69 = getitem(%68, 1) (f32[1, 160, 4], f32[1, 264, 4])
+| %70 = getitem(%69, 0) f32[1, 160, 4]
+| %71 = sum(%70, [0]) f32[160, 4]
+| %72 = mul(%71, %11) f32[160, 4]
+| %73 = convert_element_type(%72, bf16) bf16[160, 4]
+| %74 = getitem(%69, 1) f32[1, 264, 4]
+| %75 = sum(%74, [0]) f32[264, 4]
+| %76 = mul(%75, %11) f32[264, 4]
+| %77 = convert_element_type(%76, bf16) bf16[264, 4]
+| %78 = cat([%73, %56], 1) bf16[160, 8]
+| %79 = lora_fx.tile_outputs(#3, %9, 160) (f32[1, 8, 136])
+| %80 = getitem(%79, 0) f32[1, 8, 136]
+| %81 = tile(outputs=[%80], program=#3, inputs=[%9, %78]) (None, (f32[1, 8, 136]))
+| %82 = getitem(%81, 1) (f32[1, 8, 136])
+| %83 = getitem(%82, 0) f32[1, 8, 136]
+| %84 = sum(%83, [0]) f32[8, 136]
+| %85 = convert_element_type(%84, bf16) bf16[8, 136]
+| %86 = slice(%85, 0, 4, 8) bf16[4, 136]
+| %87 = slice(%85, 0, 0, 4) bf16[4, 136]
+%88 = cat([%1, %4], 0) bf16[8, 136]
+| %89 = view(%64, [160, 264]) bf16[160, 264]
+%90 = permute(%0, [1, 0]) bf16[136, 264]
+| %91 = permute(%90, [1, 0]) bf16[264, 136]
+| %92 = mm(%89, %91) bf16[160, 136]
+| %93 = tile(outputs=[%62], program=#4, inputs=[%78, %88, %62, %92]) (None, (bf16[160, 136]))
+| %94 = getitem(%93, 1) (bf16[160, 136])
+| %95 = getitem(%94, 0) bf16[160, 136]
+| %96 = reshape(%95, [2, 80, 136]) bf16[2, 80, 136]
+return None, %96, None, None, %87, %77, None, None, None, %86, %60, None, None, None, %45, %31
+#0: bfloat16, 136 columns; in0 full, in1 factor 4 NR, in2 thin 4
+    0: load in0
+    1: down %0 in1
+    2: across %0 in2 NR
+#1: bfloat16, 264 columns; in0 thin 4, in1 factor 4 NR, in2 number, in3 full, in4 thin 4, in5 factor 4 NR, in6
+        number, in7 full, in8 thin 4, in9 factor 4 RN, in10 full
+    0: product in0 in1 in2
+    1: load in3
+    2: op add %1 %0
+    3: op neg %2
+    4: op exp %3
+    5: op add %4 1.0
+    6: op sigmoid %2
+    7: op mul %2 %6
+    8: product in4 in5 in6
+    9: load in7
+    10: op add %9 %8
+    11: op mul %7 %10
+    12: across %11 in8 RN
+    13: product in8 in9
+    14: load in10
+    15: op add %13 %14
+    16: op mul %15 %7
+    17: store %16 bfloat16
+    18: op mul %15 %10
+    19: op mul %18 %6
+    20: op sub 1.0 %6
+    21: op mul %2 %20
+    22: op add %21 1.0
+    23: op mul %19 %22
+    24: store %23 bfloat16
+#2: bfloat16, 264 columns; in0 full, in1 factor 4 NR, in2 thin 4
+    0: load in0
+    1: down %0 in1
+    2: across %0 in2 NR
+#3: bfloat16, 136 columns; in0 full, in1 thin 8
+    0: load in0
+    1: across %0 in1 RN
+#4: bfloat16, 136 columns; in0 thin 8, in1 factor 8 RN, in2 full, in3 full
+    0: product in0 in1
+    1: load in2
+    2: op add %1 %0
+    3: load in3
+    4: op add %2 %3
+    5: store %4 bfloat16""",
+    )

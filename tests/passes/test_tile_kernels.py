@@ -1,0 +1,111 @@
+"""The kernels of tile programs, in Triton's interpreter.
+
+The interpreter is chosen by an environment variable when Triton is imported, and other tests import it (through
+Inductor) without: so the tests here run pytest on this very file in a process of their own. There it holds the cases of
+`tests/passes/tile_cases.py`, in float16: the interpreter has no products in bfloat16. To see one of them alone::
+
+    TRITON_INTERPRET=1 python -m pytest tests/passes/test_tile_kernels.py -k "norm and columns"
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_fx.passes.kernels.tile_program import Program, Tile
+from tests.passes import tile_cases
+from tests.passes.tile_cases import CASES, SIZES, TILES, Case
+
+tile_launch = pytest.importorskip("lora_fx.passes.kernels.tile_launch", reason="needs Triton", exc_type=ImportError)
+tile_triton = pytest.importorskip("lora_fx.passes.kernels.tile_triton", reason="needs Triton", exc_type=ImportError)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def run(program: Program, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    tile_launch.run(program.dumps(), inputs, outputs)
+
+
+def compiled(program: Program, mask: int | None, full: str) -> Any:
+    """The kernel of a program, compiled for M that is a multiple of nothing."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    signature, constants = {}, {}
+    kernel = tile_triton.kernel(program.dumps())
+    for name in kernel.arg_names:
+        what, place = name.rstrip("0123456789"), name.lstrip("abcdefghijklmnopqrstuvwxyz")
+        if what == "in":
+            kind = program.inputs[int(place)][0]
+            signature[name] = "*i1" if int(place) == mask else f"*{'fp32' if kind == 'number' else full}"
+        elif what == "out":
+            store = program.outputs[int(place)][-1] == "bfloat16"
+            signature[name] = "*bf16" if store else "*fp32"
+        elif what in ("stride", "EVEN_ROWS"):
+            signature[name], constants[name] = "constexpr", program.columns if what == "stride" else False
+        else:
+            signature[name] = "i32"
+    options = {"num_warps": program.tile.warps, "num_stages": program.tile.stages}
+    return compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32), options=options)
+
+
+if not INTERPRETED:
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("part", ["program", "pointwise"])
+    def test_in_the_interpreter(part: str) -> None:
+        file = Path(__file__).resolve()
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:xdist",
+            "-p",
+            "no:cacheprovider",
+            str(file),
+            "-k",
+            part,
+        ]
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        for name in ("PYTEST_XDIST_WORKER", "PYTEST_CURRENT_TEST", "PYTEST_ADDOPTS"):
+            environment.pop(name, None)
+        done = subprocess.run(command, cwd=file.parents[2], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+        assert "passed" in done.stdout and "skipped" not in done.stdout.splitlines()[-1], done.stdout[-2000:]
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("case", [*CASES, *tile_cases.pointwise_cases()], ids=str)
+    def test_compiles_for_a_gpu(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """To the machine code of an H100, which needs no GPU: the interpreter takes more than the compiler does."""
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        full = "fp32" if len(case.inputs) == 2 else "bf16"
+        for tile in TILES[2:] if full == "bf16" else TILES[:1]:
+            assert compiled(case.program(136, torch.bfloat16, tile), case.mask, full).asm["cubin"]
+
+
+else:
+
+    @pytest.mark.parametrize(
+        ("case", "tile", "size"),
+        # Every case with every walk; every walk with every size, over all cases.
+        [(case, tile, SIZES[(i + j) % len(SIZES)]) for i, case in enumerate(CASES) for j, tile in enumerate(TILES)],
+        ids=lambda value: f"{value.walk} {value.rows}x{value.columns}" if isinstance(value, Tile) else str(value),
+    )
+    def test_program(case: Case, tile: Tile, size: tuple[int, int]) -> None:
+        rows, columns = size
+        tile_cases.check(case, case.program(columns, torch.float16, tile), rows, run)
+
+    @pytest.mark.parametrize("case", CASES[::3], ids=str)
+    def test_program_with_a_batch(case: Case) -> None:
+        tile_cases.check(case, case.program(72, torch.float16, TILES[0]), 90, run, batch=3)
+
+    @pytest.mark.parametrize("case", tile_cases.pointwise_cases(), ids=str)
+    def test_pointwise(case: Case) -> None:
+        tile_cases.check_pointwise(case, run)

@@ -1,0 +1,133 @@
+"""Tile programs as data and as ATen: each statement against float64, text, and the shapes of outputs."""
+
+import json
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_fx.passes.graph import aten
+from lora_fx.passes.kernels import operators, tile_program
+from lora_fx.passes.kernels.tile_program import POINTWISE, Program, Tile, evaluate, loads
+from lora_fx.passes.tile_regions import POINTWISE as NAMES
+from tests.passes import tile_cases
+from tests.passes.tile_cases import CASES, TILES, Case
+
+f16, bf16 = torch.float16, torch.bfloat16
+
+
+def run(program: Program, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    operators.tile_(outputs, program.dumps(), inputs)
+
+
+@pytest.mark.parametrize("dtype", [f16, bf16])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_float64(case: Case, dtype: torch.dtype) -> None:
+    for tile, (rows, columns) in zip(TILES, tile_cases.SIZES):
+        tile_cases.check(case, case.program(columns, dtype, tile), rows, run)
+    tile_cases.check(case, case.program(72, dtype, TILES[0]), 90, run, batch=3)
+
+
+@pytest.mark.parametrize("case", tile_cases.pointwise_cases(), ids=str)
+def test_pointwise(case: Case) -> None:
+    tile_cases.check_pointwise(case, run)
+
+
+COMPARISONS = {"gt", "ge", "lt", "le"}
+
+
+@pytest.mark.parametrize("target", [t for t in NAMES if NAMES[t] not in ("identity", "where", "pow")], ids=str)
+def test_a_name_means_its_operator(target: torch._ops.OpOverload) -> None:
+    """What is cut out under a name is what the name computes."""
+    a, b = tile_cases.pointwise_operands()
+    second = 0.1 if str(target).endswith("Scalar") else b
+    binary = len([x for x in target._schema.arguments if not x.kwarg_only]) == 2
+    arguments = (a, second) if binary else (a,)
+    expected, found = target(*arguments), POINTWISE[NAMES[target]](*arguments)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_other_names() -> None:
+    a, b = tile_cases.pointwise_operands()
+    assert torch.equal(POINTWISE["where"](a > b, a, b), aten.where.self(a > b, a, b)) or a.isnan().any()
+    torch.testing.assert_close(POINTWISE["pow"](a, 3.0), aten.pow.Tensor_Scalar(a, 3.0), equal_nan=True)
+    assert POINTWISE["identity"](a) is a
+    assert set(NAMES.values()) == set(POINTWISE)
+
+
+def test_text_says_everything() -> None:
+    for case in CASES:
+        program = case.program(136, bf16, TILES[2])
+        text = program.dumps()
+        assert loads(text) == program and loads(text).dumps() == text
+        assert json.loads(text)["tile"]["strips"] == 4
+    programs = [case.program(136, bf16, tile).dumps() for case in CASES for tile in TILES]
+    assert len(set(programs)) == len(CASES) * len(TILES)
+
+
+def test_output_shapes() -> None:
+    """Parts along the columns for sums over columns, along the rows for sums over rows; M may be a symbol."""
+    (case,) = (c for c in CASES if c.name.startswith("infinite"))
+    program = case.program(136, bf16, Tile(rows=64, columns=32, step=32, walk="rows"))
+    expected = [((5, 100, 4), torch.float32), ((2, 136, 4), torch.float32), ((2, 4, 136), torch.float32)]
+    assert [program.output_shape(s, 100) for s in program.outputs] == [*expected, ((100, 136), bf16)]
+
+    text = program.dumps()
+
+    def allocate(like: Tensor) -> list[Tensor]:
+        return operators.tile_outputs(text, like, like.shape[0])
+
+    seen: list[torch.fx.Graph] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        seen.append(module.graph)
+        return module
+
+    compiled = torch.compile(allocate, backend=backend, dynamic=True, fullgraph=True)
+    for rows in (100, 64, 129):
+        found = compiled(torch.empty(rows, 136, dtype=bf16))
+        assert [(tuple(t.shape), t.dtype) for t in found] == [program.output_shape(s, rows) for s in program.outputs]
+    assert len(seen) == 1, "M is a symbol"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_no_rows(case: Case) -> None:
+    program = case.program(72, bf16, TILES[0])
+    inputs = [torch.empty(0, *t.shape[1:], dtype=t.dtype) if k[0] in ("full", "row", "thin") else t
+              for k, t in zip(program.inputs, tile_cases.operands(program, 4))]  # fmt: skip
+    results = evaluate(program, inputs)
+    for statement, total in zip(program.outputs, tile_cases.totals(program, results), strict=True):
+        if statement[0] == "across":
+            assert total.shape == tuple(program.output_shape(statement, 0)[0][1:]) and not total.any()
+        else:
+            assert total.shape[0] == 0
+
+
+def test_tiles_that_do_not_divide() -> None:
+    for wrong in (
+        {"rows": 96, "columns": 64, "step": 64, "walk": "rows"},
+        {"rows": 64, "columns": 96, "step": 64, "walk": "columns"},
+        {"rows": 64, "columns": 64, "step": 64, "walk": "rows", "strips": 3},
+        {"rows": 64, "columns": 64, "step": 64, "walk": "columns", "strips": 2},
+        {"rows": 64, "columns": 64, "step": 64, "walk": "around"},
+    ):
+        with pytest.raises(ValueError, match="Tile"):
+            Tile(**wrong)  # type: ignore[arg-type]
+
+
+def test_opcheck() -> None:
+    """The schema says what is written, and the fake implementation knows operands that are missing."""
+    case = CASES[0]
+    program = case.program(40, f16, TILES[0])
+    inputs = tile_cases.operands(program, 20)
+    results = tile_cases.outputs(program, inputs, 20)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(operators.tile_, (results, program.dumps(), inputs), test_utils=tests)
+    torch.library.opcheck(operators.tile_outputs, (program.dumps(), inputs[0], 20), test_utils=("test_schema",))
+    with pytest.raises(RuntimeError, match="missing"):
+        operators.tile_([t.to("meta") for t in results], program.dumps(), [t.to("meta") for t in inputs[1:]])
+
+
+def test_reading_a_program_twice_gives_one() -> None:
+    text = CASES[0].program(40, f16, TILES[0]).dumps()
+    assert tile_program.loads(text) is tile_program.loads(text)

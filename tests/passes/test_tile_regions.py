@@ -1,0 +1,263 @@
+"""Where regions end: what may not be taken into a program, and what happens when it cannot be written."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph
+
+from lora_fx.passes import fuse_tiles, pipeline, tile_regions
+from lora_fx.passes.kernels import lowering
+from lora_fx.passes.kernels.tile_choice import choose
+from lora_fx.passes.kernels.tile_program import Program, Tile
+from lora_fx.passes.printer import graph_text
+from tests.passes import on_gpu
+from tests.passes.harness import Captured, Case, adapt, compare
+from tests.passes.modules import Mlp
+from tests.passes.on_gpu import capture, one_tile, programs
+
+bf16 = torch.bfloat16
+K, N = 136, 264
+
+
+def x(dtype: torch.dtype = bf16, tokens: int = 160, width: int = K) -> Tensor:
+    return torch.randn(tokens, width, dtype=dtype, requires_grad=True)
+
+
+def mlp(dtype: torch.dtype = bf16, **config: Any) -> nn.Module:
+    return adapt(Mlp(K, N).to(dtype), **config)
+
+
+def of(graph: Graph, *names: str) -> list[Program]:
+    """The programs with all of these statements or operations."""
+    return [p for p in programs(graph) if set(names) <= {s[0] for s in p.body} | {s[1] for s in p.body if s[0] == "op"}]
+
+
+class After(nn.Module):
+    """A linear and what reads its output."""
+
+    def __init__(self, function: Callable[[Tensor, nn.Module], Tensor], width: int = N) -> None:
+        super().__init__()
+        self.linear = nn.Linear(K, width, bias=False)
+        self.other = nn.Linear(width, width, bias=False)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.linear(x), self.other)
+
+
+def after(function: Callable[[Tensor, nn.Module], Tensor], dtype: torch.dtype = bf16) -> nn.Module:
+    return adapt(After(function).to(dtype), target_modules=["linear"])
+
+
+def compared(build: Callable[[], nn.Module], sites: int, **more: Any) -> Captured:
+    """The graphs as on a GPU of a model that is as accurate with its programs as plain torch.compile is."""
+    case = Case("", build, sites, {}, **{"dtype": bf16, "shape": (160, K), "seeds": 4, **more})
+    result = compare(case, on_gpu.by_graphs)
+    result.assert_as_accurate()
+    assert result.captured.reasons == []
+    return result.captured
+
+
+def test_a_value_that_leaves_and_comes_back() -> None:
+    """y goes through a large product, and the result meets y again: one program cannot hold both ends."""
+    captured = compared(lambda: after(lambda y, other: torch.sigmoid(y) * other(y) + y), 1)
+    (forward,) = captured.forward
+    (program,) = of(forward.graph, "store", "product")
+    # y alone is stored: of what follows, the gate could have joined, but nothing that needs the large product.
+    assert {s[1] for s in program.body if s[0] == "op"} <= {"add", "neg", "exp", "sigmoid", "reciprocal", "identity"}
+    assert "mm(" in graph_text(forward.graph).split("tile_")[-1], "the large product comes after the program"
+
+
+def test_nothing_wider_than_the_model_is_written() -> None:
+    """A sum over rows of y^2 is float32's: the squares stay in Inductor's kernel, y itself is what is written."""
+
+    def normalised(y: Tensor, other: nn.Module) -> Tensor:
+        wide = y.float()
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(y.dtype)
+
+    captured = compared(lambda: after(normalised), 1)
+    for half in (captured.forward, captured.backward):
+        for program in programs(half[0].graph):
+            assert all(s[2] == "bfloat16" for s in program.outputs if s[0] == "store")
+    assert "mean" in graph_text(captured.forward[0].graph)
+
+
+@pytest.mark.parametrize("rank", [tile_regions.MAX_RANK, tile_regions.MAX_RANK + 8])
+def test_the_largest_rank(rank: int) -> None:
+    """Above it a product is a large one, whose place is in the matrix library."""
+    module = adapt(nn.Linear(320, 304, bias=False, dtype=bf16), rank=rank)
+    captured = capture(module, x(width=320))
+    found = [*programs(captured.forward[0].graph), *programs(captured.backward[0].graph)]
+    if rank > tile_regions.MAX_RANK:
+        assert found == []
+        for half in (captured.forward, captured.backward):
+            assert "lora_fx" not in graph_text(half[0].graph)
+    else:
+        assert {s[0] for p in found for s in p.body} >= {"product", "down", "across"}
+
+
+def test_float32_is_left_to_inductor() -> None:
+    captured = compared(lambda: mlp(torch.float32), 3, dtype=torch.float32)
+    for half in (captured.forward, captured.backward):
+        assert "lora_fx" not in graph_text(half[0].graph)
+
+
+def test_on_the_cpu_nothing_is_cut() -> None:
+    graph: list[Graph] = []
+
+    def step(found: Graph) -> None:
+        graph.append(found)
+        before = graph_text(found)
+        with on_gpu.devices(found, "cpu"):
+            assert list(fuse_tiles.cut(found, one_tile)) == []
+        assert graph_text(found) == before
+
+    capture(mlp(), x(), step=step)
+    assert len(graph) == 2
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda y, other: y * y[:1, :1],  # one number, as [1, 1]
+        lambda y, other: y.view(2, 80, N) * torch.ones(80, N, dtype=y.dtype),  # one sequence for all
+        lambda y, other: y + torch.arange(N),  # integers
+        lambda y, other: torch.where(torch.ones(160, 1) > 0, y, 0.5),
+        lambda y, other: y.masked_fill(torch.ones(160, N).tril() == 0, -float("inf")).softmax(-1),
+        lambda y, other: y * 2.0**0.5 / (1.0 + y.abs()),
+        lambda y, other: y.t() * other.weight[0, 0],
+    ],
+    ids=["1 x 1", "one for all sequences", "integers", "condition of rows", "infinite", "constants", "transposed"],
+)
+def test_operands_of_all_kinds(function: Callable[[Tensor, nn.Module], Tensor]) -> None:
+    compared(lambda: after(function), 1)
+
+
+def test_numbers_that_the_graph_makes() -> None:
+    """They become constants of the program, and no kernel fills memory with them."""
+    captured = compared(lambda: after(lambda y, other: torch.where(y > 0.1, y, 0.5)), 1, grad=torch.no_grad)
+    (program,) = of(captured.forward[0].graph, "where")
+    assert [0.5] in next(s for s in program.body if s[0] == "op" and s[1] == "where")[2]
+    assert "full(" not in graph_text(captured.forward[0].graph)
+
+
+def test_numbers_in_the_memory_of_the_cpu() -> None:
+    """As a float attribute under `dynamic=True` is: no kernel on a GPU can load one."""
+    counts = []
+
+    def step(graph: Graph) -> None:
+        for node in graph.nodes:
+            value = node.meta.get("val")
+            if isinstance(value, Tensor) and value.dim() == 0:
+                value.fake_device = torch.device("cpu")  # type: ignore[attr-defined]  # a FakeTensor
+        on_gpu.lower(graph)
+        assert not any(["number"] in p.inputs for p in programs(graph))
+        counts.append(len(programs(graph)))
+
+    capture(mlp(), x(), step=step)
+    assert all(counts), "products without a scale, and gradients, are cut out all the same"
+
+
+def test_masks_from_forward() -> None:
+    """relu keeps a mask for backward: a condition that a program loads."""
+    captured = compared(lambda: after(lambda y, other: torch.relu(y) * torch.where(y > 0.1, y, 0.0)), 1)
+    assert programs(captured.backward[0].graph)
+
+
+def test_dropout() -> None:
+    captured = compared(lambda: mlp(dropout=0.25), 3, random=True)
+    for half in (captured.forward, captured.backward):
+        assert programs(half[0].graph)
+
+
+# ---- when it fails ---------------------------------------------------------------------------------------------------
+
+
+def test_what_raises_leaves_the_graph_as_it_was() -> None:
+    """The seed is given with its error, and every other region is cut all the same."""
+    seen: dict[str, Any] = {}
+
+    def refuse(kinds: Any, body: list[Any], rows: Any, columns: int) -> Tile:
+        if any(s[0] == "across" for s in body):
+            raise ArithmeticError("no tile for this one")
+        return one_tile(kinds, body, rows, columns)
+
+    def step(graph: Graph) -> None:
+        failures = list(fuse_tiles.cut(graph, refuse))
+        graph.lint()
+        seen.setdefault("failures", []).append([(node.format_node(), str(error)) for node, error in failures])
+        list(lowering.lower(graph))
+
+    captured = capture(mlp(), x(), step=step)
+    forward, backward = seen["failures"]
+    assert forward == []
+    assert backward and all(error == "no tile for this one" for _, error in backward)
+    assert programs(captured.forward[0].graph) and not of(captured.backward[0].graph, "across")
+
+
+def test_nothing_is_left_of_what_raises() -> None:
+    """Up to the last node: the failure comes after the program's own nodes have been made."""
+
+    def step(graph: Graph) -> None:
+        before = graph_text(graph)
+
+        class Late(Tile):
+            def __getattribute__(self, name: str) -> Any:
+                if name == "rows":
+                    raise ArithmeticError("too late")
+                return super().__getattribute__(name)
+
+        def late(kinds: Any, body: Any, rows: Any, columns: int) -> Tile:
+            tile = object.__new__(Late)
+            tile.__dict__.update(vars(one_tile(kinds, body, rows, columns)))
+            return tile
+
+        failures = list(fuse_tiles.cut(graph, late))
+        assert {str(error) for _, error in failures} == {"too late"}
+        assert graph_text(graph) == before
+        list(lowering.lower(graph))
+
+    captured = capture(adapt(nn.Linear(K, N, bias=False, dtype=bf16)), x(), step=step)
+    assert programs(captured.backward[0].graph) == []
+
+
+def test_the_report_names_what_failed(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The stage of the pipeline: a line in the log with the module's path, or an error in strict mode."""
+
+    def broken(region: Any) -> Any:
+        raise ArithmeticError("a broken writer")
+
+    monkeypatch.setattr(fuse_tiles, "_Writer", broken)
+    pipeline._warn_once.cache_clear()
+    captured = capture(mlp(), x(), step=pipeline.LoweringStage(strict=False))
+    assert programs(captured.forward[0].graph) == []
+    assert "a broken writer" in caplog.text and "tile lora_fx.scaled_mm failed at gate" in caplog.text
+    with pytest.raises(Exception, match="a broken writer"):
+        capture(mlp(), x(), step=pipeline.LoweringStage(strict=True))
+
+
+# ---- the choice ------------------------------------------------------------------------------------------------------
+
+
+def test_few_rows_are_left_to_inductor() -> None:
+    """By the pipeline's own choice of tiles."""
+    captured = capture(mlp(), x(tokens=16), step=pipeline.LoweringStage(strict=True))
+    for half in (captured.forward, captured.backward):
+        assert "lora_fx" not in graph_text(half[0].graph)
+
+
+@pytest.mark.parametrize("rank", [1, 16, 128])
+@pytest.mark.parametrize("width", [8, 136, 4096, 14336])
+def test_choices_are_tiles(width: int, rank: int) -> None:
+    """Whatever is chosen for a program is a walk that a kernel can make."""
+    from tests.passes.tile_cases import CASES
+
+    for case in CASES:
+        tile = choose(case.inputs, case.body, 8192, width)
+        if tile is not None:
+            powers = (tile.rows, tile.columns, tile.step, tile.strips, tile.columns // tile.strips)
+            assert all(size & (size - 1) == 0 for size in powers)
+            assert min(tile.step, tile.columns // tile.strips) >= 16

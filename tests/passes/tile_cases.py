@@ -1,0 +1,400 @@
+"""Tile programs with what they compute, in float64 and by hand; shared by the tests of every form of them.
+
+`tests/passes/test_tile_program.py` holds ATen against these cases, `tests/passes/test_tile_kernels.py` the kernels in
+Triton's interpreter, and `tests/gpu/test_tiles.py` the kernels on a GPU. M tokens, N columns, R rank.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_fx.passes.kernels import operators
+from lora_fx.passes.kernels.tile_program import POINTWISE, Program, Statement, Tile
+
+EPS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+"""Half of the distance of two neighbours, in units of either: what a rounded value is wrong by, at the most."""
+SUMMED = 4e-6
+"""The relative error of a sum in float32 over exact operands, with room for another order."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A program without its tile, and what it gives for inputs in float64 (which are as the program gets them)."""
+
+    name: str
+    inputs: list[list[Any]]
+    body: list[Statement]
+    exact: Callable[..., tuple[Tensor, ...]]
+    exact_operands: bool = False
+    """Whether nothing is rounded to 16 bits on the way."""
+    mask: int | None = None
+    """The input that is a condition, if one is."""
+
+    def __str__(self) -> str:
+        return self.name
+
+    def program(self, columns: int, dtype: torch.dtype, tile: Tile) -> Program:
+        name = str(dtype).removeprefix("torch.")
+        body = [[*s[:2], name] if s[0] == "store" and s[2] == "model" else s for s in self.body]
+        return Program(columns, name, self.inputs, body, tile)
+
+    def bound(self, dtype: torch.dtype) -> float:
+        return SUMMED if self.exact_operands else EPS[dtype]
+
+
+def silu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+def dsilu(x: Tensor) -> Tensor:
+    s = torch.sigmoid(x)
+    return s * (1 + x * (1 - s))
+
+
+def _branch(r: int, order: str, scaled: bool) -> Case:
+    """y = base + s h B^T."""
+    number: list[list[Any]] = [["number"]] if scaled else []
+    return Case(
+        f"branch, rank {r}, {order}{', scaled' if scaled else ''}",
+        [["full"], ["thin", r], ["factor", r, order], *number],
+        [["load", 0], ["product", 1, 2, 3 if scaled else None], ["op", "add", [0, 1]], ["store", 2, "model"]],
+        lambda base, h, b, s=1.0: (base + s * (h @ (b.t() if order == "NR" else b)),),
+    )
+
+
+def _pair(r: int, order: str) -> Case:
+    """g = dy B and dB = dy^T h."""
+    return Case(
+        f"gradient pair, rank {r}, {order}",
+        [["full"], ["factor", r, order], ["thin", r]],
+        [["load", 0], ["down", 0, 1], ["across", 0, 2, "NR"]],
+        lambda dy, b, h: (dy @ (b if order == "NR" else b.t()), dy.t() @ h),
+        exact_operands=True,
+    )
+
+
+def _swiglu(r: int, q: int) -> Case:
+    """z = silu(gate) * up, with both products, and h of the next linear."""
+    return Case(
+        f"SwiGLU, ranks {r} and {q}",
+        [*([["full"]] * 2), *([["thin", r]] * 2), *([["factor", r, "NR"]] * 2), ["number"], ["factor", q, "RN"]],
+        [
+            ["load", 0],
+            ["product", 2, 4, 6],
+            ["op", "add", [0, 1]],
+            ["load", 1],
+            ["product", 3, 5, None],
+            ["op", "add", [3, 4]],
+            ["op", "sigmoid", [2]],
+            ["op", "mul", [2, 6]],
+            ["op", "mul", [7, 5]],
+            ["store", 8, "model"],
+            ["down", 8, 7],
+        ],
+        lambda gate, up, hg, hu, bg, bu, s, a: (
+            z := silu(gate + s * (hg @ bg.t())) * (up + hu @ bu.t()),
+            z @ a.t(),
+        ),
+    )
+
+
+def _swiglu_backward(r: int) -> Case:
+    """dgate and dup, which go to memory, both gradient pairs, and dA of the next linear from silu(gate) * up."""
+    body: list[Statement] = [
+        ["load", 0],
+        ["product", 3, 5, 7],
+        ["op", "add", [0, 1]],  # gate
+        ["load", 1],
+        ["product", 4, 6, 7],
+        ["op", "add", [3, 4]],  # up
+        ["load", 2],  # dz
+        ["op", "sigmoid", [2]],
+        ["op", "mul", [2, 7]],  # silu(gate)
+        ["op", "mul", [6, 8]],  # dup
+        ["op", "mul", [6, 5]],
+        ["op", "sub", [[1.0], 7]],
+        ["op", "mul", [2, 11]],
+        ["op", "add", [12, [1.0]]],
+        ["op", "mul", [7, 13]],
+        ["op", "mul", [10, 14]],  # dgate
+        ["op", "mul", [8, 5]],  # silu(gate) * up
+        ["store", 15, "model"],
+        ["store", 9, "model"],
+        ["down", 15, 5],
+        ["across", 15, 3, "NR"],
+        ["down", 9, 6],
+        ["across", 9, 4, "NR"],
+        ["across", 16, 8, "RN"],
+    ]
+
+    def exact(*t: Tensor) -> tuple[Tensor, ...]:
+        gate_base, up_base, dz, hg, hu, bg, bu, s, g = t
+        gate, up = gate_base + s * (hg @ bg.t()), up_base + s * (hu @ bu.t())
+        dgate, dup = dz * up * dsilu(gate), dz * silu(gate)
+        z = silu(gate) * up
+        return dgate, dup, dgate @ bg, dgate.t() @ hg, dup @ bu, dup.t() @ hu, g.t() @ z
+
+    kinds: list[list[Any]] = [["full"]] * 3 + [["thin", r]] * 2 + [["factor", r, "NR"]] * 2 + [["number"], ["thin", r]]
+    return Case(f"SwiGLU backward, rank {r}", kinds, body, exact)
+
+
+def _norm(r: int) -> Case:
+    """dA = g^T x and x itself, for x = residual * rstd * weight, by rows and by columns."""
+    return Case(
+        f"norm, rank {r}",
+        [["full"], ["row"], ["column"], ["thin", r]],
+        [
+            ["load", 0],
+            ["load", 1],
+            ["op", "mul", [0, 1]],
+            ["load", 2],
+            ["op", "mul", [2, 3]],
+            ["across", 4, 3, "RN"],
+            ["store", 4, "float32"],
+        ],
+        lambda x, rstd, weight, g: (g.t() @ (x * rstd * weight), x * rstd * weight),
+    )
+
+
+def _infinite(r: int) -> Case:
+    """1 / sqrt(x) is infinite where a kernel loads zeros in place of what is not there, and log(x) - log(x) is NaN."""
+    return Case(
+        f"infinite outside of the matrix, rank {r}",
+        [["full"], ["factor", r, "NR"], ["thin", r]],
+        [
+            ["load", 0],
+            ["op", "abs", [0]],
+            ["op", "add", [1, [0.0]]],
+            ["op", "rsqrt", [2]],
+            ["op", "log", [2]],
+            ["op", "sub", [4, 4]],
+            ["op", "add", [3, 5]],
+            ["down", 6, 1],
+            ["across", 6, 2, "NR"],
+            ["across", 6, 2, "RN"],
+            ["store", 6, "model"],
+        ],
+        lambda x, b, h: ((y := x.abs() ** -0.5) @ b, y.t() @ h, h.t() @ y, y),
+    )
+
+
+def _broadcast() -> Case:
+    """A value that is made of rows, columns and numbers alone, beside one that is loaded."""
+    return Case(
+        "rows, columns and numbers",
+        [["full"], ["row"], ["column"], ["number"]],
+        [
+            ["load", 1],
+            ["load", 2],
+            ["op", "mul", [0, 1]],
+            ["load", 3],
+            ["op", "mul", [2, 3]],
+            ["store", 4, "model"],
+            ["load", 0],
+            ["op", "gt", [6, 0]],
+            ["op", "where", [7, 6, [0.25]]],
+            ["store", 8, "float32"],
+            ["store", 1, "model"],
+        ],
+        lambda x, row, column, number: (
+            row * column * number,
+            torch.where(x > row, x, 0.25),
+            column.expand(x.shape),
+        ),
+    )
+
+
+def _mask(r: int) -> Case:
+    """The backward of relu with the mask that forward kept, and the gradient pair that reads its result."""
+    return Case(
+        f"mask, rank {r}",
+        [["full"], ["full"], ["factor", r, "NR"], ["thin", r]],
+        [
+            ["load", 0],
+            ["load", 1],
+            ["op", "where", [0, [0.0], 1]],
+            ["down", 2, 2],
+            ["across", 2, 3, "NR"],
+            ["store", 2, "model"],
+        ],
+        lambda mask, dy, b, h: ((t := dy * (1 - mask)) @ b, t.t() @ h, t),
+        exact_operands=True,
+        mask=0,
+    )
+
+
+CASES = [
+    *(_branch(r, order, scaled) for r, order, scaled in ((1, "NR", True), (16, "RN", False), (128, "NR", False))),
+    *(_pair(r, order) for r, order in ((1, "NR"), (5, "RN"), (16, "NR"), (33, "RN"), (128, "NR"))),
+    _swiglu(8, 24),
+    _swiglu_backward(3),
+    _swiglu_backward(16),
+    _norm(16),
+    _norm(20),
+    _infinite(4),
+    _mask(8),
+    _broadcast(),
+]
+SIZES = [(1, 8), (100, 120), (192, 128), (131, 136)]
+"""M and N: M a multiple of no tile (or of all), N an odd multiple of 8 (or a multiple of a tile)."""
+TILES = [
+    Tile(rows=64, columns=64, step=64, walk="rows", warps=4),
+    Tile(rows=128, columns=32, step=32, walk="rows", warps=4),
+    Tile(rows=64, columns=128, step=32, walk="rows", strips=4, warps=4),
+    Tile(rows=32, columns=128, step=32, walk="columns", warps=4),
+]
+
+
+def pointwise_cases() -> list[Case]:
+    """Every pointwise operation by itself, on float32 inputs; see `pointwise_operands`."""
+    cases = []
+    for name, function in POINTWISE.items():
+        for constants in itertools.product(*([[-2.0, -0.5, 0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 2.5]] * (name == "pow"))):
+            compares = name in ("gt", "ge", "lt", "le")
+            if name == "where":
+                steps, value = [["op", "gt", [0, 1]], ["op", "where", [2, 0, 1]]], 3
+            elif name == "pow":
+                steps, value = [["op", "pow", [0, [*constants]]]], 2
+            else:
+                count = 2 if compares or name in ("add", "sub", "mul", "div", "maximum", "minimum") else 1
+                steps, value = [["op", name, [0, 1][:count]]], 2
+            if compares:
+                steps, value = [*steps, ["op", "where", [2, [1.0], [0.0]]]], 3
+
+            def exact(a: Tensor, b: Tensor, f: Any = function, n: str = name, c: Any = constants) -> tuple[Tensor]:
+                if n == "where":
+                    return (torch.where(a > b, a, b),)
+                if n == "pow":
+                    return (torch.pow(a, c[0]),)
+                binary = n in ("add", "sub", "mul", "div", "maximum", "minimum", "gt", "ge", "lt", "le")
+                return ((f(a, b) if binary else f(a)).double(),)
+
+            body: list[Statement] = [["load", 0], ["load", 1], *steps, ["store", value, "float32"]]
+            cases.append(Case(" ".join([name, *map(str, constants)]), [["full"], ["full"]], body, exact))
+    return cases
+
+
+def pointwise_operands(device: str = "cpu") -> list[Tensor]:
+    """Two [37, 24] matrices: all magnitudes, equal elements, zeros, infinities and NaN."""
+    a, b = (torch.randn(37, 24) * 10 ** (torch.rand(37, 24) * 7 - 6) for _ in range(2))
+    special = torch.tensor([0.0, -0.0, 1.0, -1.0, float("inf"), -float("inf"), float("nan"), 0.1])
+    a[0], a[1] = special.repeat(3), special.repeat_interleave(3)
+    b[0], b[1] = special.repeat_interleave(3), 1.0
+    b[2] = a[2]
+    return [a.to(device), b.to(device)]
+
+
+def operands(program: Program, rows: int, device: str = "cpu", batch: int = 1) -> list[Tensor]:
+    """Fresh inputs: thin matrices are columns of a stack, as siblings have them; values have rows further apart than
+    their length, or `batch` sequences."""
+    dtype, n = getattr(torch, program.dtype), program.columns
+
+    def one(kind: list[Any]) -> Tensor:
+        if kind[0] == "number":
+            return torch.rand((), device=device) + 0.5
+        if kind[0] == "full":
+            if batch > 1:
+                return torch.randn(batch, rows // batch, n, device=device)
+            return torch.randn(rows, n + 16, device=device)[:, 8 : n + 8]
+        if kind[0] == "row":
+            return torch.rand((batch, rows // batch, 1) if batch > 1 else (rows, 1), device=device) + 0.5
+        if kind[0] == "column":
+            return torch.randn(n, device=device)
+        if kind[0] == "thin":
+            return torch.randn(rows, 3 * kind[1], device=device)[:, kind[1] : 2 * kind[1]]
+        return torch.randn((n, kind[1]) if kind[2] == "NR" else (kind[1], n), device=device)
+
+    def typed(kind: list[Any], tensor: Tensor) -> Tensor:
+        if kind[0] == "number":
+            return tensor
+        # Factors have the size that keeps products near 1.
+        scale = kind[1] ** -0.5 if kind[0] == "factor" else 1.0
+        whole = tensor._base if tensor._base is not None else tensor
+        whole = (whole * scale).to(dtype)
+        return (
+            whole if tensor._base is None else whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        )
+
+    return [typed(kind, one(kind)) for kind in program.inputs]
+
+
+Runner = Callable[[Program, list[Tensor], list[Tensor]], None]
+
+
+def outputs(program: Program, inputs: list[Tensor], rows: int) -> list[Tensor]:
+    """Memory for the outputs that holds NaN: all of it must be written."""
+    found = operators.tile_outputs(program.dumps(), inputs[0], rows)
+    return [tensor.fill_(float("nan")) for tensor in found]
+
+
+def totals(program: Program, results: list[Tensor]) -> list[Tensor]:
+    """The outputs with their parts summed."""
+    return [t if s[0] == "store" else t.sum(0) for s, t in zip(program.outputs, results, strict=True)]
+
+
+def exactly(case: Case, program: Program, inputs: list[Tensor]) -> list[Tensor]:
+    """What the case says about inputs, transposed where the program's order says so."""
+    flat = [t.reshape(-1, t.shape[-1]) if k[0] in ("full", "row") else t for k, t in zip(program.inputs, inputs)]
+    return [
+        t.t() if s[0] == "across" and s[3] == "RN" and t.shape[0] != program.rank(s[2]) else t
+        for s, t in zip(program.outputs, case.exact(*(t.double() for t in flat)), strict=True)
+    ]
+
+
+def check(case: Case, program: Program, rows: int, run: Runner, device: str = "cpu", batch: int = 1) -> None:
+    """One case: every output within its bound of float64, nothing of the inputs written, a second run equal."""
+    inputs = operands(program, rows, device, batch)
+    if case.mask is not None:
+        inputs[case.mask] = inputs[case.mask] > 0
+    before = [t.clone() for t in inputs]
+    results = outputs(program, inputs, rows)
+    # The second time into the first columns of wider memory.
+    again = [t.new_empty(*t.shape[:-1], t.shape[-1] + 8)[..., : t.shape[-1]] for t in results]
+    run(program, inputs, results)
+    run(program, inputs, again)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before))
+    assert all(torch.equal(a, b) for a, b in zip(results, again)), "two runs differ"
+    for statement, found, exact in zip(
+        program.outputs, totals(program, results), exactly(case, program, inputs), strict=True
+    ):
+        assert found.shape == exact.shape, statement
+        assert found.isfinite().all(), statement
+        error = float((found.double() - exact).norm() / exact.norm())
+        # A sum over few elements may cancel.
+        room = 1 if min(rows, program.columns) > 16 else 8
+        assert error <= room * case.bound(getattr(torch, program.dtype)), (statement, error)
+    _check_in_place(program, inputs, results, rows, run)
+
+
+def _check_in_place(program: Program, inputs: list[Tensor], expected: list[Tensor], rows: int, run: Runner) -> None:
+    """The same results when a stored value takes the memory of an input that it is computed from."""
+    stores = [i for i, s in enumerate(program.outputs) if s == ["store", s[1], program.dtype]]
+    full = [i for i, kind in enumerate(program.inputs) if kind == ["full"] and inputs[i].is_floating_point()]
+    if not stores or not full:
+        return
+    results, mine = outputs(program, inputs, rows), list(inputs)
+    for out, i in zip(stores, full):
+        mine[i] = inputs[i].reshape(-1, program.columns).clone(memory_format=torch.contiguous_format)
+        results[out] = mine[i]
+    run(program, mine, results)
+    assert all(torch.equal(a, b) for a, b in zip(results, expected)), "writing over an input changes the result"
+
+
+def check_pointwise(case: Case, run: Runner, device: str = "cpu") -> None:
+    """One pointwise operation against float64, special values included."""
+    inputs = pointwise_operands(device)
+    if case.name in ("pow 2.5", "pow 0.5", "pow -0.5"):
+        # By the letter of C's pow, minus infinity and minus zero have fractional powers; through roots and logarithms
+        # they have none, as any negative number.
+        inputs[0][(inputs[0] == -float("inf")) | (inputs[0] == 0.0) & inputs[0].signbit()] = 1.0
+    program = case.program(inputs[0].shape[1], torch.float16, Tile(rows=32, columns=32, step=32, walk="rows"))
+    results = outputs(program, inputs, inputs[0].shape[0])
+    run(program, inputs, results)
+    (exact,) = case.exact(*(t.double() for t in inputs))
+    torch.testing.assert_close(results[0].double(), exact, rtol=1e-5, atol=1e-37, equal_nan=True)
