@@ -39,7 +39,7 @@ def choose(kinds: list[list[Any]], body: list[Statement], rows: Any, columns: in
     if m < FEWEST_ROWS:
         return None
     names = [statement[0] for statement in body]
-    rank = max(kind[1] for kind in kinds if kind[0] in ("thin", "factor"))
+    rank = max((kind[1] for kind in kinds if kind[0] in ("thin", "factor")), default=0)
     if "across" in names:
         if "product" in names:
             height = _shrunk(1024, 64, m, columns, 64)

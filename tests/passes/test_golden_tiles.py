@@ -23,28 +23,29 @@ def test_one_linear() -> None:
 %5 = input bf16[264, 4]
 %6 = permute(%0, [1, 0]) bf16[136, 264]
 %7 = view(%1, [160, 136]) bf16[160, 136]
-%8 = mm(%7, %6) bf16[160, 264]
-%9 = mul(%2, %3) f32[]
-%10 = lora_fx.tile_outputs(#0, %1, 160) (f32[1, 160, 4])
-%11 = getitem(%10, 0) f32[1, 160, 4]
-%12 = tile(outputs=[%11], program=#0, inputs=[%1, %4]) (None, (f32[1, 160, 4]))
-%13 = getitem(%12, 1) (f32[1, 160, 4])
-%14 = getitem(%13, 0) f32[1, 160, 4]
-%15 = sum(%14, [0]) f32[160, 4]
-%16 = convert_element_type(%15, bf16) bf16[160, 4]
-%17 = tile(outputs=[%8], program=#1, inputs=[%16, %5, %9, %8]) (None, (bf16[160, 264]))
-%18 = getitem(%17, 1) (bf16[160, 264])
-%19 = getitem(%18, 0) bf16[160, 264]
-%20 = view(%19, [2, 80, 264]) bf16[2, 80, 264]
-return %20, %0, %4, %5, %7, %9, %16
+%8 = mul(%2, %3) f32[]
+%9 = lora_fx.tile_outputs(#0, %1, 160) (f32[1, 160, 4])
+%10 = getitem(%9, 0) f32[1, 160, 4]
+%11 = tile(outputs=[%10], program=#0, inputs=[%1, %4]) (None, (f32[1, 160, 4]))
+%12 = getitem(%11, 1) (f32[1, 160, 4])
+%13 = getitem(%12, 0) f32[1, 160, 4]
+%14 = sum(%13, [0]) f32[160, 4]
+%15 = convert_element_type(%14, bf16) bf16[160, 4]
+%16 = lora_fx.tile_outputs(#1, %15, 160) (bf16[160, 264])
+%17 = getitem(%16, 0) bf16[160, 264]
+%18 = tile(outputs=[%17], program=#1, inputs=[%15, %5, %8]) (None, (bf16[160, 264]))
+%19 = getitem(%18, 1) (bf16[160, 264])
+%20 = getitem(%19, 0) bf16[160, 264]
+%21 = auto_functionalized(lora_fx.accumulate_, base=%20, a=%7, b=%6, scale=None) (None, bf16[160, 264])
+%22 = getitem(%21, 1) bf16[160, 264]
+%23 = view(%22, [2, 80, 264]) bf16[2, 80, 264]
+return %23, %0, %4, %5, %7, %8, %15
 #0: bfloat16, 136 columns; in0 full, in1 factor 4 RN
     0: load in0
     1: down %0 in1
-#1: bfloat16, 264 columns; in0 thin 4, in1 factor 4 NR, in2 number, in3 full
+#1: bfloat16, 264 columns; in0 thin 4, in1 factor 4 NR, in2 number
     0: product in0 in1 in2
-    1: load in3
-    2: op add %1 %0
-    3: store %2 bfloat16""",
+    1: store %0 bfloat16""",
     )
     assert_expected_inline(
         backward,
@@ -79,12 +80,15 @@ return %20, %0, %4, %5, %7, %9, %16
 | %27 = view(%6, [160, 264]) bf16[160, 264]
 %28 = permute(%0, [1, 0]) bf16[136, 264]
 | %29 = permute(%28, [1, 0]) bf16[264, 136]
-| %30 = mm(%27, %29) bf16[160, 136]
-| %31 = tile(outputs=[%30], program=#2, inputs=[%15, %1, %30]) (None, (bf16[160, 136]))
-| %32 = getitem(%31, 1) (bf16[160, 136])
-| %33 = getitem(%32, 0) bf16[160, 136]
-| %34 = view(%33, [2, 80, 136]) bf16[2, 80, 136]
-return None, %34, None, None, %26, %19
+| %30 = lora_fx.tile_outputs(#2, %15, 160) (bf16[160, 136])
+| %31 = getitem(%30, 0) bf16[160, 136]
+| %32 = tile(outputs=[%31], program=#2, inputs=[%15, %1]) (None, (bf16[160, 136]))
+| %33 = getitem(%32, 1) (bf16[160, 136])
+| %34 = getitem(%33, 0) bf16[160, 136]
+| %35 = auto_functionalized(lora_fx.accumulate_, base=%34, a=%27, b=%29, scale=None) (None, bf16[160, 136])
+| %36 = getitem(%35, 1) bf16[160, 136]
+| %37 = view(%36, [2, 80, 136]) bf16[2, 80, 136]
+return None, %37, None, None, %26, %19
 #0: bfloat16, 264 columns; in0 full, in1 factor 4 NR, in2 thin 4
     0: load in0
     1: down %0 in1
@@ -92,11 +96,9 @@ return None, %34, None, None, %26, %19
 #1: bfloat16, 136 columns; in0 full, in1 thin 4
     0: load in0
     1: across %0 in1 RN
-#2: bfloat16, 136 columns; in0 thin 4, in1 factor 4 RN, in2 full
+#2: bfloat16, 136 columns; in0 thin 4, in1 factor 4 RN
     0: product in0 in1
-    1: load in2
-    2: op add %1 %0
-    3: store %2 bfloat16""",
+    1: store %0 bfloat16""",
     )
 
 
@@ -150,15 +152,18 @@ def test_swiglu() -> None:
 %41 = getitem(%40, 0) bf16[160, 264]
 %42 = reshape(%41, [2, 80, 264]) bf16[2, 80, 264]
 %43 = view(%42, [160, 264]) bf16[160, 264]
-%44 = mm(%43, %35) bf16[160, 136]
-%45 = getitem(%40, 1) f32[1, 160, 4]
-%46 = sum(%45, [0]) f32[160, 4]
-%47 = convert_element_type(%46, bf16) bf16[160, 4]
-%48 = tile(outputs=[%44], program=#2, inputs=[%47, %15, %22, %44]) (None, (bf16[160, 136]))
-%49 = getitem(%48, 1) (bf16[160, 136])
-%50 = getitem(%49, 0) bf16[160, 136]
-%51 = view(%50, [2, 80, 136]) bf16[2, 80, 136]
-return %51, %0, %4, %5, %6, %9, %10, %11, %14, %15, %17, %18, %20, %31, %33, %21, %34, %22, %47
+%44 = getitem(%40, 1) f32[1, 160, 4]
+%45 = sum(%44, [0]) f32[160, 4]
+%46 = convert_element_type(%45, bf16) bf16[160, 4]
+%47 = lora_fx.tile_outputs(#2, %46, 160) (bf16[160, 136])
+%48 = getitem(%47, 0) bf16[160, 136]
+%49 = tile(outputs=[%48], program=#2, inputs=[%46, %15, %22]) (None, (bf16[160, 136]))
+%50 = getitem(%49, 1) (bf16[160, 136])
+%51 = getitem(%50, 0) bf16[160, 136]
+%52 = auto_functionalized(lora_fx.accumulate_, base=%51, a=%43, b=%35, scale=None) (None, bf16[160, 136])
+%53 = getitem(%52, 1) bf16[160, 136]
+%54 = view(%53, [2, 80, 136]) bf16[2, 80, 136]
+return %54, %0, %4, %5, %6, %9, %10, %11, %14, %15, %17, %18, %20, %31, %33, %21, %34, %22, %46
 #0: bfloat16, 136 columns; in0 full, in1 factor 8 RN
     0: load in0
     1: down %0 in1
@@ -178,11 +183,9 @@ return %51, %0, %4, %5, %6, %9, %10, %11, %14, %15, %17, %18, %20, %31, %33, %21
     11: op mul %7 %10
     12: store %11 bfloat16
     13: down %11 in8
-#2: bfloat16, 136 columns; in0 thin 4, in1 factor 4 NR, in2 number, in3 full
+#2: bfloat16, 136 columns; in0 thin 4, in1 factor 4 NR, in2 number
     0: product in0 in1 in2
-    1: load in3
-    2: op add %1 %0
-    3: store %2 bfloat16""",
+    1: store %0 bfloat16""",
     )
     assert_expected_inline(
         backward,
@@ -250,42 +253,46 @@ return %51, %0, %4, %5, %6, %9, %10, %11, %14, %15, %17, %18, %20, %31, %33, %21
 | %59 = mul(%58, %14) f32[264, 4]
 | %60 = convert_element_type(%59, bf16) bf16[264, 4]
 | %61 = view(%47, [160, 264]) bf16[160, 264]
-| %62 = mm(%61, %37) bf16[160, 136]
-| %63 = getitem(%42, 2) bf16[160, 264]
-| %64 = reshape(%63, [2, 80, 264]) bf16[2, 80, 264]
-| %65 = lora_fx.tile_outputs(#2, %63, 160) (f32[1, 160, 4], f32[1, 264, 4])
-| %66 = getitem(%65, 0) f32[1, 160, 4]
-| %67 = getitem(%65, 1) f32[1, 264, 4]
-| %68 = tile(outputs=[%66, %67], program=#2, inputs=[%63, %2, %12]) (None, (f32[1, 160, 4], f32[1, 264, 4]))
-| %69 = getitem(%68, 1) (f32[1, 160, 4], f32[1, 264, 4])
-| %70 = getitem(%69, 0) f32[1, 160, 4]
-| %71 = sum(%70, [0]) f32[160, 4]
-| %72 = mul(%71, %11) f32[160, 4]
-| %73 = convert_element_type(%72, bf16) bf16[160, 4]
-| %74 = getitem(%69, 1) f32[1, 264, 4]
-| %75 = sum(%74, [0]) f32[264, 4]
-| %76 = mul(%75, %11) f32[264, 4]
-| %77 = convert_element_type(%76, bf16) bf16[264, 4]
-| %78 = cat([%73, %56], 1) bf16[160, 8]
-| %79 = lora_fx.tile_outputs(#3, %9, 160) (f32[1, 8, 136])
-| %80 = getitem(%79, 0) f32[1, 8, 136]
-| %81 = tile(outputs=[%80], program=#3, inputs=[%9, %78]) (None, (f32[1, 8, 136]))
-| %82 = getitem(%81, 1) (f32[1, 8, 136])
-| %83 = getitem(%82, 0) f32[1, 8, 136]
-| %84 = sum(%83, [0]) f32[8, 136]
-| %85 = convert_element_type(%84, bf16) bf16[8, 136]
-| %86 = slice(%85, 0, 4, 8) bf16[4, 136]
-| %87 = slice(%85, 0, 0, 4) bf16[4, 136]
-%88 = cat([%1, %4], 0) bf16[8, 136]
-| %89 = view(%64, [160, 264]) bf16[160, 264]
-%90 = permute(%0, [1, 0]) bf16[136, 264]
-| %91 = permute(%90, [1, 0]) bf16[264, 136]
-| %92 = mm(%89, %91) bf16[160, 136]
-| %93 = tile(outputs=[%62], program=#4, inputs=[%78, %88, %62, %92]) (None, (bf16[160, 136]))
+| %62 = getitem(%42, 2) bf16[160, 264]
+| %63 = reshape(%62, [2, 80, 264]) bf16[2, 80, 264]
+| %64 = lora_fx.tile_outputs(#2, %62, 160) (f32[1, 160, 4], f32[1, 264, 4])
+| %65 = getitem(%64, 0) f32[1, 160, 4]
+| %66 = getitem(%64, 1) f32[1, 264, 4]
+| %67 = tile(outputs=[%65, %66], program=#2, inputs=[%62, %2, %12]) (None, (f32[1, 160, 4], f32[1, 264, 4]))
+| %68 = getitem(%67, 1) (f32[1, 160, 4], f32[1, 264, 4])
+| %69 = getitem(%68, 0) f32[1, 160, 4]
+| %70 = sum(%69, [0]) f32[160, 4]
+| %71 = mul(%70, %11) f32[160, 4]
+| %72 = convert_element_type(%71, bf16) bf16[160, 4]
+| %73 = getitem(%68, 1) f32[1, 264, 4]
+| %74 = sum(%73, [0]) f32[264, 4]
+| %75 = mul(%74, %11) f32[264, 4]
+| %76 = convert_element_type(%75, bf16) bf16[264, 4]
+| %77 = cat([%72, %56], 1) bf16[160, 8]
+| %78 = lora_fx.tile_outputs(#3, %9, 160) (f32[1, 8, 136])
+| %79 = getitem(%78, 0) f32[1, 8, 136]
+| %80 = tile(outputs=[%79], program=#3, inputs=[%9, %77]) (None, (f32[1, 8, 136]))
+| %81 = getitem(%80, 1) (f32[1, 8, 136])
+| %82 = getitem(%81, 0) f32[1, 8, 136]
+| %83 = sum(%82, [0]) f32[8, 136]
+| %84 = convert_element_type(%83, bf16) bf16[8, 136]
+| %85 = slice(%84, 0, 4, 8) bf16[4, 136]
+| %86 = slice(%84, 0, 0, 4) bf16[4, 136]
+%87 = cat([%1, %4], 0) bf16[8, 136]
+| %88 = view(%63, [160, 264]) bf16[160, 264]
+%89 = permute(%0, [1, 0]) bf16[136, 264]
+| %90 = permute(%89, [1, 0]) bf16[264, 136]
+| %91 = lora_fx.tile_outputs(#4, %77, 160) (bf16[160, 136])
+| %92 = getitem(%91, 0) bf16[160, 136]
+| %93 = tile(outputs=[%92], program=#4, inputs=[%77, %87]) (None, (bf16[160, 136]))
 | %94 = getitem(%93, 1) (bf16[160, 136])
 | %95 = getitem(%94, 0) bf16[160, 136]
-| %96 = reshape(%95, [2, 80, 136]) bf16[2, 80, 136]
-return None, %96, None, None, %87, %77, None, None, None, %86, %60, None, None, None, %45, %31
+| %96 = auto_functionalized(lora_fx.accumulate_, base=%95, a=%61, b=%37, scale=None) (None, bf16[160, 136])
+| %97 = getitem(%96, 1) bf16[160, 136]
+| %98 = auto_functionalized(lora_fx.accumulate_, base=%97, a=%88, b=%90, scale=None) (None, bf16[160, 136])
+| %99 = getitem(%98, 1) bf16[160, 136]
+| %100 = reshape(%99, [2, 80, 136]) bf16[2, 80, 136]
+return None, %100, None, None, %86, %76, None, None, None, %85, %60, None, None, None, %45, %31
 #0: bfloat16, 136 columns; in0 full, in1 factor 4 NR, in2 thin 4
     0: load in0
     1: down %0 in1
@@ -324,11 +331,7 @@ return None, %96, None, None, %87, %77, None, None, None, %86, %60, None, None, 
 #3: bfloat16, 136 columns; in0 full, in1 thin 8
     0: load in0
     1: across %0 in1 RN
-#4: bfloat16, 136 columns; in0 thin 8, in1 factor 8 RN, in2 full, in3 full
+#4: bfloat16, 136 columns; in0 thin 8, in1 factor 8 RN
     0: product in0 in1
-    1: load in2
-    2: op add %1 %0
-    3: load in3
-    4: op add %2 %3
-    5: store %4 bfloat16""",
+    1: store %0 bfloat16""",
     )

@@ -42,47 +42,54 @@ def test_qkv_of_a_norm() -> None:
 %24 = convert_element_type(%23, bf16) bf16[2, 80, 136]
 %25 = permute(%2, [1, 0]) bf16[136, 136]
 %26 = view(%24, [160, 136]) bf16[160, 136]
-%27 = mm(%26, %25) bf16[160, 136]
-%28 = _foreach_mul([%3, %8, %13], [%4, %9, %14]) (f32[], f32[], f32[])
-%29 = getitem(%28, 0) f32[]
-%30 = getitem(%28, 1) f32[]
-%31 = getitem(%28, 2) f32[]
-%32 = cat([%5, %10, %15], 0) bf16[12, 136]
-%33 = lora_fx.tile_outputs(#0, %24, 160) (f32[1, 160, 12])
-%34 = getitem(%33, 0) f32[1, 160, 12]
-%35 = tile(outputs=[%34], program=#0, inputs=[%24, %32]) (None, (f32[1, 160, 12]))
-%36 = getitem(%35, 1) (f32[1, 160, 12])
-%37 = getitem(%36, 0) f32[1, 160, 12]
-%38 = sum(%37, [0]) f32[160, 12]
-%39 = convert_element_type(%38, bf16) bf16[160, 12]
-%40 = slice(%39, 1, 0, 4) bf16[160, 4]
-%41 = tile(outputs=[%27], program=#1, inputs=[%40, %6, %29, %27]) (None, (bf16[160, 136]))
-%42 = getitem(%41, 1) (bf16[160, 136])
-%43 = getitem(%42, 0) bf16[160, 136]
-%44 = view(%43, [2, 80, 136]) bf16[2, 80, 136]
-%45 = permute(%7, [1, 0]) bf16[136, 136]
-%46 = mm(%26, %45) bf16[160, 136]
-%47 = slice(%39, 1, 4, 8) bf16[160, 4]
-%48 = tile(outputs=[%46], program=#1, inputs=[%47, %11, %30, %46]) (None, (bf16[160, 136]))
-%49 = getitem(%48, 1) (bf16[160, 136])
-%50 = getitem(%49, 0) bf16[160, 136]
-%51 = view(%50, [2, 80, 136]) bf16[2, 80, 136]
-%52 = permute(%12, [1, 0]) bf16[136, 136]
-%53 = mm(%26, %52) bf16[160, 136]
-%54 = slice(%39, 1, 8, 12) bf16[160, 4]
-%55 = tile(outputs=[%53], program=#1, inputs=[%54, %16, %31, %53]) (None, (bf16[160, 136]))
-%56 = getitem(%55, 1) (bf16[160, 136])
-%57 = getitem(%56, 0) bf16[160, 136]
-%58 = view(%57, [2, 80, 136]) bf16[2, 80, 136]
-return %44, %51, %58, %0, %1, %2, %5, %6, %7, %10, %11, %12, %15, %16, %21, %29, %40, %30, %47, %31, %54
+%27 = _foreach_mul([%3, %8, %13], [%4, %9, %14]) (f32[], f32[], f32[])
+%28 = getitem(%27, 0) f32[]
+%29 = getitem(%27, 1) f32[]
+%30 = getitem(%27, 2) f32[]
+%31 = cat([%5, %10, %15], 0) bf16[12, 136]
+%32 = lora_fx.tile_outputs(#0, %24, 160) (f32[1, 160, 12])
+%33 = getitem(%32, 0) f32[1, 160, 12]
+%34 = tile(outputs=[%33], program=#0, inputs=[%24, %31]) (None, (f32[1, 160, 12]))
+%35 = getitem(%34, 1) (f32[1, 160, 12])
+%36 = getitem(%35, 0) f32[1, 160, 12]
+%37 = sum(%36, [0]) f32[160, 12]
+%38 = convert_element_type(%37, bf16) bf16[160, 12]
+%39 = slice(%38, 1, 0, 4) bf16[160, 4]
+%40 = lora_fx.tile_outputs(#1, %39, 160) (bf16[160, 136])
+%41 = getitem(%40, 0) bf16[160, 136]
+%42 = tile(outputs=[%41], program=#1, inputs=[%39, %6, %28]) (None, (bf16[160, 136]))
+%43 = getitem(%42, 1) (bf16[160, 136])
+%44 = getitem(%43, 0) bf16[160, 136]
+%45 = auto_functionalized(lora_fx.accumulate_, base=%44, a=%26, b=%25, scale=None) (None, bf16[160, 136])
+%46 = getitem(%45, 1) bf16[160, 136]
+%47 = view(%46, [2, 80, 136]) bf16[2, 80, 136]
+%48 = permute(%7, [1, 0]) bf16[136, 136]
+%49 = slice(%38, 1, 4, 8) bf16[160, 4]
+%50 = lora_fx.tile_outputs(#1, %49, 160) (bf16[160, 136])
+%51 = getitem(%50, 0) bf16[160, 136]
+%52 = tile(outputs=[%51], program=#1, inputs=[%49, %11, %29]) (None, (bf16[160, 136]))
+%53 = getitem(%52, 1) (bf16[160, 136])
+%54 = getitem(%53, 0) bf16[160, 136]
+%55 = auto_functionalized(lora_fx.accumulate_, base=%54, a=%26, b=%48, scale=None) (None, bf16[160, 136])
+%56 = getitem(%55, 1) bf16[160, 136]
+%57 = view(%56, [2, 80, 136]) bf16[2, 80, 136]
+%58 = permute(%12, [1, 0]) bf16[136, 136]
+%59 = slice(%38, 1, 8, 12) bf16[160, 4]
+%60 = lora_fx.tile_outputs(#1, %59, 160) (bf16[160, 136])
+%61 = getitem(%60, 0) bf16[160, 136]
+%62 = tile(outputs=[%61], program=#1, inputs=[%59, %16, %30]) (None, (bf16[160, 136]))
+%63 = getitem(%62, 1) (bf16[160, 136])
+%64 = getitem(%63, 0) bf16[160, 136]
+%65 = auto_functionalized(lora_fx.accumulate_, base=%64, a=%26, b=%58, scale=None) (None, bf16[160, 136])
+%66 = getitem(%65, 1) bf16[160, 136]
+%67 = view(%66, [2, 80, 136]) bf16[2, 80, 136]
+return %47, %57, %67, %0, %1, %2, %5, %6, %7, %10, %11, %12, %15, %16, %21, %28, %39, %29, %49, %30, %59
 #0: bfloat16, 136 columns; in0 full, in1 factor 12 RN
     0: load in0
     1: down %0 in1
-#1: bfloat16, 136 columns; in0 thin 4, in1 factor 4 NR, in2 number, in3 full
+#1: bfloat16, 136 columns; in0 thin 4, in1 factor 4 NR, in2 number
     0: product in0 in1 in2
-    1: load in3
-    2: op add %1 %0
-    3: store %2 bfloat16""",
+    1: store %0 bfloat16""",
     )
     assert_expected_inline(
         backward,
@@ -124,74 +131,79 @@ return %44, %51, %58, %0, %1, %2, %5, %6, %7, %10, %11, %12, %15, %16, %21, %29,
 | %34 = view(%20, [160, 136]) bf16[160, 136]
 %35 = permute(%8, [1, 0]) bf16[136, 136]
 | %36 = permute(%35, [1, 0]) bf16[136, 136]
-| %37 = mm(%34, %36) bf16[160, 136]
-| %38 = lora_fx.tile_outputs(#0, %19, 160) (f32[1, 160, 4], f32[1, 136, 4])
-| %39 = getitem(%38, 0) f32[1, 160, 4]
-| %40 = getitem(%38, 1) f32[1, 136, 4]
-| %41 = tile(outputs=[%39, %40], program=#0, inputs=[%19, %7, %15]) (None, (f32[1, 160, 4], f32[1, 136, 4]))
-| %42 = getitem(%41, 1) (f32[1, 160, 4], f32[1, 136, 4])
-| %43 = getitem(%42, 0) f32[1, 160, 4]
-| %44 = sum(%43, [0]) f32[160, 4]
-| %45 = mul(%44, %14) f32[160, 4]
-| %46 = convert_element_type(%45, bf16) bf16[160, 4]
-| %47 = getitem(%42, 1) f32[1, 136, 4]
-| %48 = sum(%47, [0]) f32[136, 4]
-| %49 = mul(%48, %14) f32[136, 4]
-| %50 = convert_element_type(%49, bf16) bf16[136, 4]
-| %51 = view(%19, [160, 136]) bf16[160, 136]
-%52 = permute(%5, [1, 0]) bf16[136, 136]
-| %53 = permute(%52, [1, 0]) bf16[136, 136]
-| %54 = mm(%51, %53) bf16[160, 136]
-| %55 = lora_fx.tile_outputs(#0, %18, 160) (f32[1, 160, 4], f32[1, 136, 4])
-| %56 = getitem(%55, 0) f32[1, 160, 4]
-| %57 = getitem(%55, 1) f32[1, 136, 4]
-| %58 = tile(outputs=[%56, %57], program=#0, inputs=[%18, %4, %13]) (None, (f32[1, 160, 4], f32[1, 136, 4]))
-| %59 = getitem(%58, 1) (f32[1, 160, 4], f32[1, 136, 4])
-| %60 = getitem(%59, 0) f32[1, 160, 4]
-| %61 = sum(%60, [0]) f32[160, 4]
-| %62 = mul(%61, %12) f32[160, 4]
-| %63 = convert_element_type(%62, bf16) bf16[160, 4]
-| %64 = getitem(%59, 1) f32[1, 136, 4]
-| %65 = sum(%64, [0]) f32[136, 4]
-| %66 = mul(%65, %12) f32[136, 4]
-| %67 = convert_element_type(%66, bf16) bf16[136, 4]
-| %68 = cat([%63, %46, %29], 1) bf16[160, 12]
-%69 = convert_element_type(%1, f32) f32[2, 80, 136]
-| %70 = lora_fx.tile_outputs(#1, %1, 160) (f32[1, 12, 136])
-| %71 = getitem(%70, 0) f32[1, 12, 136]
-| %72 = tile(outputs=[%71], program=#1, inputs=[%1, %11, %0, %68]) (None, (f32[1, 12, 136]))
-| %73 = getitem(%72, 1) (f32[1, 12, 136])
-| %74 = getitem(%73, 0) f32[1, 12, 136]
-| %75 = sum(%74, [0]) f32[12, 136]
-| %76 = convert_element_type(%75, bf16) bf16[12, 136]
-| %77 = slice(%76, 0, 8, 12) bf16[4, 136]
-| %78 = slice(%76, 0, 4, 8) bf16[4, 136]
-| %79 = slice(%76, 0, 0, 4) bf16[4, 136]
-%80 = cat([%3, %6, %9], 0) bf16[12, 136]
-| %81 = view(%18, [160, 136]) bf16[160, 136]
-%82 = permute(%2, [1, 0]) bf16[136, 136]
-| %83 = permute(%82, [1, 0]) bf16[136, 136]
-| %84 = mm(%81, %83) bf16[160, 136]
-| %85 = tile(outputs=[%54], program=#2, inputs=[%37, %54, %68, %80, %84]) (None, (bf16[160, 136]))
-| %86 = getitem(%85, 1) (bf16[160, 136])
-| %87 = getitem(%86, 0) bf16[160, 136]
-| %88 = reshape(%87, [2, 80, 136]) bf16[2, 80, 136]
-| %89 = convert_element_type(%88, f32) f32[2, 80, 136]
-| %90 = mul(%89, %0) f32[2, 80, 136]
-| %91 = mul(%90, %69) f32[2, 80, 136]
-| %92 = mul(%90, %11) f32[2, 80, 136]
-| %93 = sum(%91, [2], True) f32[2, 80, 1]
-| %94 = pow(%11, 3) f32[2, 80, 1]
-| %95 = mul(%93, -0.5) f32[2, 80, 1]
-| %96 = mul(%95, %94) f32[2, 80, 1]
-| %97 = expand(%96, [2, 80, 136]) f32[2, 80, 136]
-| %98 = div(%97, 136) f32[2, 80, 136]
-| %99 = pow(%69, 1.0) f32[2, 80, 136]
-| %100 = mul(%99, 2.0) f32[2, 80, 136]
-| %101 = mul(%98, %100) f32[2, 80, 136]
-| %102 = add(%92, %101) f32[2, 80, 136]
-| %103 = convert_element_type(%102, bf16) bf16[2, 80, 136]
-return None, %103, None, None, None, %79, %67, None, None, None, %78, %50, None, None, None, %77, %33
+| %37 = lora_fx.tile_outputs(#0, %19, 160) (f32[1, 160, 4], f32[1, 136, 4])
+| %38 = getitem(%37, 0) f32[1, 160, 4]
+| %39 = getitem(%37, 1) f32[1, 136, 4]
+| %40 = tile(outputs=[%38, %39], program=#0, inputs=[%19, %7, %15]) (None, (f32[1, 160, 4], f32[1, 136, 4]))
+| %41 = getitem(%40, 1) (f32[1, 160, 4], f32[1, 136, 4])
+| %42 = getitem(%41, 0) f32[1, 160, 4]
+| %43 = sum(%42, [0]) f32[160, 4]
+| %44 = mul(%43, %14) f32[160, 4]
+| %45 = convert_element_type(%44, bf16) bf16[160, 4]
+| %46 = getitem(%41, 1) f32[1, 136, 4]
+| %47 = sum(%46, [0]) f32[136, 4]
+| %48 = mul(%47, %14) f32[136, 4]
+| %49 = convert_element_type(%48, bf16) bf16[136, 4]
+| %50 = view(%19, [160, 136]) bf16[160, 136]
+%51 = permute(%5, [1, 0]) bf16[136, 136]
+| %52 = permute(%51, [1, 0]) bf16[136, 136]
+| %53 = lora_fx.tile_outputs(#0, %18, 160) (f32[1, 160, 4], f32[1, 136, 4])
+| %54 = getitem(%53, 0) f32[1, 160, 4]
+| %55 = getitem(%53, 1) f32[1, 136, 4]
+| %56 = tile(outputs=[%54, %55], program=#0, inputs=[%18, %4, %13]) (None, (f32[1, 160, 4], f32[1, 136, 4]))
+| %57 = getitem(%56, 1) (f32[1, 160, 4], f32[1, 136, 4])
+| %58 = getitem(%57, 0) f32[1, 160, 4]
+| %59 = sum(%58, [0]) f32[160, 4]
+| %60 = mul(%59, %12) f32[160, 4]
+| %61 = convert_element_type(%60, bf16) bf16[160, 4]
+| %62 = getitem(%57, 1) f32[1, 136, 4]
+| %63 = sum(%62, [0]) f32[136, 4]
+| %64 = mul(%63, %12) f32[136, 4]
+| %65 = convert_element_type(%64, bf16) bf16[136, 4]
+| %66 = cat([%61, %45, %29], 1) bf16[160, 12]
+%67 = convert_element_type(%1, f32) f32[2, 80, 136]
+| %68 = lora_fx.tile_outputs(#1, %1, 160) (f32[1, 12, 136])
+| %69 = getitem(%68, 0) f32[1, 12, 136]
+| %70 = tile(outputs=[%69], program=#1, inputs=[%1, %11, %0, %66]) (None, (f32[1, 12, 136]))
+| %71 = getitem(%70, 1) (f32[1, 12, 136])
+| %72 = getitem(%71, 0) f32[1, 12, 136]
+| %73 = sum(%72, [0]) f32[12, 136]
+| %74 = convert_element_type(%73, bf16) bf16[12, 136]
+| %75 = slice(%74, 0, 8, 12) bf16[4, 136]
+| %76 = slice(%74, 0, 4, 8) bf16[4, 136]
+| %77 = slice(%74, 0, 0, 4) bf16[4, 136]
+%78 = cat([%3, %6, %9], 0) bf16[12, 136]
+| %79 = view(%18, [160, 136]) bf16[160, 136]
+%80 = permute(%2, [1, 0]) bf16[136, 136]
+| %81 = permute(%80, [1, 0]) bf16[136, 136]
+| %82 = lora_fx.tile_outputs(#2, %66, 160) (bf16[160, 136])
+| %83 = getitem(%82, 0) bf16[160, 136]
+| %84 = tile(outputs=[%83], program=#2, inputs=[%66, %78]) (None, (bf16[160, 136]))
+| %85 = getitem(%84, 1) (bf16[160, 136])
+| %86 = getitem(%85, 0) bf16[160, 136]
+| %87 = auto_functionalized(lora_fx.accumulate_, base=%86, a=%79, b=%81, scale=None) (None, bf16[160, 136])
+| %88 = getitem(%87, 1) bf16[160, 136]
+| %89 = auto_functionalized(lora_fx.accumulate_, base=%88, a=%34, b=%36, scale=None) (None, bf16[160, 136])
+| %90 = getitem(%89, 1) bf16[160, 136]
+| %91 = auto_functionalized(lora_fx.accumulate_, base=%90, a=%50, b=%52, scale=None) (None, bf16[160, 136])
+| %92 = getitem(%91, 1) bf16[160, 136]
+| %93 = reshape(%92, [2, 80, 136]) bf16[2, 80, 136]
+| %94 = convert_element_type(%93, f32) f32[2, 80, 136]
+| %95 = mul(%94, %0) f32[2, 80, 136]
+| %96 = mul(%95, %67) f32[2, 80, 136]
+| %97 = mul(%95, %11) f32[2, 80, 136]
+| %98 = sum(%96, [2], True) f32[2, 80, 1]
+| %99 = pow(%11, 3) f32[2, 80, 1]
+| %100 = mul(%98, -0.5) f32[2, 80, 1]
+| %101 = mul(%100, %99) f32[2, 80, 1]
+| %102 = expand(%101, [2, 80, 136]) f32[2, 80, 136]
+| %103 = div(%102, 136) f32[2, 80, 136]
+| %104 = pow(%67, 1.0) f32[2, 80, 136]
+| %105 = mul(%104, 2.0) f32[2, 80, 136]
+| %106 = mul(%103, %105) f32[2, 80, 136]
+| %107 = add(%97, %106) f32[2, 80, 136]
+| %108 = convert_element_type(%107, bf16) bf16[2, 80, 136]
+return None, %108, None, None, None, %77, %65, None, None, None, %76, %49, None, None, None, %75, %33
 #0: bfloat16, 136 columns; in0 full, in1 factor 4 NR, in2 thin 4
     0: load in0
     1: down %0 in1
@@ -203,13 +215,7 @@ return None, %103, None, None, None, %79, %67, None, None, None, %78, %50, None,
     3: load in2
     4: op mul %2 %3
     5: across %4 in3 RN
-#2: bfloat16, 136 columns; in0 full, in1 full, in2 thin 12, in3 factor 12 RN, in4 full
-    0: load in0
-    1: load in1
-    2: op add %0 %1
-    3: product in2 in3
-    4: op add %2 %3
-    5: load in4
-    6: op add %4 %5
-    7: store %6 bfloat16""",
+#2: bfloat16, 136 columns; in0 thin 12, in1 factor 12 RN
+    0: product in0 in1
+    1: store %0 bfloat16""",
     )
