@@ -1,0 +1,416 @@
+"""Adapter files: they restore the function, wrappers do not get into them, and what does not fit changes nothing."""
+
+# Submodules are reached by attribute, which torch types as `Tensor | Module`, and wrong arguments are the point.
+# mypy: no-check-untyped-defs
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+import lora_fx
+from lora_fx import LoRAConfig
+from lora_fx.peft_files import CONFIG, PREFIX, TENSORS
+from tests.toy_models import TOKENS, TOY_LINEARS, Block, Mlp, Toy, adapted, assert_same, shake, snapshot, train
+
+CONFIGS = {
+    "plain": LoRAConfig(rank=4, alpha=8.0),
+    "patterns": LoRAConfig(
+        rank=4,
+        alpha=10.0,
+        rank_pattern={"wq": 3, "layers.1.w1": 7},
+        alpha_pattern={"layers.1.attention.wq": 0.3, "w2": 5.0},
+        dropout=0.25,
+    ),
+    "rslora": LoRAConfig(rank=3, alpha=5.0, use_rslora=True, rank_pattern={"wk": 5}, alpha_pattern={"wv": 0.7}),
+    "some": LoRAConfig(rank=2, target_modules=["layers.0.w1", "wq", "output"]),
+}
+
+
+def toy(config=CONFIGS["plain"], seed=0, **kwargs):
+    torch.manual_seed(0)
+    return shake(lora_fx.install(Toy(**kwargs), config), seed=seed).eval()
+
+
+def base(**kwargs):
+    torch.manual_seed(0)
+    return Toy(**kwargs).eval()
+
+
+def scales(model):
+    return {name: buffer.item() for name, buffer in model.named_buffers() if name.endswith("lora_scale")}
+
+
+# ---- there and back --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_model_without_adapters_gets_those_of_the_file(tmp_path, config, bias):
+    model = toy(config, bias=bias)
+    model.layers["0"].w1.lora_scale.fill_(-0.37)  # what counts is what the model computes, not how it was installed
+    assert lora_fx.save_adapter(model, tmp_path / "adapter") == tmp_path / "adapter"
+    other = lora_fx.load_adapter(base(bias=bias), tmp_path / "adapter")
+    assert torch.equal(other(TOKENS), model(TOKENS))
+    assert adapted(other) == adapted(model) and scales(other) == scales(model)
+    assert other.output.lora_dropout == config.dropout
+    # It can be trained, started afresh, and removed like any other.
+    assert all(p.requires_grad == (".lora_" in name) for name, p in other.named_parameters())
+    losses = train(other)
+    assert losses[-1] < losses[0]
+    other.init_weights()
+    assert other.layers["0"].w1.lora_scale.item() == pytest.approx(-0.37)
+    assert type(lora_fx.remove(other).output) is nn.Linear
+
+
+def test_the_files_hold_what_peft_expects(tmp_path):
+    lora_fx.save_adapter(toy(CONFIGS["patterns"]), tmp_path)
+    with safe_open(tmp_path / TENSORS, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118  # not a mapping
+    assert set(shapes) == {f"{PREFIX}{path}.lora_{f}.weight" for path in TOY_LINEARS for f in "AB"}
+    assert shapes[f"{PREFIX}layers.1.w1.lora_A.weight"] == [7, 16]
+    assert shapes[f"{PREFIX}layers.1.w1.lora_B.weight"] == [32, 7]
+    values = json.loads((tmp_path / CONFIG).read_text())
+    assert (values["peft_type"], values["r"], values["lora_alpha"], values["lora_dropout"]) == ("LORA", 4, 10, 0.25)
+    assert sorted(values["target_modules"]) == sorted(TOY_LINEARS)
+    assert values["rank_pattern"] == {
+        r"^layers\.0\.attention\.wq": 3,
+        r"^layers\.1\.attention\.wq": 3,
+        r"^layers\.1\.w1": 7,
+    }
+    assert values["alpha_pattern"] == {r"^layers\.1\.attention\.wq": 0.3, r"^layers\.0\.w2": 5, r"^layers\.1\.w2": 5}
+
+
+def test_paths_that_end_alike_are_told_apart(tmp_path):
+    model = nn.ModuleDict({"w1": nn.Linear(4, 4), "block": nn.ModuleDict({"w1": nn.Linear(4, 4)})})
+    shake(lora_fx.install(model, LoRAConfig(rank=2, target_modules="re:w1")))
+    lora_fx.save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["target_modules"] == "w1"
+    other = nn.ModuleDict({"w1": nn.Linear(4, 4), "block": nn.ModuleDict({"w1": nn.Linear(4, 4)})})
+    assert adapted(lora_fx.load_adapter(other, tmp_path)) == ["w1"]
+
+
+def test_loading_into_installed_adapters_keeps_tensors_and_compiled_code(tmp_path):
+    torch._dynamo.reset()
+    model = shake(lora_fx.install(Mlp(16), LoRAConfig(rank=2, alpha=4.0)))
+    source = shake(lora_fx.install(Mlp(16), LoRAConfig(rank=2, alpha=3.0, dropout=0.5)), seed=3)
+    source.load_state_dict({k: v for k, v in model.state_dict().items() if "lora_" not in k}, strict=False)
+    lora_fx.save_adapter(source, tmp_path)
+    backend = CompileCounterWithBackend("aot_eager")
+    model.compile(backend=backend, fullgraph=True)
+    x = torch.randn(5, 16)
+    before = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    with torch.no_grad():
+        assert not torch.allclose(model(x), source.eval()(x))
+        lora_fx.load_adapter(model, tmp_path)
+        torch.testing.assert_close(model(x), source(x))
+    assert backend.frame_count == 1
+    assert before == {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    assert model.up.lora_scale.item() == 1.5 and model.up.lora_dropout == 0.0
+
+
+@pytest.mark.parametrize("file", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_dtypes(tmp_path, file, weights):
+    model = toy()
+    lora_fx.save_adapter(model.to(file), tmp_path)
+    assert {tensor.dtype for tensor in load_file(tmp_path / TENSORS).values()} == {file}
+    # Nothing is rounded where adapters are installed: they take the wider dtype.
+    other = lora_fx.load_adapter(base().to(weights), tmp_path)
+    assert other.output.lora_a.dtype == torch.promote_types(file, weights)
+    assert torch.equal(other.output.lora_a, model.output.lora_a.to(other.output.lora_a.dtype))
+    # Those that are there keep theirs.
+    there = toy(seed=7).to(weights)
+    lora_fx.load_adapter(there, tmp_path)
+    assert there.output.lora_a.dtype == weights
+    assert torch.equal(there.output.lora_a, model.output.lora_a.to(weights))
+
+
+def test_values_that_a_dtype_cannot_hold_are_refused(tmp_path):
+    model = toy()
+    with torch.no_grad():
+        model.output.lora_b.fill_(1e6)
+    lora_fx.save_adapter(model, tmp_path)
+    other = toy(seed=5).half()
+    before = snapshot(other)
+    with pytest.raises(ValueError, match=r"output: values of .* are too large for torch\.float16"):
+        lora_fx.load_adapter(other, tmp_path)
+    assert_same(before, snapshot(other))
+
+
+def test_a_part_of_a_model_and_inference_mode(tmp_path):
+    model = toy()
+    lora_fx.save_adapter(model.layers["0"], tmp_path)
+    assert f"{PREFIX}attention.wq.lora_A.weight" in load_file(tmp_path / TENSORS)
+    block = Block(16)
+    block.load_state_dict({k: v for k, v in model.layers["0"].state_dict().items() if "lora_" not in k})
+    with torch.inference_mode():
+        lora_fx.load_adapter(block, tmp_path)
+    x = torch.randn(2, 3, 16)
+    assert torch.equal(block(x), model.layers["0"](x))
+    block(x).sum().backward()
+    assert block.w1.lora_b.grad is not None
+
+
+# ---- wrappers --------------------------------------------------------------------------------------------------------
+
+
+class Wrapper(nn.Module):
+    """FSDP's name for what it wraps, without a process group."""
+
+    def __init__(self, module):
+        super().__init__()
+        self._fsdp_wrapped_module = module
+
+    def forward(self, *args):
+        return self._fsdp_wrapped_module(*args)
+
+
+def wrapped(model, kind):
+    if kind == "compiled":
+        return torch.compile(model, backend="eager")
+    if kind == "compiled blocks":
+        for name, block in model.layers.items():
+            model.layers[name] = torch.compile(block, backend="eager")
+    elif kind == "checkpointed":
+        apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, Block) or hasattr(m, "lora_a"))
+    elif kind == "fsdp":
+        for name, block in model.layers.items():
+            model.layers[name] = Wrapper(block)
+        return Wrapper(model)
+    elif kind == "data parallel":
+        return nn.DataParallel(model)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["compiled", "compiled blocks", "checkpointed", "fsdp", "data parallel"])
+def test_wrappers_do_not_get_into_paths(tmp_path, kind):
+    expected, outer = toy(), wrapped(toy(), kind)
+    lora_fx.save_adapter(expected, tmp_path / "plain")
+    lora_fx.save_adapter(outer, tmp_path / "wrapped")
+    for name in (CONFIG, TENSORS):
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "wrapped" / name).read_bytes()
+    other = wrapped(toy(seed=9), kind)
+    assert lora_fx.load_adapter(other, tmp_path / "plain") is other
+    assert torch.equal(other(TOKENS), expected(TOKENS))
+
+
+@pytest.mark.parametrize("segment", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
+def test_files_with_wrappers_in_their_paths_are_read(tmp_path, segment):
+    """As PEFT writes them for a model that was wrapped before it got its adapters."""
+    model = toy(CONFIGS["patterns"])
+    lora_fx.save_adapter(model, tmp_path)
+    tensors = load_file(tmp_path / TENSORS)
+    tensors = {
+        key.replace(PREFIX, f"{PREFIX}{segment}.").replace("attention.", f"attention.{segment}."): tensor
+        for key, tensor in tensors.items()
+    }
+    save_file(tensors, tmp_path / TENSORS, {"format": "pt"})
+    values = json.loads((tmp_path / CONFIG).read_text())
+    values["target_modules"] = [f"{segment}.{name}" for name in values["target_modules"]]
+    values["alpha_pattern"] = {key.replace("^", rf"^{segment}\."): a for key, a in values["alpha_pattern"].items()}
+    (tmp_path / CONFIG).write_text(json.dumps(values))
+    assert torch.equal(lora_fx.load_adapter(base(), tmp_path)(TOKENS), model(TOKENS))
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+A, B = f"{PREFIX}layers.0.w1.lora_A.weight", f"{PREFIX}layers.0.w1.lora_B.weight"
+
+
+def renamed(old, new):
+    return lambda tensors: tensors.update({new: tensors.pop(old)})
+
+
+def dropped(*keys):
+    return lambda tensors: [tensors.pop(key) for key in keys]
+
+
+BAD_TENSORS = {
+    "half missing": (dropped(A), rf"{A} is missing"),
+    "module missing": (dropped(A, B), rf"lacks {A} and lora_B\.weight, and target_modules in .* names that module"),
+    "nothing there": (lambda tensors: tensors.clear(), r"holds no tensors"),
+    "extra key": (
+        lambda t: t.update({f"{PREFIX}head.weight": torch.ones(2)}),
+        r"head\.weight' is no factor of a linear",
+    ),
+    "extra module": (
+        lambda t: t.update({k.replace("layers.0", "layers.9"): v.clone() for k, v in t.items() if "layers.0" in k}),
+        r"the model has no module layers\.9\.\S+ \(the nearest: layers\.",
+    ),
+    "no prefix": (renamed(A, A.removeprefix(PREFIX)), r"'layers\.0\.w1.*' does not start with 'base_model\.model\.'"),
+    "wrong prefix": (renamed(A, "base_model." + A.removeprefix(PREFIX)), r"does not start with"),
+    "adapter name": (renamed(A, A.replace(".weight", ".default.weight")), r"adapter's name in it: drop '\.default'"),
+    "a model around it": (
+        lambda t: [t.update({k.replace(PREFIX, PREFIX + "model."): t.pop(k)}) for k in list(t)],
+        r"no module model\.\S+ \(the nearest: .*not into a part of it",
+    ),
+    "a norm": (
+        lambda t: [t.update({k.replace("layers.0.w1", "layers.0.norm"): t.pop(k)}) for k in (A, B)],
+        r"layers\.0\.norm is a LayerNorm and no nn\.Linear",
+    ),
+    "in features": (lambda t: t.update({A: torch.ones(4, 15)}), r"layers\.0\.w1 is \[32, 16\] in .*\[4, 15\]"),
+    "out features": (
+        lambda t: t.update({B: torch.ones(31, 4)}),
+        r"layers\.0\.w1 is \[32, 16\] in the model.*\[31, 4\]",
+    ),
+    "ranks differ": (lambda t: t.update({B: torch.ones(32, 3)}), r"layers\.0\.w1 has .* whose ranks are not equal"),
+    "rank not config's": (
+        lambda t: t.update({A: torch.ones(2, 16), B: torch.ones(32, 2)}),
+        r"gives layers\.0\.w1 rank 4, and its tensors .* have rank 2",
+    ),
+    "vector": (lambda t: t.update({A: torch.ones(16)}), r"must be a matrix"),
+    "integers": (lambda t: t.update({A: torch.ones(4, 16, dtype=torch.int8)}), r"torch\.int8 .* floating point"),
+    "nan": (lambda t: t[A].fill_(torch.nan), rf"{A} holds NaN"),
+    "dora": (
+        lambda t: t.update({f"{PREFIX}output.lora_magnitude_vector": torch.ones(12)}),
+        r"magnitude of DoRA, which is not supported yet",
+    ),
+    "experts": (
+        lambda t: t.update({f"{PREFIX}experts.base_layer.lora_A.weight": torch.ones(8, 4)}),
+        r"expert tensors are not supported yet",
+    ),
+    "embedding": (
+        lambda t: t.update({f"{PREFIX}tokens.lora_embedding_A": torch.ones(4, 12)}),
+        r"adapter of an embedding",
+    ),
+    "twice": (
+        lambda t: t.update({A.replace("layers", "_orig_mod.layers"): t[A].clone()}),
+        r"layers\.0\.w1 has lora_A\.weight twice",
+    ),
+}
+
+BAD_CONFIGS = {
+    "foreign": ({"peft_type": "IA3"}, r"peft_type is 'IA3', and only 'LORA'"),
+    "no type": ({"peft_type": None}, r"peft_type is None"),
+    "dora": ({"use_dora": True}, r"use_dora is True: DoRA is not supported yet"),
+    "experts": ({"target_parameters": ["experts.w1"]}, r"expert tensors are not supported yet"),
+    "head": ({"modules_to_save": ["output"]}, r"modules_to_save is \['output'\]"),
+    "pissa": ({"init_lora_weights": "pissa"}, r"'pissa', which changed the base weights: .*path_initial_model"),
+    "bias": ({"bias": "all"}, r"bias is 'all'"),
+    "rank": ({"r": 8}, r"rank 8, and its tensors .* have rank 4"),
+    "a rank": ({"rank_pattern": {"w2": 2}}, r"layers\.0\.w2 rank 2, and its tensors .* have rank 4"),
+    "fewer targets": (
+        {"target_modules": ["wq", "wk"]},
+        r"has tensors for \S+, which target_modules in .* does not name",
+    ),
+    "excluded": ({"exclude_modules": ["wo"]}, r"has tensors for layers\.0\.attention\.wo, which"),
+    "expression": ({"target_modules": "re("}, r"unterminated subpattern"),
+    "no targets": ({"target_modules": None}, r"target_modules is empty"),
+    "targets": ({"target_modules": 3}, r"target_modules must be a string or a list"),
+    "negative rank": ({"r": -1}, r"r must be a positive integer, got -1"),
+    "alpha": ({"lora_alpha": "16"}, r"lora_alpha must be a finite number, got '16'"),
+    "dropout": ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\)"),
+    "pattern": ({"rank_pattern": [3]}, r"rank_pattern must be an object"),
+}
+
+
+def refused(folder, match):
+    """Nothing is changed in a model without adapters, nor in one that has the right ones."""
+    for model in (base(), toy(seed=4)):
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=match) as raised:
+            lora_fx.load_adapter(model, folder)
+        assert str(folder) in str(raised.value)
+        assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize(("change", "match"), BAD_TENSORS.values(), ids=BAD_TENSORS)
+def test_tensors_that_do_not_fit_are_refused(tmp_path, change, match):
+    lora_fx.save_adapter(toy(), tmp_path)
+    tensors = load_file(tmp_path / TENSORS)
+    change(tensors)
+    save_file(tensors, tmp_path / TENSORS, {"format": "pt"})
+    refused(tmp_path, match)
+
+
+@pytest.mark.parametrize(("values", "match"), BAD_CONFIGS.values(), ids=BAD_CONFIGS)
+def test_configurations_that_do_not_fit_are_refused(tmp_path, values, match):
+    lora_fx.save_adapter(toy(), tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**config, **values}))
+    refused(tmp_path, match)
+
+
+def test_damaged_and_missing_files_are_refused(tmp_path):
+    lora_fx.save_adapter(toy(), tmp_path / "whole")
+    for name in (CONFIG, TENSORS):
+        whole = (tmp_path / "whole" / name).read_bytes()
+        for length in (0, 5, len(whole) // 2, len(whole) - 1):
+            shutil.rmtree(tmp_path / "cut", ignore_errors=True)
+            shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+            (tmp_path / "cut" / name).write_bytes(whole[:length])
+            if name == CONFIG and length == len(whole) - 1:  # the last newline
+                continue
+            refused(tmp_path / "cut", f"{name} .*was cut short")
+        (tmp_path / "cut" / name).unlink()
+        refused(tmp_path / "cut", f"{name} is not there: ")
+    (tmp_path / "cut" / TENSORS).with_suffix(".bin").write_bytes(b"pickle")
+    (tmp_path / "cut" / CONFIG).write_bytes((tmp_path / "whole" / CONFIG).read_bytes())
+    refused(tmp_path / "cut", r"safe_serialization=True \(pickles are not read\)")
+    refused(tmp_path, rf"not called 'default' in a folder below; pass {tmp_path / 'cut'} or {tmp_path / 'whole'}")
+    refused(tmp_path / "nowhere", "is not there: pass the folder")
+
+
+def test_adapters_must_be_those_of_the_files(tmp_path):
+    lora_fx.save_adapter(toy(), tmp_path)
+    fix = r"call lora_fx\.remove\(model\) first"
+    for config, match in (
+        (
+            LoRAConfig(rank=4, exclude_modules="output"),
+            rf"an adapter for output, and the model has none there: {fix}",
+        ),
+        (LoRAConfig(rank=4, rank_pattern={"layers.1.w2": 2}), r"layers\.1\.w2 has rank 2 in the model and rank 4 in"),
+    ):
+        model = toy(config)
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=match):
+            lora_fx.load_adapter(model, tmp_path)
+        assert_same(before, snapshot(model))
+    lora_fx.save_adapter(toy(LoRAConfig(rank=4, exclude_modules="output")), tmp_path)
+    with pytest.raises(ValueError, match=rf"output has an adapter, and .* has none for it: {fix}"):
+        lora_fx.load_adapter(toy(), tmp_path)
+
+
+def test_models_that_cannot_be_saved_or_loaded(tmp_path):
+    with pytest.raises(ValueError, match="Toy holds no adapters to save"):
+        lora_fx.save_adapter(Toy(), tmp_path / "a")
+    with pytest.raises(TypeError, match="must be an nn"):
+        lora_fx.load_adapter("model", tmp_path / "a")
+    with pytest.raises(ValueError, match="the model is itself the adapted linear"):
+        lora_fx.save_adapter(lora_fx.install(nn.Linear(4, 4)), tmp_path / "a")
+    with pytest.raises(ValueError, match="is on the meta device: there are no values"):
+        lora_fx.save_adapter(toy().to("meta"), tmp_path / "a")
+    model = toy()
+    model.layers["1"].w2.lora_a = nn.Parameter(torch.ones(5))
+    with pytest.raises(ValueError, match=r"layers\.1\.w2 has factors of shapes \[5\] .*summon_full_params"):
+        lora_fx.save_adapter(model, tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+    lora_fx.save_adapter(toy(), tmp_path / "a")
+    good = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    model = toy()
+    with torch.no_grad():
+        model.output.lora_b[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="output holds NaN or infinity: nothing was written"):
+        lora_fx.save_adapter(model, tmp_path / "a")
+    assert good == {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    for model in (Toy().to("meta"), toy().to("meta")):
+        before = snapshot(model)
+        with pytest.raises(ValueError, match="on the meta device"):
+            lora_fx.load_adapter(model, tmp_path / "a")
+        assert_same(before, snapshot(model))
+    with pytest.raises(ValueError, match="compiled already"):
+        lora_fx.load_adapter(torch.compile(base(), backend="eager"), tmp_path / "a")
+
+
+def test_several_dropouts_are_said_to_become_one(tmp_path):
+    model = toy()
+    model.output.lora_dropout = 0.5
+    with pytest.warns(UserWarning, match=r"one dropout for all modules: wrote 0, the most frequent of 0, 0\.5"):
+        lora_fx.save_adapter(model, tmp_path)
