@@ -249,8 +249,10 @@ def _rank(name: str, value: Any) -> int:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    # Scales live in float32 buffers.
+    most = torch.finfo(torch.float32).max
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= most:
+        raise ValueError(f"{name} must be a finite number (in float32), got {value!r}")
     return value
 
 

@@ -338,7 +338,7 @@ def _lora_config(found: list[_Entry], files: AdapterFiles) -> LoRAConfig:
     alphas: dict[float, list[str]] = {}
     for entry in found:
         ranks.setdefault(entry.factors.rank, []).append(entry.path)
-        if entry.alpha > 0.0:  # others are no alphas to `LoRAConfig`; the scale is set by itself
+        if entry.alpha >= torch.finfo(torch.float32).tiny:  # others `LoRAConfig` refuses; scales are set all the same
             alphas.setdefault(entry.alpha, []).append(entry.path)
     rank = max(ranks, key=lambda value: len(ranks[value]))
     alpha = max(alphas, key=lambda value: len(alphas[value]), default=LoRAConfig.alpha)

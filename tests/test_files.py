@@ -1,5 +1,6 @@
 """Files that are put in place together: killed at any line, all of the old ones or all of the new ones are there."""
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -145,7 +146,7 @@ def test_a_failure_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.Monk
     class WithoutExchange:
         def __init__(self, *arguments: Any, **kwargs: Any) -> None: ...
 
-    monkeypatch.setattr(files.ctypes, "CDLL", WithoutExchange)
+    monkeypatch.setattr(ctypes, "CDLL", WithoutExchange)
     with pytest.raises(ValueError, match=r"cannot exchange two folders in one step .*write to a new folder"):
         write_together(folder, NEW)
     assert content(folder) == OLD and [path.name for path in tmp_path.iterdir()] == ["folder"]

@@ -2,6 +2,7 @@
 
 # Submodules are reached by attribute, which torch types as `Tensor | Module`, and wrong arguments are the point.
 # mypy: no-check-untyped-defs
+import json
 import warnings
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LoRAConfig
+from lora_fx.peft_files import CONFIG
 from tests.toy_models import TOKENS, TOY_LINEARS, Toy, adapted, assert_same, shake, snapshot, train
 
 peft = pytest.importorskip("peft")
@@ -248,6 +250,11 @@ def test_transformers_both_ways(tmp_path, kind):
         theirs = in_peft(transformer(kind), tmp_path / "ours")
         torch.testing.assert_close(theirs(ids).logits, model(ids).logits, **TOLERANCE)
         assert (model(ids).logits - transformer(kind)(ids).logits).abs().max() > 1e-3
+        # As somebody may write it by hand; both leave a head out.
+        file = tmp_path / "ours" / CONFIG
+        file.write_text(json.dumps({**json.loads(file.read_text()), "target_modules": "all-linear"}))
+        again = lora_fx.load_adapter(transformer(kind), tmp_path / "ours")
+        assert torch.equal(again(ids).logits, model(ids).logits)
         for values in (
             {"target_modules": ["q_proj", "v_proj", "down_proj"]},
             {"target_modules": "all-linear"},

@@ -144,6 +144,17 @@ def test_values_that_a_dtype_cannot_hold_are_refused(tmp_path):
     assert_same(before, snapshot(other))
 
 
+@pytest.mark.parametrize("alpha", [0.0, -3.0, 1e-40])
+def test_scales_that_no_configuration_here_gives(tmp_path, alpha):
+    lora_fx.save_adapter(toy(), tmp_path)
+    values = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**values, "lora_alpha": alpha}))
+    model = lora_fx.load_adapter(base(), tmp_path)
+    assert model.output.lora_scale == torch.tensor(alpha / 4)
+    lora_fx.save_adapter(model, tmp_path / "again")
+    assert scales(lora_fx.load_adapter(base(), tmp_path / "again")) == scales(model)
+
+
 def test_a_part_of_a_model_and_inference_mode(tmp_path):
     model = toy()
     lora_fx.save_adapter(model.layers["0"], tmp_path)
@@ -305,7 +316,8 @@ BAD_CONFIGS = {
     "no targets": ({"target_modules": None}, r"target_modules is empty"),
     "targets": ({"target_modules": 3}, r"target_modules must be a string or a list"),
     "negative rank": ({"r": -1}, r"r must be a positive integer, got -1"),
-    "alpha": ({"lora_alpha": "16"}, r"lora_alpha must be a finite number, got '16'"),
+    "alpha": ({"lora_alpha": "16"}, r"lora_alpha must be a finite number \(in float32\), got '16'"),
+    "huge alpha": ({"lora_alpha": 1e39}, r"lora_alpha must be a finite number \(in float32\), got 1e\+39"),
     "dropout": ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\)"),
     "pattern": ({"rank_pattern": [3]}, r"rank_pattern must be an object"),
 }
