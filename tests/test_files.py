@@ -96,8 +96,12 @@ def killed_at(line: int, folder: Path, new: dict[str, bytes]) -> bool:
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [(OLD, NEW), (OLD, {**OLD, "a": NEW["a"]}), ({}, NEW), (None, NEW)],
-    ids=["both", "one", "beside others", "first"],
+    [
+        pytest.param(OLD, NEW, id="both"),
+        pytest.param(None, NEW, id="first"),
+        pytest.param(OLD, {**OLD, "a": NEW["a"]}, id="one", marks=pytest.mark.slow),
+        pytest.param({}, NEW, id="beside others", marks=pytest.mark.slow),
+    ],
 )
 def test_killed_at_any_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: dict[str, bytes] | None, new: dict[str, bytes]
