@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,8 +53,8 @@ class PeftConfig:
     use_rslora: bool
     target_modules: str | tuple[str, ...]
     exclude_modules: str | tuple[str, ...]
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: Mapping[re.Pattern[str], int]
+    alpha_pattern: Mapping[re.Pattern[str], float]
     layers_to_transform: tuple[int, ...]
     layers_pattern: tuple[str, ...]
 
@@ -179,11 +179,8 @@ def _target_modules(paths: list[str], others: Collection[str]) -> list[str] | st
     return paths
 
 
-def _by_pattern(patterns: Mapping[str, Value], path: str, default: Value) -> Value:
-    for pattern, number in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return number
-    return default
+def _by_pattern(patterns: Mapping[re.Pattern[str], Value], path: str, default: Value) -> Value:
+    return next((number for pattern, number in patterns.items() if pattern.match(path)), default)
 
 
 def _named(names: str | tuple[str, ...], path: str) -> bool:
@@ -229,8 +226,8 @@ def _checked(file: Path, values: Any) -> PeftConfig:
         use_rslora=bool(values.get("use_rslora")),
         target_modules=targets,
         exclude_modules=_names(values, "exclude_modules"),
-        rank_pattern={p: _rank(f"rank_pattern[{p!r}]", r) for p, r in _patterns(values, "rank_pattern")},
-        alpha_pattern={p: _number(f"alpha_pattern[{p!r}]", a) for p, a in _patterns(values, "alpha_pattern")},
+        rank_pattern=_patterns(values, "rank_pattern", _rank),
+        alpha_pattern=_patterns(values, "alpha_pattern", _number),
         layers_to_transform=_layers(values.get("layers_to_transform")),
         layers_pattern=_several(_names(values, "layers_pattern")),
     )
@@ -272,14 +269,15 @@ def _several(names: str | tuple[str, ...]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names
 
 
-def _patterns(values: Mapping[str, Any], name: str) -> list[tuple[str, Any]]:
+def _patterns(
+    values: Mapping[str, Any], name: str, checked: Callable[[str, Any], Value]
+) -> dict[re.Pattern[str], Value]:
+    """Number by compiled expression, in the file's order, the first that matches being the one that counts."""
     value = values.get(name) or {}
     if not isinstance(value, dict):
         raise ValueError(f"{name} must be an object, got {value!r}")
-    for pattern in value:
-        re.compile(pattern)
-    # Wrappers may stand in these names too.
-    return [(str(_names({name: pattern}, name)), number) for pattern, number in value.items()]
+    numbers = {_names({name: pattern}, name): checked(f"{name}[{pattern!r}]", n) for pattern, n in value.items()}
+    return {re.compile(rf"(.*\.)?({pattern})$"): number for pattern, number in numbers.items()}
 
 
 def _layers(value: Any) -> tuple[int, ...]:

@@ -60,7 +60,7 @@ def read_files(folder: Path) -> AdapterFiles:
     for key, tensor in _read_tensors(file).items():
         path, name = _split(file, key)
         if name in halves.setdefault(path, {}):
-            raise ValueError(f"{file}: {path} has {_KEYS[name]} twice, with and without a wrapper's name in the key")
+            raise ValueError(f"{file}: {path} has {_KEYS[name]} twice, once with a wrapper's name in its key: drop one")
         if tensor.ndim != 2 or not is_activation_dtype(tensor.dtype):
             raise ValueError(
                 f"{file}: {key} is {tensor.dtype} {list(tensor.shape)}, and must be a matrix of floating point numbers "

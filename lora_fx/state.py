@@ -91,6 +91,7 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
         RuntimeError: another rank raised; the model is as it was on all of them.
     """
     inner = _unwrapped(model)
+    _torch.reshard(inner)
     mesh = largest_mesh(inner)
     with torch.inference_mode(False):  # whose tensors would never train
         with together(mesh):
@@ -102,7 +103,6 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
             else:
                 _check_storage(found)
         if installed:
-            _torch.reshard(inner)
             _fill(found, values)
         else:
             _install_files(inner, found, files, mesh)
@@ -274,6 +274,11 @@ def _fitting(model: nn.Module, found: list[_Entry], files: AdapterFiles) -> list
     for entry in found:
         if not isinstance(entry.module, LoRAModule):
             raise ValueError(f"{files.tensors} has an adapter for {entry.path}, and the model has none there: {_FRESH}")
+        if entry.module.lora_b.ndim != 2:
+            raise ValueError(
+                f"{entry.path} is a flat shard of FullyShardedDataParallel: load within "
+                f"FullyShardedDataParallel.summon_full_params(model)"
+            )
         if (rank := entry.module.lora_b.shape[1]) != entry.factors.rank:
             raise ValueError(
                 f"{entry.path} has rank {rank} in the model and rank {entry.factors.rank} in {files.tensors}: {_FRESH}"

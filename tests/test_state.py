@@ -319,6 +319,7 @@ BAD_CONFIGS = {
     "alpha": ({"lora_alpha": "16"}, r"lora_alpha must be a finite number \(in float32\), got '16'"),
     "huge alpha": ({"lora_alpha": 1e39}, r"lora_alpha must be a finite number \(in float32\), got 1e\+39"),
     "dropout": ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\)"),
+    "broken pattern": ({"alpha_pattern": {"w(": 3}}, r"unterminated subpattern"),
     "pattern": ({"rank_pattern": [3]}, r"rank_pattern must be an object"),
 }
 

@@ -131,11 +131,15 @@ def exchange(rank: int, folder: Path) -> dict[str, Any]:
     seen["ddp"] = files(folder / "ddp") == files(ours)
     fsdp = FullyShardedDataParallel(net(seed=1), use_orig_params=True, device_id=torch.device("cpu"))
     seen["flat"] = raised(lora_fx.save_adapter, fsdp, folder / "flat")
+    seen["flat load"] = raised(lora_fx.load_adapter, fsdp, ours)
+    with FullyShardedDataParallel.summon_full_params(fsdp):
+        lora_fx.load_adapter(fsdp, other)
+    torch.testing.assert_close(fsdp(x), expected, rtol=1e-5, atol=1e-5)
     with FullyShardedDataParallel.summon_full_params(fsdp):
         if rank == 0:
             lora_fx.save_adapter(fsdp, folder / "fsdp")
     torch.distributed.barrier()
-    seen["fsdp"] = files(folder / "fsdp") == files(ours)
+    seen["fsdp"] = files(folder / "fsdp") == files(other)
     return seen
 
 
@@ -153,7 +157,7 @@ def test_files_of_four_ranks(tmp_path):
         else:
             assert seen["install fails"].startswith(cut if rank == 3 else elsewhere), seen["install fails"]
         assert seen["save fails"].startswith("FileExistsError" if rank == 0 else elsewhere), seen["save fails"]
-    flat = [seen["flat"] for seen in results if seen["flat"]]
-    assert flat and all("summon_full_params" in text for text in flat)
+        for key in ("flat", "flat load"):
+            assert "summon_full_params" in seen[key], seen[key]
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
     assert json.loads((tmp_path / "sharded" / CONFIG).read_text())["lora_alpha"] == 7
