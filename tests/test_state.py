@@ -115,6 +115,39 @@ def test_loading_into_installed_adapters_keeps_tensors_and_compiled_code(tmp_pat
     assert model.up.lora_scale.item() == 1.5 and model.up.lora_dropout == 0.0
 
 
+@pytest.mark.slow
+def test_a_model_in_training_goes_on_with_a_loaded_adapter(tmp_path):
+    """Through the rewrites and Inductor, forward and backward, with the optimizer that it had."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    source, plain, model = toy(seed=3, config=LoRAConfig(rank=4, alpha=3.0)), toy(), toy()
+    lora_fx.save_adapter(source, tmp_path)
+    lora_fx.compile(model, strict=True)
+    optimizers = [torch.optim.AdamW(lora_fx.adapter_parameters(m), lr=1e-2) for m in (plain, model)]
+
+    def step(m, optimizer):
+        optimizer.zero_grad()
+        loss = m(TOKENS).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    for m, optimizer in zip((plain, model), optimizers):
+        step(m, optimizer)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == 1
+    for m in (plain, model):
+        lora_fx.load_adapter(m, tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(TOKENS), source(TOKENS))
+    for _ in range(2):
+        losses = [step(m, optimizer) for m, optimizer in zip((plain, model), optimizers)]
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(lora_fx.adapter_parameters(model), lora_fx.adapter_parameters(plain), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
 @pytest.mark.parametrize("file", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 def test_dtypes(tmp_path, file, weights):
