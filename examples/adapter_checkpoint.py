@@ -10,7 +10,6 @@ the mesh. Tensors are safetensors, the rest is JSON; nothing is pickled.
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,9 +20,9 @@ import torch.distributed
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from lora_fx.placements import fill
+from lora_fx.files import flush
+from lora_fx.placements import fill, gathered
 
 PREFIX = "step-"
 TRAINING = "training.json"
@@ -60,7 +59,7 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while it wrote
         partial.mkdir(parents=True)
     barrier()
-    whole = {name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu() for name, t in tensors.items()}
+    whole = {name: gathered(tensor.detach()).cpu() for name, tensor in tensors.items()}
     if writes:
         path = partial / f"stage-{stage}.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in whole.items()}, path, {"format": "pt"})
@@ -115,15 +114,6 @@ def newest(folder: Path) -> Path | None:
 def found(folder: Path) -> list[Path]:
     """All whole checkpoints in `folder`, oldest first."""
     return sorted(folder.glob(f"{PREFIX}*"))
-
-
-def flush(path: Path) -> None:
-    """Return when a file or a folder is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def rank() -> int:

@@ -15,6 +15,7 @@ from lora_fx.install import (
     remove,
 )
 from lora_fx.linear import LoRAModule
+from lora_fx.state import load_adapter, save_adapter
 
 __all__ = [
     "Converters",
@@ -32,6 +33,8 @@ __all__ = [
     "freeze",
     "install",
     "is_installed",
+    "load_adapter",
     "named_adapter_parameters",
     "remove",
+    "save_adapter",
 ]

@@ -69,6 +69,18 @@ def data_parallel_wrapper(module: nn.Module) -> str | None:
     return None
 
 
+def reshard(model: nn.Module) -> None:
+    """Give every module that `fully_shard` sharded its shards back, where a forward pass left whole parameters.
+
+    Those are copies: what is written into them is lost. The next forward or backward pass gathers them again.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None:
+        for module in model.modules():
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
+
+
 def can_place_gradients() -> bool:
     """Whether a DTensor made of a local tensor can say how its gradient is placed: in 2.13 it can, not in old ones."""
     from torch.distributed.tensor import DTensor

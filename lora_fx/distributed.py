@@ -9,8 +9,9 @@ the optimizer (without FSDP). They are small, so that is mostly latency: `reduce
 reduce all of them in one collective a mesh dimension.
 """
 
+import contextlib
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -203,6 +204,43 @@ def manual_seed(seed: int, mesh: Any, shared: Sequence[str] = ("tp",)) -> int:
             index = index * size + coordinate
     torch.manual_seed(seed + index)
     return seed + index
+
+
+def largest_mesh(model: nn.Module) -> Any:
+    """The `DeviceMesh` with the most ranks among those of the parameters of `model`; None if all are plain."""
+    parameters: list[Any] = [parameter for parameter in model.parameters() if is_dtensor(parameter)]
+    meshes = [parameter.device_mesh for parameter in parameters]
+    return max(meshes, key=lambda mesh: mesh.size(), default=None)
+
+
+def writes(mesh: Any) -> bool:
+    """Whether this rank is the one of its mesh that writes files. Without a mesh, everybody is."""
+    return mesh is None or not any(mesh.get_coordinate())
+
+
+@contextlib.contextmanager
+def together(mesh: Any) -> Iterator[None]:
+    """All ranks of `mesh` come to the end of this block, or all raise: none waits for one that has failed.
+
+    Raises:
+        RuntimeError: another rank failed.
+    """
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        elsewhere = mesh is not None and _anywhere(failed, mesh)
+    if elsewhere:
+        raise RuntimeError("another rank failed, and its error says why: nothing was changed on this one")
+
+
+def _anywhere(flag: bool, mesh: Any) -> bool:
+    """Whether `flag` is set on any rank of `mesh`."""
+    number = torch.tensor(int(flag), device=mesh.device_type)
+    for dim in range(mesh.ndim):
+        torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX, group=mesh.get_group(dim))
+    return bool(number.item())
 
 
 def _as_sum(gradient: Any) -> Any:

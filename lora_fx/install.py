@@ -209,6 +209,12 @@ def is_installed(model: nn.Module) -> bool:
     return any(isinstance(module, LoRAModule) for module in model.modules())
 
 
+def configs(model: nn.Module) -> list[LoRAConfig]:
+    """What was installed on `model` and on parts of it."""
+    records = [module.__dict__.get(_RECORD) for module in model.modules()]
+    return [record.config for record in records if isinstance(record, Installation)]
+
+
 def _adapted(model: nn.Module) -> list[tuple[str, LoRAModule]]:
     found = [(path, module) for path, module in model.named_modules() if isinstance(module, LoRAModule)]
     if not found:

@@ -116,6 +116,13 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """The global values of a DTensor, a collective call; a plain tensor itself."""
+    theirs: Any = tensor
+    whole: Tensor = theirs.full_tensor() if is_dtensor(tensor) else tensor
+    return whole
+
+
 def deferred(factor: Tensor) -> Tensor:
     """`factor` in a form whose gradient is not reduced over the mesh dimensions on which it is replicated.
 

@@ -1,6 +1,7 @@
 """Which linears a configuration adapts, with which rank and alpha. Reads the model, changes nothing."""
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ from torch import nn
 from lora_fx.config import ALL_LINEAR, LoRAConfig, matches
 
 # Path segments that a wrapper puts between a module and its parent, and that no user means to write.
-_WRAPPER_SEGMENTS = ("_checkpoint_wrapped_module",)
+WRAPPER_SEGMENTS = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod")
 
 Number = TypeVar("Number", int, float)
 
@@ -67,8 +68,13 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[Target]:
 
 
 def clean_path(path: str) -> str:
-    """`path` without the segments that activation-checkpoint wrappers add."""
-    return ".".join(segment for segment in path.split(".") if segment not in _WRAPPER_SEGMENTS)
+    """`path` without the segments that wrappers add: activation checkpointing, FSDP, `torch.compile(model)`."""
+    return ".".join(segment for segment in path.split(".") if segment not in WRAPPER_SEGMENTS)
+
+
+def exactly(paths: Sequence[str]) -> str:
+    """A pattern that matches these full paths and no others."""
+    return f"re:{'|'.join(map(re.escape, paths))}"
 
 
 def _paths(model: nn.Module) -> _Paths:

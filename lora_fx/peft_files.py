@@ -1,0 +1,143 @@
+"""PEFT's two files of an adapter as values: read and checked as far as it can be without a model, and encoded.
+
+adapter_config.json          see `lora_fx.peft_config`
+adapter_model.safetensors    base_model.model.<path>.lora_A.weight [R, K], base_model.model.<path>.lora_B.weight [N, R]
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lora_fx.linear import is_activation_dtype
+from lora_fx.peft_config import PeftConfig, read_config
+from lora_fx.targets import clean_path
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+_KEYS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A [R, K] and B [N, R] of one linear, on the CPU."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.lora_a.shape[0]
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """What a folder holds: `factors` by the path of their linear, without what wrappers put into paths."""
+
+    tensors: Path
+    config: PeftConfig
+    factors: Mapping[str, Factors]
+
+
+def read_files(folder: Path) -> AdapterFiles:
+    """Read an adapter.
+
+    Raises:
+        ValueError: a file is missing, cut short or no adapter of this kind, a key is not one of PEFT's, a factor lacks
+            the other one, or the ranks contradict the configuration. The text names the file, and the path or key.
+    """
+    config = read_config(folder / CONFIG)
+    file = folder / TENSORS
+    halves: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in _read_tensors(file).items():
+        path, name = _split(file, key)
+        if name in halves.setdefault(path, {}):
+            raise ValueError(f"{file}: {path} has {_KEYS[name]} twice, once with a wrapper's name in its key: drop one")
+        if tensor.ndim != 2 or not is_activation_dtype(tensor.dtype):
+            raise ValueError(
+                f"{file}: {key} is {tensor.dtype} {list(tensor.shape)}, and must be a matrix of floating point numbers "
+                f"of 16 bits or more: save the adapter again"
+            )
+        halves[path][name] = tensor
+    if not halves:
+        raise ValueError(f"{file} holds no tensors: save the adapter again")
+    return AdapterFiles(file, config, {path: _factors(file, config, path, half) for path, half in halves.items()})
+
+
+def encoded(factors: Mapping[str, Factors], config: Mapping[str, Any]) -> dict[str, bytes]:
+    """The content of the two files, by name."""
+    tensors = {
+        f"{PREFIX}{path}.{key}": getattr(both, name) for path, both in factors.items() for name, key in _KEYS.items()
+    }
+    return {
+        TENSORS: save(tensors, metadata={"format": "pt"}),
+        CONFIG: (json.dumps(config, indent=2, allow_nan=False) + "\n").encode(),
+    }
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    if not file.exists():
+        pickled = file.with_suffix(".bin")
+        fix = "save it again with safe_serialization=True (pickles are not read)" if pickled.exists() else "save again"
+        raise ValueError(f"{file} is not there: {fix}")
+    try:
+        with safe_open(file, "pt", device="cpu") as opened:
+            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  # not a mapping
+    except SafetensorError as error:
+        raise ValueError(f"{file} was cut short or is no safetensors file ({error}): save the adapter again") from error
+
+
+def _split(file: Path, key: str) -> tuple[str, str]:
+    """The path of the linear that a key belongs to, and which factor it is."""
+    if not key.startswith(PREFIX):
+        raise ValueError(
+            f"{file}: {key!r} does not start with {PREFIX!r}, and PEFT would ignore it: rename the tensors, or save "
+            f"the adapter again with save_adapter or PEFT's save_pretrained"
+        )
+    path = clean_path(key.removeprefix(PREFIX))
+    for name, end in _KEYS.items():
+        if path.endswith("." + end):
+            linear = path.removesuffix("." + end)
+            if linear.endswith(".base_layer"):
+                raise ValueError(f"{file}: {key!r}: adapters on expert tensors are not supported yet")
+            return linear, name
+    raise ValueError(f"{file}: {key!r} is {_what(path)}")
+
+
+def _what(path: str) -> str:
+    if "lora_magnitude_vector" in path:
+        return "a magnitude of DoRA, which is not supported yet: train without it, or merge it into the base in PEFT"
+    if "lora_embedding_" in path:
+        return "an adapter of an embedding, which is not supported: adapt linears alone"
+    if named := re.search(r"\.lora_[AB]\.(.+)\.weight$", path):
+        return f"a key with the adapter's name in it: drop '.{named[1]}', or save it with PEFT's save_pretrained"
+    return "no factor of a linear (lora_A.weight or lora_B.weight): drop it from the file, and load it by itself"
+
+
+def _factors(file: Path, config: PeftConfig, path: str, half: Mapping[str, Tensor]) -> Factors:
+    for name, key in _KEYS.items():
+        if name not in half:
+            raise ValueError(f"{file}: {PREFIX}{path}.{key} is missing: save the adapter again")
+    factors = Factors(half["lora_a"], half["lora_b"])
+    if factors.lora_b.shape[1] != factors.rank:
+        raise ValueError(
+            f"{file}: {path} has lora_A {list(factors.lora_a.shape)} and lora_B {list(factors.lora_b.shape)}, whose "
+            f"ranks are not equal: save the adapter again"
+        )
+    if factors.rank != config.rank_of(path):
+        raise ValueError(
+            f"{config.file} gives {path} rank {config.rank_of(path)}, and its tensors in {file} have rank "
+            f"{factors.rank}: the two files are not of one adapter, or r and rank_pattern were edited"
+        )
+    for name, tensor in half.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{file}: {PREFIX}{path}.{_KEYS[name]} holds NaN or infinity: take an earlier checkpoint")
+    return factors

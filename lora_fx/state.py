@@ -1,0 +1,358 @@
+"""Adapters as files that PEFT reads and writes. See `lora_fx.peft_files` for the format."""
+
+import difflib
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx import _torch
+from lora_fx.config import ALL_LINEAR, LoRAConfig
+from lora_fx.distributed import largest_mesh, together, writes
+from lora_fx.files import write_together
+from lora_fx.install import configs, install, is_installed, remove
+from lora_fx.linear import PARAMETERS, LoRAModule
+from lora_fx.peft_config import config_values
+from lora_fx.peft_files import PREFIX, AdapterFiles, Factors, encoded, read_files
+from lora_fx.placements import fill, gathered, like_weight, local
+from lora_fx.targets import clean_path, exactly
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
+    """Write the adapters of `model` into `folder`, as PEFT's `adapter_model.safetensors` and `adapter_config.json`.
+
+    PEFT computes from them what `model` computes: the scales that are written are those of the buffers `lora_scale`,
+    whatever `model` was installed with. Paths are written without what activation checkpointing, FSDP, DDP and
+    ``torch.compile(model)`` put into them. Factors keep their dtype. What else `folder` holds stays there.
+
+    A kill at any moment leaves the adapter that was there before or the new one. Nothing is pickled.
+
+    On several ranks: distributed factors are gathered, so all ranks of their mesh call this together, and its first
+    one writes; it is on disk when any returns. With plain factors, whoever calls this writes. Pipeline stages hold
+    different adapters: give each a folder of its own.
+
+    Args:
+        model: holds adapters.
+        folder: made if it is not there.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        ValueError: `model` holds no adapters, or some that cannot be written (not finite, on the meta device, flat
+            shards of FSDP1); the text names the module. What was in `folder` is still there.
+        OSError: writing failed; what was in `folder` is still there.
+        RuntimeError: another rank raised.
+    """
+    where, model = Path(folder), _unwrapped(model)
+    _torch.reshard(model)
+    modules = {clean_path(path): module for path, module in model.named_modules() if isinstance(module, LoRAModule)}
+    if not modules:
+        raise ValueError(f"{type(model).__name__} holds no adapters to save: call lora_fx.install(model, config) first")
+    mesh = largest_mesh(model)
+    whole = {path: [_whole(module._parameters[name]) for name in PARAMETERS] for path, module in modules.items()}
+    with together(mesh):
+        factors = {path: _checked(path, modules[path], *both) for path, both in whole.items()}
+        if writes(mesh):
+            write_together(where, encoded(factors, _config_values(model, modules)))
+    return where
+
+
+def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
+    """Load an adapter that `save_adapter` or PEFT wrote into `model`, in place.
+
+    A model without adapters gets those of the files (`lora_fx.install`), with the dropout of the configuration, and
+    with factors in the file's dtype or the one that `install` gives, whichever is wider. A model that holds adapters
+    must hold the same ones, of the same ranks. It gets the files' values, in the dtype of its own factors, and their
+    scales; its dropout stays. No tensor changes its identity then: compiled code and optimizers go on with the new
+    values, and nothing recompiles.
+
+    On several ranks all ranks of the model's mesh call this together, and every one reads the files.
+
+    Args:
+        model: any model whose linears have the paths that the files name.
+        folder: where the files are; of an adapter that is not called ``default``, PEFT's folder of that name.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: a file is missing, damaged or of another kind of adapter, the files contradict one another, or they
+            do not fit the model (see also `lora_fx.install`). The text names the file or the module, and what to do;
+            the model is then exactly as it was.
+        RuntimeError: another rank raised; the model is as it was on all of them.
+    """
+    inner = _unwrapped(model)
+    _torch.reshard(inner)
+    mesh = largest_mesh(inner)
+    with torch.inference_mode(False):  # whose tensors would never train
+        with together(mesh):
+            files = read_files(Path(folder))
+            found = _matched(inner, files)
+            installed = is_installed(inner)
+            if installed:
+                values = _fitting(inner, found, files)
+            else:
+                _check_storage(found)
+        if installed:
+            _fill(found, values)
+        else:
+            _install_files(inner, found, files, mesh)
+    return model
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A linear of the model with what the files hold for it."""
+
+    path: str
+    module: nn.Linear
+    factors: Factors
+    alpha: float
+    scale: float
+
+    @property
+    def swapped(self) -> LoRAModule:
+        """The linear, which holds an adapter by now."""
+        assert isinstance(self.module, LoRAModule)
+        return self.module
+
+
+# ---- saving ----------------------------------------------------------------------------------------------------------
+
+
+def _whole(factor: nn.Parameter | None) -> Tensor:
+    """The global values of a factor, on the CPU, in memory of their own."""
+    assert factor is not None
+    full = gathered(factor.detach())
+    return full if full.is_meta else full.to("cpu", copy=True).contiguous()
+
+
+def _checked(path: str, module: LoRAModule, lora_a: Tensor, lora_b: Tensor) -> Factors:
+    if not path:
+        raise ValueError(
+            "the model is itself the adapted linear, and PEFT's format has no name for that: save the module that "
+            "holds it"
+        )
+    rank = lora_b.shape[-1]
+    wanted = [[rank, module.in_features], [module.out_features, rank]]
+    if [list(lora_a.shape), list(lora_b.shape)] != wanted:
+        raise ValueError(
+            f"{path} has factors of shapes {list(lora_a.shape)} and {list(lora_b.shape)}, not {wanted}: inside "
+            f"FullyShardedDataParallel, save within FullyShardedDataParallel.summon_full_params(model)"
+        )
+    scale = local(module.lora_scale)
+    if lora_a.is_meta or scale.is_meta:
+        raise ValueError(f"{path} is on the meta device: there are no values to save yet")
+    if not all(torch.isfinite(tensor).all() for tensor in (lora_a, lora_b, scale)):
+        raise ValueError(f"{path} holds NaN or infinity: nothing was written, so that the last good files stay")
+    return Factors(lora_a, lora_b)
+
+
+def _config_values(model: nn.Module, modules: dict[str, LoRAModule]) -> dict[str, Any]:
+    dropouts = Counter(module.lora_dropout for module in modules.values())
+    dropout = dropouts.most_common(1)[0][0]
+    if len(dropouts) > 1:
+        warnings.warn(
+            f"PEFT's format has one dropout for all modules: wrote {dropout:g}, the most frequent of "
+            f"{', '.join(f'{value:g}' for value in sorted(dropouts))}",
+            stacklevel=3,
+        )
+    installed = configs(model)
+    return config_values(
+        {path: module.lora_b.shape[1] for path, module in modules.items()},
+        {path: local(module.lora_scale).item() for path, module in modules.items()},
+        others={clean_path(path) for path, _ in model.named_modules()} - modules.keys(),
+        dropout=dropout,
+        use_rslora=bool(installed) and all(config.use_rslora for config in installed),
+        base=getattr(model, "name_or_path", None) or None,
+    )
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model that DDP or `nn.DataParallel` wraps, whose paths do not start with ``module.``."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if _torch.data_parallel_wrapper(model) in ("DistributedDataParallel", "DataParallel"):
+        inner: Any = model.module
+        assert isinstance(inner, nn.Module)
+        return inner
+    return model
+
+
+def _matched(model: nn.Module, files: AdapterFiles) -> list[_Entry]:
+    """The entries of the files with their linears, which must be those that the configuration names."""
+    modules = {clean_path(path): module for path, module in model.named_modules(remove_duplicate=False)}
+    first: dict[nn.Module, str] = {}
+    for path, module in modules.items():
+        first.setdefault(module, path)
+    linears = {path: module for module, path in first.items() if isinstance(module, nn.Linear)}
+    entries: dict[str, _Entry] = {}
+    for path, factors in files.factors.items():
+        linear = _linear(modules, list(linears), path, files)
+        shape = [linear.out_features, linear.in_features]
+        if [factors.lora_b.shape[0], factors.lora_a.shape[1]] != shape:
+            raise ValueError(
+                f"{path} is {shape} in the model, and {files.tensors} has lora_A {list(factors.lora_a.shape)} and "
+                f"lora_B {list(factors.lora_b.shape)} for it: load the adapter into the model it was trained on"
+            )
+        if first[linear] in entries:
+            raise ValueError(f"{files.tensors} has {entries[first[linear]].path} and {path}, which are one module here")
+        config = files.config
+        entries[first[linear]] = _Entry(path, linear, factors, config.alpha_of(path), config.scale_of(path))
+    targeted = {path for path in linears if files.config.targets(path)}
+    if files.config.target_modules == ALL_LINEAR:  # of which PEFT excepts the head, but only in transformers' models
+        targeted -= {path for path in _heads(model, first) if path not in entries}
+    for path in linears:
+        if path in targeted and path not in entries:
+            raise ValueError(
+                f"{files.tensors} lacks {PREFIX}{path}.lora_A.weight and lora_B.weight, and target_modules in "
+                f"{files.config.file} names that module: save the adapter again, or name full paths"
+            )
+        if path in entries and not any(files.config.targets(name) for name in (path, entries[path].path)):
+            raise ValueError(
+                f"{files.tensors} has tensors for {path}, which target_modules in {files.config.file} does not name: "
+                f"the two files are not of one adapter; PEFT would ignore these tensors"
+            )
+    return list(entries.values())
+
+
+def _linear(modules: dict[str, nn.Module], linears: list[str], path: str, files: AdapterFiles) -> nn.Linear:
+    module = modules.get(path)
+    if isinstance(module, nn.Linear):
+        return module
+    if module is not None:
+        raise ValueError(
+            f"{files.tensors}: {path} is a {type(module).__name__} and no nn.Linear: only linears can be adapted here"
+        )
+    same_end = [known for known in linears if path.endswith("." + known) or known.endswith("." + path)]
+    near = same_end or difflib.get_close_matches(path, linears, n=3)
+    hint = f" (the nearest: {', '.join(near[:3])})" if near else ""
+    raise ValueError(
+        f"{files.tensors}: the model has no module {path}{hint}: load the adapter into the model it was trained on, "
+        f"and not into a part of it or a module around it"
+    )
+
+
+def _heads(model: nn.Module, first: dict[nn.Module, str]) -> list[str]:
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    return [first[head]] if isinstance(head, nn.Module) and head in first else []
+
+
+def _check_storage(found: list[_Entry]) -> None:
+    for entry in found:
+        if any(parameter.is_meta for parameter in entry.module.parameters()):
+            raise ValueError(
+                f"{entry.path} is on the meta device, where there is nothing to write into: give the model storage "
+                f"and weights first (to_empty)"
+            )
+
+
+_FRESH = "call lora_fx.remove(model) first, and load_adapter installs what the files hold"
+
+
+def _fitting(model: nn.Module, found: list[_Entry], files: AdapterFiles) -> list[Factors]:
+    """The factors of the files in the dtypes of those that `model` holds, which must be the same ones."""
+    _check_storage(found)
+    paths = {entry.module: entry.path for entry in found}
+    for path, module in model.named_modules():
+        if isinstance(module, LoRAModule) and module not in paths:
+            raise ValueError(f"{clean_path(path)} has an adapter, and {files.tensors} has none for it: {_FRESH}")
+    values = []
+    for entry in found:
+        if not isinstance(entry.module, LoRAModule):
+            raise ValueError(f"{files.tensors} has an adapter for {entry.path}, and the model has none there: {_FRESH}")
+        if entry.module.lora_b.ndim != 2:
+            raise ValueError(
+                f"{entry.path} is a flat shard of FullyShardedDataParallel: load within "
+                f"FullyShardedDataParallel.summon_full_params(model)"
+            )
+        if (rank := entry.module.lora_b.shape[1]) != entry.factors.rank:
+            raise ValueError(
+                f"{entry.path} has rank {rank} in the model and rank {entry.factors.rank} in {files.tensors}: {_FRESH}"
+            )
+        values.append(_converted(entry, entry.module.lora_a.dtype, files))
+    return values
+
+
+def _converted(entry: _Entry, dtype: torch.dtype, files: AdapterFiles) -> Factors:
+    both = [tensor.to(dtype) for tensor in (entry.factors.lora_a, entry.factors.lora_b)]
+    if not all(torch.isfinite(tensor).all() for tensor in both):
+        raise ValueError(f"{entry.path}: values of {files.tensors} are too large for {dtype}: use a wider dtype")
+    return Factors(*both)
+
+
+def _fill(found: Iterable[_Entry], values: Iterable[Factors]) -> None:
+    for entry, factors in zip(found, values):
+        for name in PARAMETERS:
+            factor = entry.swapped._parameters[name]
+            assert factor is not None
+            with torch.no_grad():
+                fill(factor, getattr(factors, name).to(factor.device))
+        _set_scale(entry)
+
+
+def _install_files(model: nn.Module, found: list[_Entry], files: AdapterFiles, mesh: Any) -> None:
+    install(model, _lora_config(found, files))
+    try:
+        with together(mesh):
+            values = [_converted(entry, _wider(entry), files) for entry in found]
+        for entry, factors in zip(found, values):
+            _set_factors(entry, factors)
+    except BaseException:
+        remove(model)
+        raise
+
+
+def _wider(entry: _Entry) -> torch.dtype:
+    dtype: torch.dtype = entry.swapped.lora_a.dtype
+    for tensor in (entry.factors.lora_a, entry.factors.lora_b):
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def _set_factors(entry: _Entry, factors: Factors) -> None:
+    module = entry.swapped
+    for name in PARAMETERS:
+        new = getattr(factors, name).to(module.lora_scale.device)
+        module.register_parameter(name, nn.Parameter(like_weight(name, new, getattr(module, "weight", None))))
+    _set_scale(entry)
+
+
+@torch.no_grad()
+def _set_scale(entry: _Entry) -> None:
+    entry.swapped.lora_scale.fill_(entry.scale)
+    entry.swapped._lora_last_scale = entry.scale
+
+
+def _lora_config(found: list[_Entry], files: AdapterFiles) -> LoRAConfig:
+    """The configuration that installs the adapters of the files: exact paths, one expression for each number."""
+    ranks: dict[int, list[str]] = {}
+    alphas: dict[float, list[str]] = {}
+    for entry in found:
+        ranks.setdefault(entry.factors.rank, []).append(entry.path)
+        if entry.alpha >= torch.finfo(torch.float32).tiny:  # others `LoRAConfig` refuses; scales are set all the same
+            alphas.setdefault(entry.alpha, []).append(entry.path)
+    rank = max(ranks, key=lambda value: len(ranks[value]))
+    alpha = max(alphas, key=lambda value: len(alphas[value]), default=LoRAConfig.alpha)
+    return LoRAConfig(
+        rank=rank,
+        alpha=alpha,
+        dropout=files.config.dropout,
+        target_modules=exactly([entry.path for entry in found]),
+        rank_pattern={exactly(paths): value for value, paths in ranks.items() if value != rank},
+        alpha_pattern={exactly(paths): value for value, paths in alphas.items() if value != alpha},
+        use_rslora=files.config.use_rslora,
+    )
