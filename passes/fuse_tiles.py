@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from lora_fx.passes._torch import auto_functionalized, detect_fake_mode, stable_topological_sort
+from lora_fx.passes._torch import auto_functionalized, detect_fake_mode, inductor_config, stable_topological_sort
 from lora_fx.passes.graph import (
     CONVERT,
     MM,
@@ -29,7 +29,6 @@ from lora_fx.passes.kernels.tile_choice import choose
 from lora_fx.passes.kernels.tile_program import OUTPUTS, Program, Statement, Tile
 from lora_fx.passes.site import MARK
 from lora_fx.passes.tile_regions import (
-    HALF,
     POINTWISE,
     Region,
     columns_of,
@@ -227,10 +226,8 @@ def _emit(region: Region, graph: Graph, choose: Choose) -> bool:
     tile = choose(writer.kinds, writer.body, rows, region.columns)
     if tile is None:
         return False
-    dtype = next(str(val(n).dtype) for n in writer.inputs if is_tensor(n) and val(n).dtype in HALF).removeprefix(
-        "torch."
-    )
-    program = Program(region.columns, dtype, writer.kinds, writer.body, tile)
+    dtype = next(val(node).dtype for node, kind in zip(writer.inputs, writer.kinds) if kind[0] in ("thin", "factor"))
+    program = Program(region.columns, str(dtype).removeprefix("torch."), writer.kinds, writer.body, tile)
     last = [member for member in members if member not in region.copies][-1]
     outputs = _outputs(program, writer, region, last)
     with detect_fake_mode([val(node) for node in outputs]):
@@ -268,8 +265,11 @@ def _accumulated(region: Region) -> list[Node]:
 
     Their kernels add them to it for little: cuBLAS reads what it adds to while it computes. On an H200 (M 8192, N 4096,
     K 4096) that is 0 to 4% of 371 us, where reading the product again to add the branch takes 15 us and writing the sum
-    as much. And the small term is rounded on the way, instead of the large one.
+    as much. And the small term is rounded on the way, instead of the large one. Where Inductor overlaps products with
+    collectives, it has to find them as they are.
     """
+    if inductor_config()._micro_pipeline_tp:
+        return []
     sums = {node for node in region.nodes if not makes(node)}
     results = [n for n in region.nodes if any(r not in region.nodes for r in readers(n))]
     plain = not region.copies and len(results) == 1 and all(is_call(n, aten.add.Tensor) for n in sums)
@@ -298,7 +298,7 @@ def _accumulate(like: Node, base: Node, product: Node) -> Node:
 def _outputs(program: Program, writer: _Writer, region: Region, like: Node) -> list[Node]:
     """Memory for the outputs: fresh, or that of a large product which nobody reads but the region."""
     source = next(node for node, kind in zip(writer.inputs, writer.kinds) if kind[0] in ("full", "thin"))
-    rows = _rows_of(source, program.columns)
+    rows = val(source).numel() // shape(source)[-1]
     if not isinstance(rows, int):
         rows = _row_node(source, like)
     fresh = _compute(like, operators.tile_outputs, program.dumps(), source, rows)
@@ -320,11 +320,6 @@ def _dies_in(node: Node, region: Region) -> bool:
         and all(reader in region.nodes - region.copies for reader in readers(node))
         and node not in region.nodes
     )
-
-
-def _rows_of(source: Node, columns: int) -> Any:
-    value = val(source)
-    return value.shape[0] if value.dim() == 2 else value.numel() // columns
 
 
 def _row_node(source: Node, like: Node) -> Node:
