@@ -235,7 +235,7 @@ CASES = [
         "layers dynamic",
         lambda: adapt(Layers().to(bf16)),
         14,
-        LAYERS | {"recompute": 14},
+        LAYERS,  # a size that is not known counts as large, and then recomputing loses on a CPU
         LAYERS_BACK,
         dtype=bf16,
         dynamic=True,
