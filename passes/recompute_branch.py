@@ -49,7 +49,8 @@ def _is_cheap(product: torch.Tensor) -> bool:
 
     On a CPU not in float32, nor where it leaves the cache: fresh memory for it costs as much as the product. A SwiGLU
     MLP (M 2048, K 1024, N 2816, R 16; ``examples/benchmarks/cpu.py``) then has 1.1 of plain torch.compile's overhead in
-    bfloat16 and 0.9 in float32, and without this 0.6 and 0.3. Autograd keeps as much either way there.
+    bfloat16 and 0.9 in float32, and without this 0.6 and 0.3. Autograd keeps as much either way there. Measured
+    on a machine with other work.
     """
     if product.device.type != "cpu":
         return True
