@@ -141,10 +141,25 @@ struct Single {
   }
   static INLINE Many broadcast(const void* from) { return Vector{} + ::load<float>(from); }
   static INLINE Vector multiply(Vector sum, Many a, Many b) { return sum + a * b; }
-  // Elements `count` of a row (the second row is not used) as units.
+  // LANES elements of a row (the second row is not used) as units.
   static INLINE void interleave(Unit* to, const Element* first, const Element*) {
     const Vector value = T::load(first);
     std::memcpy(to, &value, sizeof value);
+  }
+  // Two vectors at a time, in the order that suits the machine: here the natural one.
+  static INLINE void interleave_two(Unit* to, const Element* first, const Element*) {
+    interleave(to, first, nullptr);
+    interleave(to + LANES, first + LANES, nullptr);
+  }
+  static INLINE void into_order(Unit*) {}
+  static INLINE void natural_order(Vector&, Vector&) {}
+  static INLINE void load_two(Vector& first, Vector& second, const Element* from) {
+    first = T::load(from);
+    second = T::load(from + LANES);
+  }
+  static INLINE void store_two(Element* to, Vector first, Vector second) {
+    T::store(to, first);
+    T::store(to + LANES, second);
   }
 };
 
@@ -166,6 +181,35 @@ struct Pairs {
     const __m512i high = _mm512_cvtepu16_epi32(::load<__m256i>(second));
     _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
   }
+  // Two vectors at a time: of each eight neighbours the first has four and the second the others, as the instructions
+  // that zip 16-bit numbers leave them. With the natural order a tile of C costs twice as many instructions to read
+  // and write.
+  static INLINE void interleave_two(Unit* to, const Element* first, const Element* second) {
+    const __m512i a = ::load<__m512i>(first), b = ::load<__m512i>(second);
+    _mm512_storeu_si512(to, _mm512_unpacklo_epi16(a, b));
+    _mm512_storeu_si512(to + LANES, _mm512_unpackhi_epi16(a, b));
+  }
+  static INLINE void into_order(Unit* units) {
+    const __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+    const __m512i a = ::load<__m512i>(units), b = ::load<__m512i>(units + LANES);
+    _mm512_storeu_si512(units, _mm512_permutex2var_epi32(a, index, b));
+    _mm512_storeu_si512(units + LANES, _mm512_permutex2var_epi32(a, _mm512_add_epi32(index, _mm512_set1_epi32(4)), b));
+  }
+  static INLINE void natural_order(Vector& first, Vector& second) {
+    const __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512 a = (__m512)first, b = (__m512)second;
+    first = (Vector)_mm512_permutex2var_ps(a, index, b);
+    second = (Vector)_mm512_permutex2var_ps(a, _mm512_add_epi32(index, _mm512_set1_epi32(8)), b);
+  }
+  static INLINE void load_two(Vector& first, Vector& second, const Element* from) {
+    const __m512i both = ::load<__m512i>(from);
+    first = (Vector)_mm512_unpacklo_epi16(__m512i{}, both);
+    second = (Vector)_mm512_unpackhi_epi16(__m512i{}, both);
+  }
+  static INLINE void store_two(Element* to, Vector first, Vector second) {
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), both));
+  }
 };
 using ForBfloat16 = Pairs;
 #else
@@ -174,8 +218,9 @@ using ForBfloat16 = Single<Bfloat16>;
 
 // ---- the register tile ----------------------------------------------------------------------------------------------
 
-// A[row, :] times a panel [units, VECTORS * LANES]. The sums are registers as long as they are only named by constants.
-template <class F, int ROWS, int VECTORS>
+// A[row, :] times a panel [units, VECTORS * LANES]; units of a row are STEP apart. The sums are registers as long as they
+// are only named by constants.
+template <class F, int ROWS, int VECTORS, int STEP = 1>
 INLINE void tile(Vector (&sums)[ROWS][VECTORS], const char* const* rows, const typename F::Unit* panel, Int units,
                  Int ahead = 0) {
   const char* row_of[ROWS];
@@ -197,7 +242,7 @@ INLINE void tile(Vector (&sums)[ROWS][VECTORS], const char* const* rows, const t
       for (int v = 0; v < VECTORS; ++v) b[v] = load<typename F::Many>(panel + v * LANES);
       UNROLL
       for (int row = 0; row < ROWS; ++row) {
-        const typename F::Many a = F::broadcast(row_of[row] + unit * 4);
+        const typename F::Many a = F::broadcast(row_of[row] + unit * (STEP * 4));
         UNROLL
         for (int v = 0; v < VECTORS; ++v) sums[row][v] = F::multiply(sums[row][v], a, b[v]);
       }
@@ -239,7 +284,7 @@ struct Part {
   }
 };
 
-// B [inner, outer] in panels [units][vectors * LANES], padded with zeros.
+// B [inner, outer] in panels [units][vectors * LANES], padded with zeros; vectors by twos in the order of F.
 template <class F>
 struct Panels {
   Int inner, outer, units, vectors, count;
@@ -270,6 +315,7 @@ struct Panels {
       for (; lane < lanes; ++lane)
         to[lane] = F::unit(b.at(i, j + lane), F::PAIR > 1 && whole ? b.at(i + 1, j + lane) : typename F::Element{});
       for (; lane < width(); ++lane) to[lane] = typename F::Unit{};
+      for (int v = 0; v + 1 < vectors; v += 2) F::into_order(to + v * LANES);
     }
   }
 };
@@ -313,17 +359,21 @@ struct Rows {
 // ---- C = scale * A B, or C += scale * A B ---------------------------------------------------------------------------
 
 // Writes (ADD: adds) scale * sums to `rows` rows and `columns` columns at `to`, the whole tile or less.
-template <class Type, bool ADD, int ROWS, int VECTORS>
-INLINE void write(const Vector (&sums)[ROWS][VECTORS], typename Type::Element* to, Int stride, Int rows, Int columns,
+template <class F, bool ADD, int ROWS, int VECTORS>
+INLINE void write(Vector (&sums)[ROWS][VECTORS], typename F::Element* to, Int stride, Int rows, Int columns,
                   float scale) {
+  using Type = typename F::Type;
   if (rows >= ROWS && columns >= VECTORS * LANES) {
     UNROLL
     for (int row = 0; row < ROWS; ++row) {
+      typename F::Element* at = to + row * stride;
       UNROLL
-      for (int v = 0; v < VECTORS; ++v) {
-        typename Type::Element* at = to + row * stride + v * LANES;
-        Type::store(at, ADD ? sums[row][v] * scale + Type::load(at) : sums[row][v] * scale);
+      for (int v = 0; v + 1 < VECTORS; v += 2, at += 2 * LANES) {
+        Vector first{}, second{};
+        if (ADD) F::load_two(first, second, at);
+        F::store_two(at, sums[row][v] * scale + first, sums[row][v + 1] * scale + second);
       }
+      if (VECTORS % 2) Type::store(at, sums[row][VECTORS - 1] * scale + (ADD ? Type::load(at) : Vector{}));
     }
     return;
   }
@@ -331,11 +381,13 @@ INLINE void write(const Vector (&sums)[ROWS][VECTORS], typename Type::Element* t
   UNROLL
   for (int row = 0; row < ROWS; ++row) {
     UNROLL
+    for (int v = 0; v + 1 < VECTORS; v += 2) F::natural_order(sums[row][v], sums[row][v + 1]);
+    UNROLL
     for (int v = 0; v < VECTORS; ++v) Float::store(&copy[row][v * LANES], sums[row][v]);
   }
   for (Int row = 0; row < std::min<Int>(rows, ROWS); ++row)
     for (Int j = 0; j < std::min<Int>(columns, VECTORS * LANES); j += LANES) {
-      typename Type::Element* at = to + row * stride + j;
+      typename F::Element* at = to + row * stride + j;
       const Vector sum = Float::load(&copy[row][j]);
       store_part<Type>(at, ADD ? sum * scale + load_part<Type>(at, columns - j) : sum * scale, columns - j);
     }
@@ -344,7 +396,6 @@ INLINE void write(const Vector (&sums)[ROWS][VECTORS], typename Type::Element* t
 template <class F, int VECTORS>
 void product_rows(const Rows<F>& a, const Panels<F>& b, Matrix<typename F::Element> c, Int begin, Int end, float scale,
                   bool accumulate) {
-  using Type = typename F::Type;
   constexpr int ROWS = tile_rows(VECTORS);
   const char* rows[ROWS];
   for (Int i = begin; i < end; i += ROWS) {
@@ -373,9 +424,9 @@ void product_rows(const Rows<F>& a, const Panels<F>& b, Matrix<typename F::Eleme
         }
       }
       if (accumulate)
-        write<Type, true>(sums, to, c.row, end - i, b.outer - j, scale);
+        write<F, true>(sums, to, c.row, end - i, b.outer - j, scale);
       else
-        write<Type, false>(sums, to, c.row, end - i, b.outer - j, scale);
+        write<F, false>(sums, to, c.row, end - i, b.outer - j, scale);
     }
   }
 }
@@ -423,7 +474,7 @@ struct Sums {
         width(ceil_div(columns, STRIP) * STRIP),
         height(ceil_div(ranks, GRADIENT_RANKS) * GRADIENT_RANKS),
         sums(buffer<float>(width * height)),
-        h(buffer<typename F::Unit>(height * (UNITS + 1))),
+        h(buffer<typename F::Unit>(height * UNITS)),
         strips(buffer<typename F::Unit>(STRIPS * UNITS * STRIP)) {
     std::memset(sums.get(), 0, width * height * sizeof(float));
   }
@@ -436,14 +487,7 @@ struct Sums {
   // Adds X[begin:end]^T H[begin:end], at most BLOCK rows.
   void add(Matrix<const typename F::Element> x, Matrix<const typename F::Element> h_of, Int begin, Int end) {
     const Int units = ceil_div(end - begin, F::PAIR);
-    for (Int rank = 0; rank < height; ++rank)
-      for (Int unit = 0; unit < units; ++unit) {
-        const Int i = begin + unit * F::PAIR;
-        typename F::Element first{}, second{};
-        if (rank < ranks) first = h_of.at(i, rank);
-        if (F::PAIR > 1 && rank < ranks && i + 1 < end) second = h_of.at(i + 1, rank);
-        h[rank * (UNITS + 1) + unit] = F::unit(first, second);
-      }
+    for (Int unit = 0; unit < units; ++unit) pack(h_of, begin + unit * F::PAIR, end, unit);
     for (Int j = 0; j < width; j += STRIPS * STRIP) {
       const Int columns_here = std::min(width - j, STRIPS * STRIP);
       for (Int unit = 0; unit < units; ++unit) {
@@ -454,32 +498,49 @@ struct Sums {
         for (Int rank = 0; rank < height; rank += GRADIENT_RANKS) {
           const char* rows[GRADIENT_RANKS];
           for (int row = 0; row < GRADIENT_RANKS; ++row)
-            rows[row] = reinterpret_cast<const char*>(h.get() + (rank + row) * (UNITS + 1));
+            rows[row] = reinterpret_cast<const char*>(h.get() + rank * UNITS + row);
           Vector found[GRADIENT_RANKS][GRADIENT_VECTORS];
-          tile<F>(found, rows, strips.get() + part * UNITS, units);
-          write<Float, true>(found, at(rank, j + part), STRIP, GRADIENT_RANKS, STRIP, 1.0f);
+          tile<F, GRADIENT_RANKS, GRADIENT_VECTORS, GRADIENT_RANKS>(found, rows, strips.get() + part * UNITS, units);
+          UNROLL
+          for (int row = 0; row < GRADIENT_RANKS; ++row) {
+            F::natural_order(found[row][0], found[row][1]);
+            float* to = at(rank + row, j + part);
+            UNROLL
+            for (int v = 0; v < GRADIENT_VECTORS; ++v, to += LANES) Float::store(to, Float::load(to) + found[row][v]);
+          }
         }
     }
   }
 
  private:
+  // One unit of rows of H, to [ranks / GRADIENT_RANKS][unit][GRADIENT_RANKS].
+  void pack(Matrix<const typename F::Element> h_of, Int i, Int end, Int unit) const {
+    const bool whole = i + F::PAIR <= end;
+    for (Int rank = 0; rank < height; rank += GRADIENT_RANKS) {
+      typename F::Unit* to = h.get() + rank * UNITS + unit * GRADIENT_RANKS;
+      for (Int row = 0; row < GRADIENT_RANKS; ++row) {
+        typename F::Element first{}, second{};
+        if (rank + row < ranks) first = h_of.at(i, rank + row);
+        if (F::PAIR > 1 && rank + row < ranks && whole) second = h_of.at(i + 1, rank + row);
+        to[row] = F::unit(first, second);
+      }
+    }
+  }
+
   // One unit of rows: X[i:end, j:j + count] to one line of each strip.
   void interleave(Matrix<const typename F::Element> x, Int i, Int end, Int j, Int count, typename F::Unit* to) const {
     const typename F::Element* first = x.data + i * x.row + j;
     const typename F::Element* second = i + 1 < end ? first + x.row : nullptr;
     for (Int part = 0; part < count; part += STRIP, to += UNITS * STRIP) {
-      UNROLL
-      for (int v = 0; v < GRADIENT_VECTORS; ++v) {
-        const Int at = part + v * LANES, left = columns - j - at;
-        if (left >= LANES && (F::PAIR == 1 || second)) {
-          F::interleave(to + v * LANES, first + at, second + at);
-        } else {
-          typename F::Element parts[2][LANES] = {};
-          const Int bytes = std::min<Int>(left, LANES) * sizeof *first;
-          if (left > 0) std::memcpy(parts[0], first + at, bytes);
-          if (left > 0 && F::PAIR > 1 && second) std::memcpy(parts[1], second + at, bytes);
-          F::interleave(to + v * LANES, parts[0], parts[1]);
-        }
+      const Int left = columns - j - part;
+      if (left >= STRIP && (F::PAIR == 1 || second)) {
+        F::interleave_two(to, first + part, second + part);
+      } else {
+        typename F::Element parts[2][STRIP] = {};
+        const Int bytes = std::min<Int>(left, STRIP) * sizeof *first;
+        if (left > 0) std::memcpy(parts[0], first + part, bytes);
+        if (left > 0 && F::PAIR > 1 && second) std::memcpy(parts[1], second + part, bytes);
+        F::interleave_two(to, parts[0], parts[1]);
       }
     }
     for (Int byte = 0; byte < count * Int(sizeof *first); byte += LINE) {
