@@ -78,9 +78,9 @@ def _has_kernels(node: Node) -> bool:
 class _Writer:
     """Writes the program of a region and collects its inputs."""
 
-    def __init__(self, region: Region) -> None:
+    def __init__(self, region: Region, members: list[Node]) -> None:
         self.region = region
-        self.accumulated = _accumulated(region)
+        self.accumulated = _accumulated(region, members)
         """Large products that are added to the result afterwards, where their own kernels can do that."""
         self.absent = set(self.accumulated)
         """What the program therefore does not compute: these products, and sums of nothing else."""
@@ -219,7 +219,7 @@ class _Writer:
 def _emit(region: Region, graph: Graph, choose: Choose) -> bool:
     """Put the region's program in its place; says whether it did."""
     members = [node for node in graph.nodes if node in region.nodes]
-    writer = _Writer(region)
+    writer = _Writer(region, members)
     for member in members:
         writer.write(member)
     rows = _rows(members[0])
@@ -260,7 +260,7 @@ def _emit(region: Region, graph: Graph, choose: Choose) -> bool:
     return True
 
 
-def _accumulated(region: Region) -> list[Node]:
+def _accumulated(region: Region, members: list[Node]) -> list[Node]:
     """The large products that enter a region's only result as terms of a sum.
 
     Their kernels add them to it for little: cuBLAS reads what it adds to while it computes. On an H200 (M 8192, N 4096,
@@ -270,13 +270,13 @@ def _accumulated(region: Region) -> list[Node]:
     """
     if inductor_config()._micro_pipeline_tp:
         return []
-    sums = {node for node in region.nodes if not makes(node)}
-    results = [n for n in region.nodes if any(r not in region.nodes for r in readers(n))]
+    sums = [node for node in members if not makes(node)]
+    results = [n for n in members if any(r not in region.nodes for r in readers(n))]
     plain = not region.copies and len(results) == 1 and all(is_call(n, aten.add.Tensor) for n in sums)
     if not plain or any(len(list(readers(n))) > 1 for n in region.nodes - set(results)):
         return []
     found = [peel_views(a) for n in sums for a in operands_of(n) if is_tensor(a)]
-    found += [peel_views(n.args[0]) for n in region.nodes if n.target is operators.accumulate]
+    found += [peel_views(n.args[0]) for n in members if n.target is operators.accumulate]
     terms = [n for n in found if n not in region.nodes]
     dtype = val(results[0]).dtype
     # All of them or none: a sum of the branch with a residual stream would be rounded twice at its full size.

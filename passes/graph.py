@@ -185,6 +185,18 @@ def is_pointwise(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
 
 
+_CACHE = 1 << 20
+"""Bytes that the cache of a CPU's core holds: large enough for the layers of small models."""
+
+
+def leaves_cache(value: torch.Tensor) -> bool:
+    """Whether a matrix is on a CPU and too large (or of a size not known) for a core's cache.
+
+    Fresh memory for it then costs more than to read and write memory that is there.
+    """
+    return value.device.type == "cpu" and not statically_known_true(value.numel() * value.dtype.itemsize <= _CACHE)
+
+
 class Values:
     """Value numbers of one graph, computed on demand.
 

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 import torch
 from torch.fx import Node
 
-from lora_fx.passes._torch import CheckpointPolicy, statically_known_true
-from lora_fx.passes.graph import is_sum, readers, same_shape, stays_in_kernel, val
+from lora_fx.passes._torch import CheckpointPolicy
+from lora_fx.passes.graph import is_sum, leaves_cache, readers, same_shape, stays_in_kernel, val
 from lora_fx.passes.rewriter import Rewriter
 from lora_fx.passes.site import Site
 
@@ -40,10 +40,6 @@ def find(sites: list[Site]) -> Iterator[list[Site]]:
     )
 
 
-_CACHE = 1 << 20
-"""Bytes that the cache of a CPU's core holds: large enough for the layers of small models."""
-
-
 def _is_cheap(product: torch.Tensor) -> bool:
     """Whether computing the product again costs about as much as reading it.
 
@@ -54,9 +50,7 @@ def _is_cheap(product: torch.Tensor) -> bool:
     """
     if product.device.type != "cpu":
         return True
-    return product.dtype.itemsize < 4 and bool(
-        statically_known_true(product.numel() * product.dtype.itemsize <= _CACHE)
-    )
+    return product.dtype.itemsize < 4 and not leaves_cache(product)
 
 
 def rewrite(group: list[Site], rewriter: Rewriter) -> None:

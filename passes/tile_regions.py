@@ -238,7 +238,7 @@ def grow(seed: Node, graph: Graph) -> Region:
             if new and _fits(new, region, order):
                 region.nodes |= new
                 region.copies |= {n for n in new if not makes(n) and _stays(n, region)}
-                pending += new
+                pending += sorted(new, key=order.__getitem__)
     _prune(region)
     return region if seed in region.nodes else Region(columns, {seed})
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import expecttest
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from lora_fx.passes.pipeline import rewrite_graph
 from lora_fx.passes.printer import graph_text
 from tests.passes.foreign import Form, HandWritten
 from tests.passes.harness import Case, adapt, by_kernels, capture, compare, joint_graph, only, recorded
-from tests.passes.modules import Residual
+from tests.passes.modules import Mlp, Residual
 
 ACCUMULATE = only("accumulate")
 FOLDED = only("fold_scale", "accumulate")
@@ -127,6 +128,24 @@ def test_an_input_gradient_with_more_terms() -> None:
 
 def test_an_input_gradient_that_a_pointwise_operation_reads() -> None:
     assert halves(lambda m, x: lora(m, torch.tanh(x))) == (True, False)
+
+
+def test_on_a_cpu_what_leaves_the_cache_is_accumulated() -> None:
+    """A product of 2 MiB, in float32 and in bfloat16, whose readers are pointwise."""
+    x = torch.randn(1, 13200, 48)
+    assert halves(lambda m, x: F.silu(lora(m, torch.tanh(x))), x.requires_grad_()) == (True, True)
+    half = x.detach().to(torch.bfloat16).repeat(1, 2, 1).requires_grad_()
+    assert halves(lambda m, x: F.silu(lora(m, torch.tanh(x))), half, torch.bfloat16) == (False, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_mlp_is_as_accurate(dtype: torch.dtype) -> None:
+    """In both dtypes its input gradients are added into large bases, in float32 its outputs too."""
+    case = Case("", lambda: adapt(Mlp(hidden=1040).to(dtype)), 3, {}, dtype=dtype, shapes=((1, 1100, 48),) * 8)
+    result = compare(case, by_kernels)
+    assert result.captured.count("forward")["accumulate"] == (3 if dtype == torch.float32 else 1)
+    assert result.captured.count("backward")["accumulate"] >= 1
+    result.assert_as_accurate()
 
 
 def test_plain_matrices_in_16_bits_are_inductors() -> None:

@@ -181,11 +181,11 @@ return %47, %57, %67, %0, %1, %2, %5, %6, %7, %10, %11, %12, %15, %16, %21, %28,
 | %84 = tile(outputs=[%83], program=#2, inputs=[%66, %78]) (None, (bf16[160, 136]))
 | %85 = getitem(%84, 1) (bf16[160, 136])
 | %86 = getitem(%85, 0) bf16[160, 136]
-| %87 = auto_functionalized(lora_fx.accumulate_, base=%86, a=%79, b=%81, scale=None) (None, bf16[160, 136])
+| %87 = auto_functionalized(lora_fx.accumulate_, base=%86, a=%34, b=%36, scale=None) (None, bf16[160, 136])
 | %88 = getitem(%87, 1) bf16[160, 136]
-| %89 = auto_functionalized(lora_fx.accumulate_, base=%88, a=%34, b=%36, scale=None) (None, bf16[160, 136])
+| %89 = auto_functionalized(lora_fx.accumulate_, base=%88, a=%50, b=%52, scale=None) (None, bf16[160, 136])
 | %90 = getitem(%89, 1) bf16[160, 136]
-| %91 = auto_functionalized(lora_fx.accumulate_, base=%90, a=%50, b=%52, scale=None) (None, bf16[160, 136])
+| %91 = auto_functionalized(lora_fx.accumulate_, base=%90, a=%79, b=%81, scale=None) (None, bf16[160, 136])
 | %92 = getitem(%91, 1) bf16[160, 136]
 | %93 = reshape(%92, [2, 80, 136]) bf16[2, 80, 136]
 | %94 = convert_element_type(%93, f32) f32[2, 80, 136]
