@@ -77,7 +77,7 @@ def _is_written(site: Site) -> bool:
     """Whether both the base and its sum with the branch are written to memory."""
     return (
         not is_pointwise(peel_views(site.base))
-        and not (stays_in_kernel(site.add) and (val(site.up).dtype.itemsize < 4 or not leaves_cache(val(site.up))))
+        and (not stays_in_kernel(site.add) or (leaves_cache(val(site.up)) and val(site.up).dtype.itemsize >= 4))
         and not _becomes_addmm(site.add, site.base, site.scaled)
     )
 
@@ -100,9 +100,7 @@ def _written_sum(grad_x: Node | None) -> tuple[Node, Node] | None:
             other = user.args[1] if user.args[0] is node else user.args[0]
             assert isinstance(other, Node)
             plain = is_tensor(other) and same_shape(other, node) and val(other).dtype == val(node).dtype
-            written = not is_pointwise(peel_views(other)) and not (
-                stays_in_kernel(user) and not leaves_cache(val(node))
-            )
+            written = not is_pointwise(peel_views(other)) and (leaves_cache(val(node)) or not stays_in_kernel(user))
             return (user, other) if plain and written and not _becomes_addmm(user, other, node) else None
         if not is_row_view(user):
             return None
