@@ -66,10 +66,15 @@ def rewrite(group: list[Site], rewriter: Rewriter) -> None:
     found = _written_sum(site.grad_x)
     if found is not None:
         assert site.grad_x is not None
-        total, other = found
-        base = rewriter.flatten_rows(other, like=site.grad_x)
+        total, rest, term = found
+        base = rewriter.flatten_rows(term, like=site.grad_x)
         grad_x = rewriter.emit(operators.accumulate, base, *site.grad_x.args, like=site.grad_x)
-        rewriter.replace(total, rewriter.view_like(grad_x, total))
+        if term is rest:
+            rewriter.replace(total, rewriter.view_like(grad_x, total))
+        else:
+            (reader,) = term.users
+            rewriter.redirect(term, rewriter.view_like(grad_x, term), [reader])
+            rewriter.replace(total, rest)
         site.backward_rewrites.append("accumulate")
 
 
@@ -88,10 +93,12 @@ def _becomes_addmm(total: Node, large: Node, small: Node) -> bool:
     return plain and val(total).device.type == "cpu" and val(total).dtype.itemsize < 4
 
 
-def _written_sum(grad_x: Node | None) -> tuple[Node, Node] | None:
-    """The sum that the branch's input gradient goes into and its other operand, if that sum is written to memory.
+def _written_sum(grad_x: Node | None) -> tuple[Node, Node, Node] | None:
+    """The sum that the branch's input gradient goes into, if that sum or another is written to memory.
 
-    A longer sum (siblings, other readers of x) is one kernel that reads every term once: it stays as it is.
+    With its other operand, and the term of that which the gradient can be added to: usually the operand itself. A
+    longer sum (siblings, other readers of x) is one kernel that reads every term once. It stays as it is, unless the
+    branch's product leaves the cache and one of the terms is a large product, which is written.
     """
     node = grad_x
     while node is not None and len(node.users) == 1:
@@ -99,10 +106,30 @@ def _written_sum(grad_x: Node | None) -> tuple[Node, Node] | None:
         if is_sum(user):
             other = user.args[1] if user.args[0] is node else user.args[0]
             assert isinstance(other, Node)
-            plain = is_tensor(other) and same_shape(other, node) and val(other).dtype == val(node).dtype
-            written = not is_pointwise(peel_views(other)) and (leaves_cache(val(node)) or not stays_in_kernel(user))
-            return (user, other) if plain and written and not _becomes_addmm(user, other, node) else None
+            large = leaves_cache(val(node))
+            if not (is_tensor(other) and same_shape(other, node) and val(other).dtype == val(node).dtype):
+                return None
+            if stays_in_kernel(user) and not large:
+                return None
+            term = _written_term(other, node) if large and is_sum(peel_views(other)) else other
+            if term is None or is_pointwise(peel_views(term)) or _becomes_addmm(user, term, node):
+                return None
+            return user, other, term
         if not is_row_view(user):
             return None
         node = user
+    return None
+
+
+def _written_term(total: Node, like: Node) -> Node | None:
+    """A large product that is a term of a sum, and of nothing else: [..., K] like ``like``."""
+    pending = [total]
+    while pending:
+        node = pending.pop()
+        if len(node.users) != 1 or val(node).dtype != val(like).dtype:
+            continue
+        if is_sum(peel_views(node)):
+            pending += [a for a in peel_views(node).args[:2] if isinstance(a, Node)]
+        elif is_call(peel_views(node), MM) and same_shape(node, like):
+            return node
     return None

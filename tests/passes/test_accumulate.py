@@ -13,7 +13,7 @@ from lora_fx.passes.pipeline import rewrite_graph
 from lora_fx.passes.printer import graph_text
 from tests.passes.foreign import Form, HandWritten
 from tests.passes.harness import Case, adapt, by_kernels, capture, compare, joint_graph, only, recorded
-from tests.passes.modules import Mlp, Residual
+from tests.passes.modules import QKV, Mlp, Residual
 
 ACCUMULATE = only("accumulate")
 FOLDED = only("fold_scale", "accumulate")
@@ -136,6 +136,27 @@ def test_on_a_cpu_what_leaves_the_cache_is_accumulated() -> None:
     assert halves(lambda m, x: F.silu(lora(m, torch.tanh(x))), x.requires_grad_()) == (True, True)
     half = x.detach().to(torch.bfloat16).repeat(1, 2, 1).requires_grad_()
     assert halves(lambda m, x: F.silu(lora(m, torch.tanh(x))), half, torch.bfloat16) == (False, True)
+
+
+def test_a_long_sum_that_leaves_the_cache() -> None:
+    """The gradient goes into a term that is a large product, where there is one."""
+    x = torch.randn(1, 13200, 48, requires_grad=True)
+    assert halves(lambda m, x: (lora(m, x), F.linear(x, m.w), torch.tanh(x)), x)[1] is True
+    assert halves(lambda m, x: (F.linear(torch.tanh(x), m.w), lora(m, torch.exp(x)), torch.sin(x)), x)[1] is True
+    assert (
+        halves(
+            lambda m, x: (F.linear(x.detach(), m.w) + F.linear(F.linear(x, m.a), m.b), torch.sin(x), torch.tanh(x)), x
+        )[1]
+        is False
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_siblings_are_as_accurate(dtype: torch.dtype) -> None:
+    case = Case("", lambda: adapt(QKV(520, 520).to(dtype)), 3, {}, dtype=dtype, shapes=((1, 1100, 520),) * 4)
+    result = compare(case, by_kernels)
+    assert result.captured.count("backward")["accumulate"] == 1
+    result.assert_as_accurate()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

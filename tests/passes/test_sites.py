@@ -154,7 +154,7 @@ CASES = [
         random=True,
     ),
     # Symbolic sizes. `None` makes a static graph first and a symbolic one at the second size.
-    Case("dynamic", lambda: adapt(QKV()), 3, QKV_ALL, QKV_BACK, dynamic=True, shapes=THREE_BATCHES),
+    Case("dynamic", lambda: adapt(QKV()), 3, QKV_ALL, QKV_BACK | {"accumulate": 1}, dynamic=True, shapes=THREE_BATCHES),
     Case(
         "dynamic MLP",
         lambda: adapt(Mlp().to(bf16)),
