@@ -236,7 +236,7 @@ CASES = [
         lambda: adapt(Layers().to(bf16)),
         14,
         LAYERS,  # a size that is not known counts as large, and then recomputing loses on a CPU
-        LAYERS_BACK,
+        LAYERS_BACK | {"accumulate": 8},
         dtype=bf16,
         dynamic=True,
         shapes=THREE_BATCHES,
