@@ -543,9 +543,11 @@ struct Sums {
         F::interleave_two(to, parts[0], parts[1]);
       }
     }
-    for (Int byte = 0; byte < count * Int(sizeof *first); byte += LINE) {
-      __builtin_prefetch(reinterpret_cast<const char*>(first + STRIPS * STRIP) + byte, 0, 2);
-      if (F::PAIR > 1 && second) __builtin_prefetch(reinterpret_cast<const char*>(second + STRIPS * STRIP) + byte, 0, 2);
+    // The next columns; after the last ones, the first of the next rows.
+    const typename F::Element* next = first + (j + count < columns ? count : BLOCK * x.row - j);
+    for (Int byte = 0; byte < count * Int(sizeof *next); byte += LINE) {
+      __builtin_prefetch(reinterpret_cast<const char*>(next) + byte, 0, 2);
+      if (F::PAIR > 1) __builtin_prefetch(reinterpret_cast<const char*>(next + x.row) + byte, 0, 2);
     }
   }
 };
