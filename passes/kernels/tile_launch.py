@@ -68,7 +68,7 @@ class _Arguments:
 
 def _arguments(program: Program, inputs: list[Tensor], outputs: list[Tensor]) -> _Arguments:
     tile, m = program.tile, int(program.row_count(inputs))
-    tensors = [_prepared(kind, t, program.columns) for kind, t in zip(program.inputs, inputs)]
+    tensors = [_prepared(kind, t, program) for kind, t in zip(program.inputs, inputs)]
     strides: list[int] = []
     named: dict[str, Any] = {}
     for index, (kind, t) in enumerate(zip(program.inputs, tensors)):
@@ -109,9 +109,16 @@ def _warn_once(message: str) -> None:
     log.warning("%s. Please report this.", message)
 
 
-def _prepared(kind: list[Any], tensor: Tensor, columns: int) -> Tensor:
-    """The tensor as the kernel indexes it: a value as a matrix whose rows are contiguous, rows and columns as such."""
+def _prepared(kind: list[Any], tensor: Tensor, program: Program) -> Tensor:
+    """The tensor as the kernel indexes it: a value as a matrix whose rows are contiguous, rows and columns as such.
+
+    Where a value is summed over rows and over columns, the factor of the one and the thin matrix of the other must be
+    laid out in the same order: Triton 3.6 gets the second sum wrong for other pairs (on Hopper, 64 x 64 tiles,
+    four warps). Here the rank is what is contiguous in both, which it is in a gradient pair as models have it.
+    """
     if kind[0] == "full":
-        matrix = tensor.reshape(-1, columns)
+        matrix = tensor.reshape(-1, program.columns)
         return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+    if kind[0] in ("thin", "factor") and program.sums_both_ways:
+        return tensor.t().contiguous().t() if kind[-1] == "RN" else tensor.contiguous() if kind[1] == 1 else tensor
     return tensor.contiguous() if kind[0] in ("row", "column") else tensor

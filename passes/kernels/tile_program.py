@@ -84,6 +84,11 @@ class Program:
         """The statements that make an output, in the order of the outputs."""
         return [statement for statement in self.body if statement[0] in OUTPUTS]
 
+    @property
+    def sums_both_ways(self) -> bool:
+        """Whether it sums over columns and over rows."""
+        return {"down", "across"} <= {statement[0] for statement in self.body}
+
     def rank(self, index: int) -> int:
         """R of a thin or factor input."""
         return int(self.inputs[index][1])

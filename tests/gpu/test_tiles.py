@@ -127,7 +127,10 @@ def test_in_a_compiled_model(name: str, rank: int) -> None:
     torch._dynamo.reset()
     lora_fx.compile(module, strict=True)
     ours = errors(module)
-    assert all(mine <= 1.1 * limit + 4 * 2.0**-24 for mine, limit in zip(ours, theirs, strict=True)), (ours, theirs)
+    names = ["y", "x", *(name for name, _ in lora_fx.named_adapter_parameters(module))]
+    pairs = dict(zip(names, zip(theirs, ours, strict=True), strict=True))
+    worse = {name: pair for name, pair in pairs.items() if not pair[1] <= 1.1 * pair[0] + 4 * 2.0**-24}
+    assert not worse, f"less accurate than plain torch.compile: {worse}"
     first, second = step(module, inputs[0]), step(module, inputs[0])
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 

@@ -282,15 +282,15 @@ return %54, %0, %4, %5, %6, %9, %10, %11, %14, %15, %17, %18, %20, %31, %33, %21
 | %88 = view(%63, [160, 264]) bf16[160, 264]
 %89 = permute(%0, [1, 0]) bf16[136, 264]
 | %90 = permute(%89, [1, 0]) bf16[264, 136]
-| %91 = lora_fx.tile_outputs(#4, %77, 160) (bf16[160, 136])
-| %92 = getitem(%91, 0) bf16[160, 136]
-| %93 = tile(outputs=[%92], program=#4, inputs=[%77, %87]) (None, (bf16[160, 136]))
-| %94 = getitem(%93, 1) (bf16[160, 136])
-| %95 = getitem(%94, 0) bf16[160, 136]
-| %96 = auto_functionalized(lora_fx.accumulate_, base=%95, a=%61, b=%37, scale=None) (None, bf16[160, 136])
-| %97 = getitem(%96, 1) bf16[160, 136]
-| %98 = auto_functionalized(lora_fx.accumulate_, base=%97, a=%88, b=%90, scale=None) (None, bf16[160, 136])
-| %99 = getitem(%98, 1) bf16[160, 136]
+| %91 = mm(%88, %90) bf16[160, 136]
+| %92 = lora_fx.tile_outputs(#4, %77, 160) (bf16[160, 136])
+| %93 = getitem(%92, 0) bf16[160, 136]
+| %94 = tile(outputs=[%93], program=#4, inputs=[%77, %87]) (None, (bf16[160, 136]))
+| %95 = getitem(%94, 1) (bf16[160, 136])
+| %96 = getitem(%95, 0) bf16[160, 136]
+| %97 = auto_functionalized(lora_fx.accumulate_, base=%96, a=%61, b=%37, scale=None) (None, bf16[160, 136])
+| %98 = getitem(%97, 1) bf16[160, 136]
+| %99 = add(%98, %91) bf16[160, 136]
 | %100 = reshape(%99, [2, 80, 136]) bf16[2, 80, 136]
 return None, %100, None, None, %86, %76, None, None, None, %85, %60, None, None, None, %45, %31
 #0: bfloat16, 136 columns; in0 full, in1 factor 4 NR, in2 thin 4

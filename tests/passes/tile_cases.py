@@ -317,6 +317,8 @@ def operands(program: Program, rows: int, device: str = "cpu", batch: int = 1) -
         scale = kind[1] ** -0.5 if kind[0] == "factor" else 1.0
         whole = tensor._base if tensor._base is not None else tensor
         whole = (whole * scale).to(dtype)
+        # Of many random numbers one is 0, which has no logarithm.
+        whole = whole.masked_fill(whole == 0, 1.0)
         return (
             whole if tensor._base is None else whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
         )
