@@ -285,10 +285,14 @@ def _accumulated(region: Region, members: list[Node]) -> list[Node]:
     dtype = val(results[0]).dtype
     # All of them or none: a sum of the branch with a residual stream would be rounded twice at its full size.
     if all(is_call(n, MM) and _dies_in(n, region) and val(n).dtype == dtype for n in terms):
-        inner = [val(term.all_input_nodes[0]).shape[1] for term in terms]
-        first = max(range(len(terms)), key=lambda i: inner[i] if isinstance(inner[i], int) else 0)
-        return [terms[first], *terms[:first], *terms[first + 1 :]]
+        return sorted(terms, key=_inner, reverse=True)
     return []
+
+
+def _inner(product: Node) -> int:
+    """The size that a product sums over; 0 where it is not known."""
+    size = shape(product.all_input_nodes[0])[1]
+    return size if isinstance(size, int) else 0
 
 
 def _accumulate(like: Node, base: Node, product: Node) -> Node:
