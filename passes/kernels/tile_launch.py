@@ -120,5 +120,9 @@ def _prepared(kind: list[Any], tensor: Tensor, program: Program) -> Tensor:
         matrix = tensor.reshape(-1, program.columns)
         return matrix if matrix.stride(1) == 1 else matrix.contiguous()
     if kind[0] in ("thin", "factor") and program.sums_both_ways:
-        return tensor.t().contiguous().t() if kind[-1] == "RN" else tensor.contiguous() if kind[1] == 1 else tensor
+        turned = kind[-1] == "RN"
+        matrix = tensor.t().contiguous() if turned else tensor
+        if kind[1] == 1:
+            matrix = matrix.reshape(-1).unsqueeze(1)  # strides of 1 and 1, whatever they were
+        return matrix.t() if turned else matrix
     return tensor.contiguous() if kind[0] in ("row", "column") else tensor

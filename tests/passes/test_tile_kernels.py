@@ -56,6 +56,19 @@ def compiled(program: Program, mask: int | None, full: str) -> Any:
 
 if not INTERPRETED:
 
+    @pytest.mark.parametrize(("rank", "order"), [(1, "NR"), (1, "RN"), (5, "RN")])
+    def test_the_rank_is_contiguous_where_a_value_is_summed_both_ways(rank: int, order: str) -> None:
+        """What Triton gets wrong otherwise only a GPU shows: this is the layout that is right there."""
+        body: list[Any] = [["load", 0], ["down", 0, 1], ["across", 0, 2, "NR"]]
+        inputs: list[Any] = [["full"], ["factor", rank, order], ["thin", rank]]
+        program = Program(24, "bfloat16", inputs, body, Tile(rows=64, columns=64, step=64, walk="rows"))
+        factor = torch.randn((24, rank) if order == "NR" else (rank, 24))
+        tensors = [torch.randn(40, 24), factor, torch.randn(40, 3 * rank)[:, rank : 2 * rank]]
+        full, stored, thin, *strides, _ = tile_launch._arguments(program, tensors, []).positional
+        assert torch.equal(stored, factor) and torch.equal(thin, tensors[2]) and full is not None
+        outer = 1 if rank == 1 else 3 * rank
+        assert strides == [rank, 1, outer, 1]
+
     @pytest.mark.slow
     @pytest.mark.parametrize("part", ["program", "pointwise"])
     def test_in_the_interpreter(part: str) -> None:
