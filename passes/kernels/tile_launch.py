@@ -123,6 +123,6 @@ def _prepared(kind: list[Any], tensor: Tensor, program: Program) -> Tensor:
         turned = kind[-1] == "RN"
         matrix = tensor.t().contiguous() if turned else tensor
         if kind[1] == 1:
-            matrix = matrix.reshape(-1).unsqueeze(1)  # strides of 1 and 1, whatever they were
+            matrix = matrix.reshape(-1).contiguous().unsqueeze(1)  # strides of 1 and 1, whatever they were
         return matrix.t() if turned else matrix
     return tensor.contiguous() if kind[0] in ("row", "column") else tensor
