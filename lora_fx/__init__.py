@@ -15,6 +15,7 @@ from lora_fx.install import (
     remove,
 )
 from lora_fx.linear import LoRAModule
+from lora_fx.merge import merge, unmerge
 from lora_fx.state import load_adapter, save_adapter
 
 __all__ = [
@@ -34,7 +35,9 @@ __all__ = [
     "install",
     "is_installed",
     "load_adapter",
+    "merge",
     "named_adapter_parameters",
     "remove",
     "save_adapter",
+    "unmerge",
 ]

@@ -109,8 +109,9 @@ def install(model: Model, config: LoRAConfig | None = None) -> Model:
 def remove(model: Model) -> Model:
     """Take out what `install` put in: classes, parameters, buffers, `requires_grad` and `init_weights` as before.
 
-    The base weights are what they were, so the model computes what it computed before it was installed on. A compiled
-    model stays compiled and recompiles at its next call.
+    The base weights are what they were, so the model computes what it computed before it was installed on; those of a
+    merged model (`lora_fx.merge`) stay merged, so it computes what it computed with adapters. A compiled model stays
+    compiled and recompiles at its next call.
 
     Raises:
         ValueError: `install` was not called on `model`, or a wrapper changed its modules since (FSDP, for instance).
@@ -132,8 +133,9 @@ def freeze(model: Model) -> Model:
     Tensor parallelism's `SequenceParallel`, for one, replaces frozen parameters by trainable ones.
 
     Raises:
-        ValueError: `model` holds no adapters.
+        ValueError: `model` holds no adapters, or they are merged.
     """
+    check_not_merged(model)
     adapters = [parameter for _, parameter in named_adapter_parameters(model)]
     # By assignment: uninitialised parameters of lazy modules refuse `requires_grad_`.
     for parameter in model.parameters():
@@ -179,7 +181,7 @@ def named_adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]
     """As `adapter_parameters`, with names as in ``model.named_parameters()``."""
     return [
         (f"{path}.{name}".removeprefix("."), module._parameters[name])  # type: ignore[misc]  # never None once swapped
-        for path, module in _adapted(model)
+        for path, module in adapted(model)
         for name in PARAMETERS
     ]
 
@@ -191,9 +193,10 @@ def disabled(model: nn.Module) -> Iterator[None]:
     Contexts nest, and the state from before is restored however the block ends.
 
     Raises:
-        ValueError: `model` holds no adapters.
+        ValueError: `model` holds no adapters, or they are merged.
     """
-    modules = [module for _, module in _adapted(model)]
+    check_not_merged(model)
+    modules = [module for _, module in adapted(model)]
     before = [module.lora_enabled for module in modules]
     try:
         for module in modules:
@@ -215,11 +218,23 @@ def configs(model: nn.Module) -> list[LoRAConfig]:
     return [record.config for record in records if isinstance(record, Installation)]
 
 
-def _adapted(model: nn.Module) -> list[tuple[str, LoRAModule]]:
+def adapted(model: nn.Module) -> list[tuple[str, LoRAModule]]:
+    """Path and module of every linear of `model` that holds an adapter.
+
+    Raises:
+        ValueError: there is none.
+    """
     found = [(path, module) for path, module in model.named_modules() if isinstance(module, LoRAModule)]
     if not found:
         raise ValueError(f"{type(model).__name__} holds no adapters: call lora_fx.install(model, config) first")
     return found
+
+
+def check_not_merged(model: nn.Module) -> None:
+    """Raise ValueError if an adapter of `model` is merged into its weight."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoRAModule) and module._lora_merged is not None:
+            raise ValueError(f"{_shown(path)} is merged: call lora_fx.unmerge(model) first")
 
 
 def _record(model: nn.Module) -> Installation:

@@ -26,7 +26,7 @@ SCALE, ENABLED = "lora_scale", "lora_enabled"
 # Everything that the swap adds to a module, in the order in which it is added.
 PARAMETERS = ("lora_a", "lora_b")
 BUFFERS = (SCALE, ENABLED)
-ATTRIBUTES = ("lora_dropout", "lora_init", "_lora_last_scale", "_lora_disabled", "_lora_deferred")
+ATTRIBUTES = ("lora_dropout", "lora_init", "_lora_last_scale", "_lora_disabled", "_lora_deferred", "_lora_merged")
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class LoRAModule(nn.Linear):
     _lora_last_scale: float
     _lora_disabled: Tensor | None
     _lora_deferred: bool
+    _lora_merged: Any  # a lora_fx.merge.Merged, or None
 
     # The parameter is called `input` because `nn.Linear.forward`'s is, and callers may name it.
     def forward(self, input: Tensor) -> Tensor:
@@ -112,7 +113,13 @@ class LoRAModule(nn.Linear):
 
     @torch.no_grad()
     def reset_adapters(self) -> None:
-        """Start the adapters afresh: A as `lora_init` says, B zero, the last scale that was installed or loaded."""
+        """Start the adapters afresh: A as `lora_init` says, B zero, the last scale that was installed or loaded.
+
+        Raises:
+            ValueError: the adapter is merged.
+        """
+        if self._lora_merged is not None:
+            raise ValueError("an adapter that is merged cannot start afresh: call lora_fx.unmerge(model) first")
         reset_a(self.lora_a, self.lora_init)
         self.lora_b.zero_()
         self.lora_scale.fill_(self._lora_last_scale)
@@ -159,6 +166,8 @@ class LoRAModule(nn.Linear):
         return moved
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        if self._lora_merged is not None and any(name.startswith(prefix) for name in state_dict):
+            raise ValueError(f"{prefix.rstrip('.') or 'the model'} is merged: call lora_fx.unmerge(model) first")
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.lora_scale.dtype != torch.float32:  # load_state_dict(assign=True) of a checkpoint that was cast
             self.lora_scale = self.lora_scale.float()
@@ -290,6 +299,7 @@ def swap(module: nn.Linear, adapter: Adapter) -> None:
     swapped._lora_last_scale = adapter.scale
     swapped._lora_disabled = None
     swapped._lora_deferred = False
+    swapped._lora_merged = None
 
 
 def unswap(module: nn.Linear) -> None:

@@ -16,7 +16,7 @@ from lora_fx import _torch
 from lora_fx.config import ALL_LINEAR, LoRAConfig
 from lora_fx.distributed import largest_mesh, together, writes
 from lora_fx.files import write_together
-from lora_fx.install import configs, install, is_installed, remove
+from lora_fx.install import check_not_merged, configs, install, is_installed, remove
 from lora_fx.linear import PARAMETERS, LoRAModule
 from lora_fx.peft_config import config_values
 from lora_fx.peft_files import PREFIX, AdapterFiles, Factors, encoded, read_files
@@ -53,6 +53,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         RuntimeError: another rank raised.
     """
     where, model = Path(folder), _unwrapped(model)
+    check_not_merged(model)
     _torch.reshard(model)
     modules = {clean_path(path): module for path, module in model.named_modules() if isinstance(module, LoRAModule)}
     if not modules:
@@ -91,6 +92,7 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
         RuntimeError: another rank raised; the model is as it was on all of them.
     """
     inner = _unwrapped(model)
+    check_not_merged(inner)
     _torch.reshard(inner)
     mesh = largest_mesh(inner)
     with torch.inference_mode(False):  # whose tensors would never train
