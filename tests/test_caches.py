@@ -121,6 +121,7 @@ def test_stages_are_equal_by_what_they_do() -> None:
     assert len({first[name].uuid() for name in pipeline.HOOKS}) == len(pipeline.HOOKS)
 
 
+@pytest.mark.slow
 def test_the_log_and_the_trace(tmp_path: Path) -> None:
     """``TORCH_LOGS="+lora_fx"`` shows every site; ``TORCH_TRACE`` gets the report for tlparse."""
     trace = tmp_path / "trace"
