@@ -57,9 +57,9 @@ def merge(model: Model, *, keep: bool = True) -> Model:
         `model`.
 
     Raises:
-        ValueError: `model` holds no adapters, one is merged already, or one cannot be merged: its weight is quantised,
-            sharded, on the meta device or shared with another module, or the sum is not finite. The text names the
-            module, and `model` is as it was.
+        ValueError: `model` holds no adapters, one is merged already or disabled, or one cannot be merged: its weight is
+            quantised, sharded, on the meta device or shared with another module, or the sum is not finite. The text
+            names the module, and `model` is as it was.
     """
     modules = adapted(model)
     holders = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
@@ -110,6 +110,8 @@ def _check(where: str, module: LoRAModule, holders: Counter[int]) -> None:
     weight = module.weight
     if module._lora_merged is not None:
         raise ValueError(f"{where} is merged already")
+    if module.lora_enabled is module._lora_disabled:
+        raise ValueError(f"{where} is disabled: merge outside of lora_fx.disabled, where its adapter counts")
     if is_dtensor(weight) or is_dtensor(module.lora_a):
         raise ValueError(f"{where} is sharded: save the adapter, load it in one process, and merge there")
     if type(weight.data) is not Tensor or not is_activation_dtype(weight.dtype):

@@ -268,9 +268,8 @@ def _accumulated(region: Region, members: list[Node]) -> list[Node]:
     The kernel of the first adds it to the result for little: cuBLAS reads what it adds to while it computes. On an H200
     (M 8192, N 4096, K 4096) that is 0 to 4% of 371 us, where reading the product again to add the branch takes 15 us
     and writing the sum as much. And the small term is rounded on the way, instead of the large one. The others are
-    left to whatever reads the sum, as they are without LoRA: to accumulate them too rounds the growing sum each time
-    (it made gradients err 1.1 times plain torch.compile's). Where Inductor overlaps products with collectives, it has
-    to find them as they are.
+    left to whatever reads the sum, as they are without LoRA: to accumulate them too rounds the growing sum each time.
+    Where Inductor overlaps products with collectives, it has to find them as they are.
     """
     if inductor_config()._micro_pipeline_tp:
         return []

@@ -160,11 +160,11 @@ def test_large_siblings_are_as_accurate() -> None:
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), bf16])
 def test_a_large_mlp_is_as_accurate(dtype: torch.dtype) -> None:
-    """In both dtypes its input gradients are added into large bases, in float32 its outputs too."""
+    """In both dtypes the gradient [1100, 1040] is added into a large base, in float32 the outputs of that size too."""
     case = Case("", lambda: adapt(Mlp(hidden=1040).to(dtype)), 3, {}, dtype=dtype, shapes=((1, 1100, 48),) * 3)
     result = compare(case, by_kernels)
     assert result.captured.count("forward")["accumulate"] == (3 if dtype == torch.float32 else 1)
-    assert result.captured.count("backward")["accumulate"] >= 1
+    assert result.captured.count("backward")["accumulate"] == 1
     result.assert_as_accurate()
 
 
