@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,37 +10,23 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from lora_fx.passes._torch import auto_functionalized, detect_fake_mode, inductor_config, stable_topological_sort
+from lora_fx.passes._torch import auto_functionalized, detect_fake_mode, stable_topological_sort
 from lora_fx.passes.graph import (
     CONVERT,
-    MM,
     aten,
     has_shape,
-    is_call,
     is_row_view,
     is_tensor,
-    is_transpose,
-    peel_views,
-    readers,
     shape,
     val,
 )
 from lora_fx.passes.kernels import operators
 from lora_fx.passes.kernels.tile_choice import choose
-from lora_fx.passes.kernels.tile_program import OUTPUTS, Program, Statement, Tile
+from lora_fx.passes.kernels.tile_program import Program, Statement, Tile
 from lora_fx.passes.site import MARK
-from lora_fx.passes.tile_regions import (
-    POINTWISE,
-    Region,
-    columns_of,
-    constant_of,
-    grow,
-    makes,
-    operand_kind,
-    operands_of,
-    reads,
-    value_of,
-)
+from lora_fx.passes.tile_copies import separate
+from lora_fx.passes.tile_regions import Region, columns_of, grow, reads
+from lora_fx.passes.tile_writer import Writer, is_read_last_in
 
 Choose = Callable[[list[list[Any]], list[Statement], Any, int], Tile | None]
 
@@ -49,24 +36,43 @@ def cut(graph: Graph, choose: Choose = choose) -> Iterator[tuple[Node, Exception
 
     ``choose`` gives the tile for a program's input kinds, body, M and N, or None to leave the region alone.
     """
+    for seed in _seeds(graph):
+        with _undone(graph) as failure:
+            separate(seed)
+        if failure:
+            yield seed, failure[0]
     taken: set[Node] = set()
     changed = False
-    for seed in [node for node in graph.nodes if columns_of(node) is not None]:
-        if seed in taken or not _has_kernels(seed):
+    for seed in _seeds(graph):
+        if seed in taken:
             continue
-        before = set(graph.nodes)
-        try:
+        with _undone(graph) as failure:
             region = grow(seed, graph)
             taken |= region.nodes
             changed |= _emit(region, graph, choose)
-        except Exception as error:
-            # Up to the point where it takes the region's place, a program is only new nodes.
-            for node in reversed(graph.nodes):
-                if node not in before:
-                    graph.erase_node(node)
-            yield seed, error
+        if failure:
+            yield seed, failure[0]
     if changed:
         graph.eliminate_dead_code()
+
+
+@contextlib.contextmanager
+def _undone(graph: Graph) -> Iterator[list[Exception]]:
+    """Within, a failure takes back the nodes that were added, and is listed: up to the point where a rewrite takes the
+    place of something, it is only new nodes."""
+    before = set(graph.nodes)
+    failure: list[Exception] = []
+    try:
+        yield failure
+    except Exception as error:
+        for node in reversed(graph.nodes):
+            if node not in before:
+                graph.erase_node(node)
+        failure.append(error)
+
+
+def _seeds(graph: Graph) -> list[Node]:
+    return [node for node in graph.nodes if columns_of(node) is not None and _has_kernels(node)]
 
 
 def _has_kernels(node: Node) -> bool:
@@ -75,151 +81,10 @@ def _has_kernels(node: Node) -> bool:
     return value.device.type == "cuda"
 
 
-class _Writer:
-    """Writes the program of a region and collects its inputs."""
-
-    def __init__(self, region: Region, members: list[Node]) -> None:
-        self.region = region
-        self.accumulated = _accumulated(region, members)
-        """Large products that are added to the result afterwards, where their own kernels can do that."""
-        self.absent = set(self.accumulated)
-        """What the program therefore does not compute: these products, and sums of nothing else."""
-        self.inputs: list[Node] = []
-        self.kinds: list[list[Any]] = []
-        self.body: list[Statement] = []
-        self.places: dict[Node, int] = {}
-        self.outputs: list[tuple[Node, int]] = []
-        """What each output is for: a member, and for a gradient pair which of its two results."""
-
-    def write(self, member: Node) -> None:
-        """Append the statements of one member, whose operands have been written."""
-        if member.target is operators.scaled_mm:
-            self.places[member] = self._product(*member.args[:3])
-        elif member.target is operators.accumulate:
-            base, thin, factor, scale = (*member.args, None)[:4]
-            product = self._product(thin, factor, scale)
-            self.places[member] = (
-                product
-                if peel_views(base) in self.absent
-                else self._append(["op", "add", [self._operand(base, member), product]])
-            )
-        elif member.target is operators.gradient_pair:
-            value, factor, thin = member.args[:3]
-            place = self._operand(value, member)
-            self._append(["down", place, self._factor(factor)])
-            self._append(["across", place, self._thin(thin), "NR"])
-            self.outputs += [(member, 0), (member, 1)]
-        elif (value := reads(member)) is not None:
-            left, right = member.args[:2]
-            place = self._operand(value, member)
-            if value is left:
-                self._append(["down", place, self._factor(right)])
-            else:
-                # reads() saw that it is a transpose.
-                self._append(["across", place, self._thin(left.args[0]), "RN"])  # type: ignore[union-attr]
-            self.outputs.append((member, 0))
-        elif makes(member):
-            self.places[member] = self._product(*member.args[:2])
-        elif all(is_tensor(a) and peel_views(a) in self.absent for a in operands_of(member)):
-            self.absent.add(member)
-        else:
-            self.places[member] = self._pointwise(member)
-        if (
-            member in self.places
-            and member not in self.region.copies
-            and any(reader not in self.region.nodes for reader in readers(member))
-        ):
-            dtype = str(val(member).dtype).removeprefix("torch.")
-            self._append(["store", self.places[member], dtype])
-            self.outputs.append((member, 0))
-
-    def _append(self, statement: Statement) -> int:
-        """The place of a statement, which is the old one's where the same value has been computed already."""
-        if statement[0] not in OUTPUTS and statement in self.body:
-            return self.body.index(statement)
-        self.body.append(statement)
-        return len(self.body) - 1
-
-    def _input(self, node: Any, kind: list[Any]) -> int:
-        for index, (known, its_kind) in enumerate(zip(self.inputs, self.kinds)):
-            if known is node and its_kind == kind:
-                return index
-        self.inputs.append(node)
-        self.kinds.append(kind)
-        return len(self.inputs) - 1
-
-    def _thin(self, node: Any) -> int:
-        """A matrix [M, R]."""
-        return self._input(node, ["thin", shape(node)[1]])
-
-    def _factor(self, node: Any) -> int:
-        """A factor that is used as [N, R] here."""
-        order = "NR"
-        while is_transpose(node):
-            node, order = node.args[0], "RN" if order == "NR" else "NR"
-        rank = shape(node)[1 if order == "NR" else 0]
-        return self._input(node, ["factor", rank, order])
-
-    def _product(self, thin: Any, factor: Any, scale: Any = None) -> int:
-        order = "RN"
-        while is_transpose(factor):
-            factor, order = factor.args[0], "RN" if order == "NR" else "NR"
-        return self._append(
-            [
-                "product",
-                self._thin(thin),
-                self._input(factor, ["factor", shape(thin)[1], order]),
-                None if scale is None else self._input(scale, ["number"]),
-            ]
-        )
-
-    def _operand(self, operand: Any, member: Node) -> Any:
-        """The place of an operand's value, loaded when it comes from outside, or a constant."""
-        if (constant := constant_of(operand)) is not None:
-            return [constant]
-        whole = (
-            member if is_tensor(member) and member in self.region.nodes and value_of(member) is not None else operand
-        )
-        kind = "full" if whole is operand else operand_kind(operand, whole, self.region.columns)
-        assert kind is not None
-        source = peel_views(operand) if kind in ("full", "row") else operand
-        if source not in self.places:
-            self.places[source] = self._append(["load", self._input(source, [kind])])
-        return self.places[source]
-
-    def _pointwise(self, member: Node) -> int:
-        if POINTWISE[member.target] == "identity":  # type: ignore[index]
-            return self._whole(member.args[0], member)
-        name = POINTWISE[member.target]  # type: ignore[index]  # _is_pointwise saw that it is there
-        rest = [a for a in operands_of(member) if not (is_tensor(a) and peel_views(a) in self.absent)]
-        if len(rest) == 1 and name == "add":
-            return self._whole(rest[0], member)
-        operands = [self._operand(a, member) for a in operands_of(member)]
-        if name == "div" and (x := self._sigmoid_of(operands[1])) is not None and x == operands[0]:
-            # silu, as it is decomposed: x / (1 + exp(-x)). Its backward has sigmoid(x) by name.
-            name, operands = "mul", [x, self._append(["op", "sigmoid", [x]])]
-        return self._append(["op", name, operands])
-
-    def _whole(self, value: Any, member: Node) -> int:
-        """The place of an operand that is all of a member's value."""
-        place = self._operand(value, member)
-        return place if isinstance(place, int) else self._append(["op", "identity", [place]])
-
-    def _sigmoid_of(self, denominator: Any) -> Any:
-        """The x of ``1 + exp(-x)``."""
-        found = denominator
-        for name in ("add", "exp", "neg"):
-            statement = ["op", ""] if isinstance(found, list) else self.body[found]
-            if statement[:2] != ["op", name] or (name == "add" and statement[2][1] != [1.0]):
-                return None
-            found = statement[2][0]
-        return found
-
-
 def _emit(region: Region, graph: Graph, choose: Choose) -> bool:
     """Put the region's program in its place; says whether it did."""
     members = [node for node in graph.nodes if node in region.nodes]
-    writer = _Writer(region, members)
+    writer = Writer(region, members)
     for member in members:
         writer.write(member)
     rows = _rows(members[0])
@@ -262,38 +127,6 @@ def _emit(region: Region, graph: Graph, choose: Choose) -> bool:
     return True
 
 
-def _accumulated(region: Region, members: list[Node]) -> list[Node]:
-    """The large products that enter a region's only result as terms of a sum, the one with most work first.
-
-    The kernel of the first adds it to the result for little: cuBLAS reads what it adds to while it computes. On an H200
-    (M 8192, N 4096, K 4096) that is 0 to 4% of 371 us, where reading the product again to add the branch takes 15 us
-    and writing the sum as much. And the small term is rounded on the way, instead of the large one. The others are
-    left to whatever reads the sum, as they are without LoRA: to accumulate them too rounds the growing sum each time.
-    Where Inductor overlaps products with collectives, it has to find them as they are.
-    """
-    if inductor_config()._micro_pipeline_tp:
-        return []
-    sums = [node for node in members if not makes(node)]
-    results = [n for n in members if any(r not in region.nodes for r in readers(n))]
-    plain = not region.copies and len(results) == 1 and all(is_call(n, aten.add.Tensor) for n in sums)
-    if not plain or any(len(list(readers(n))) > 1 for n in region.nodes - set(results)):
-        return []
-    found = [peel_views(a) for n in sums for a in operands_of(n) if is_tensor(a)]
-    found += [peel_views(n.args[0]) for n in members if n.target is operators.accumulate]
-    terms = [n for n in found if n not in region.nodes]
-    dtype = val(results[0]).dtype
-    # All of them or none: a sum of the branch with a residual stream would be rounded twice at its full size.
-    if all(is_call(n, MM) and _dies_in(n, region) and val(n).dtype == dtype for n in terms):
-        return sorted(terms, key=_inner, reverse=True)
-    return []
-
-
-def _inner(product: Node) -> int:
-    """The size that a product sums over; 0 where it is not known."""
-    size = shape(product.all_input_nodes[0])[1]
-    return size if isinstance(size, int) else 0
-
-
 def _accumulate(like: Node, base: Node, product: Node) -> Node:
     """``base`` with a large product added to it, in place if Inductor agrees."""
     with detect_fake_mode([val(base)]):
@@ -304,14 +137,14 @@ def _accumulate(like: Node, base: Node, product: Node) -> Node:
     return _call(like, operator.getitem, (wrapper, 1), value)
 
 
-def _outputs(program: Program, writer: _Writer, region: Region, like: Node) -> list[Node]:
+def _outputs(program: Program, writer: Writer, region: Region, like: Node) -> list[Node]:
     """Memory for the outputs: fresh, or that of a large product which nobody reads but the region."""
     source = next(node for node, kind in zip(writer.inputs, writer.kinds) if kind[0] in ("full", "thin"))
     rows = val(source).numel() // shape(source)[-1]
     if not isinstance(rows, int):
         rows = _row_node(source, like)
     fresh = _compute(like, operators.tile_outputs, program.dumps(), source, rows)
-    spare = [n for n, kind in zip(writer.inputs, writer.kinds) if kind == ["full"] and _dies_in(n, region)]
+    spare = [n for n, kind in zip(writer.inputs, writer.kinds) if kind == ["full"] and is_read_last_in(n, region)]
     found = []
     for index, (statement, value) in enumerate(zip(program.outputs, val(fresh))):
         reused = next((n for n in spare if statement[0] == "store" and val(n).dtype == value.dtype), None)
@@ -319,16 +152,6 @@ def _outputs(program: Program, writer: _Writer, region: Region, like: Node) -> l
             spare.remove(reused)
         found.append(_call(like, operator.getitem, (fresh, index), value) if reused is None else reused)
     return found
-
-
-def _dies_in(node: Node, region: Region) -> bool:
-    """Whether a matrix was made by this graph for the region alone, so that the region may overwrite it."""
-    return (
-        is_call(node, MM, aten.addmm.default)
-        and len(shape(node)) == 2
-        and all(reader in region.nodes - region.copies for reader in readers(node))
-        and node not in region.nodes
-    )
 
 
 def _row_node(source: Node, like: Node) -> Node:

@@ -256,11 +256,11 @@ def _neighbours(node: Node, region: Region) -> Iterator[set[Node]]:
             ):
                 yield {user}
     for source in _sources(node, region.columns):
-        if source not in region.nodes and (chain := _producers(source, region)) is not None:
+        if source not in region.nodes and (chain := producers(source, region)) is not None:
             yield chain
 
 
-def _producers(source: Node, region: Region) -> set[Node] | None:
+def producers(source: Node, region: Region) -> set[Node] | None:
     """The nodes that compute a value which the region reads, if the region should compute it itself; or else None.
 
     Products always: that is what a region is for. Pointwise operations down to what is in memory anyway; but not when
