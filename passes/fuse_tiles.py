@@ -26,6 +26,7 @@ from lora_fx.passes.kernels.tile_program import Program, Statement, Tile
 from lora_fx.passes.site import MARK
 from lora_fx.passes.tile_copies import separate
 from lora_fx.passes.tile_regions import Region, columns_of, grow, reads
+from lora_fx.passes.tile_siblings import join
 from lora_fx.passes.tile_writer import Writer, is_read_last_in
 
 Choose = Callable[[list[list[Any]], list[Statement], Any, int], Tile | None]
@@ -47,7 +48,7 @@ def cut(graph: Graph, choose: Choose = choose) -> Iterator[tuple[Node, Exception
         if seed in taken:
             continue
         with _undone(graph) as failure:
-            region = grow(seed, graph)
+            region = join(grow(seed, graph), graph)
             taken |= region.nodes
             changed |= _emit(region, graph, choose)
         if failure:

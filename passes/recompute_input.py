@@ -32,8 +32,8 @@ def find(sites: list[Site]) -> Iterator[list[Site]]:
 
 
 def _has_kernel(site: Site) -> bool:
-    """Whether dA will be computed tile by tile; random numbers are not made there."""
-    return val(site.down).device.type != "cpu" and not site.dropout and site.rank <= MAX_RANK
+    """Whether dA will be computed tile by tile."""
+    return val(site.down).device.type != "cpu" and site.rank <= MAX_RANK
 
 
 def rewrite(group: list[Site], rewriter: Rewriter) -> None:

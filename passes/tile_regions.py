@@ -166,13 +166,12 @@ def _is_value(node: Any, columns: int) -> bool:
 
 
 def _is_pointwise(node: Any, columns: int) -> bool:
-    """Whether ``node`` computes a value of the pass element by element from what a kernel can load."""
-    if (
-        not isinstance(node, Node)
-        or node.op != "call_function"
-        or node.target not in POINTWISE
-        or node.kwargs.keys() - {"dtype"}
-    ):
+    """Whether ``node`` computes a value of the pass element by element from what a kernel can load, or a mask of it."""
+    if not isinstance(node, Node) or node.op != "call_function" or node.kwargs.keys() - {"dtype"}:
+        return False
+    if node.target is operators.keep:
+        return _is_condition(node, columns) and same_device(node.args[0], node)
+    if node.target not in POINTWISE:
         return False
     if not (_is_value(node, columns) or _is_condition(node, columns)):
         return False
@@ -188,6 +187,9 @@ def _is_condition(node: Node, columns: int) -> bool:
 
 
 def operands_of(node: Node) -> list[Any]:
+    """What a pointwise operation is applied to; nothing for a mask, which its seed is all of."""
+    if node.target is operators.keep:
+        return []
     return [node.args[0]] if node.target is CONVERT or node.target in COPIES else list(node.args)
 
 
@@ -229,13 +231,13 @@ def grow(seed: Node, graph: Graph) -> Region:
     """The region around ``seed``: what it makes and reads, and the pointwise operations between."""
     columns = columns_of(seed)
     assert columns is not None
-    region, order = Region(columns, {seed}), {node: i for i, node in enumerate(graph.nodes)}
+    region, order = Region(columns, {seed}), order_of(graph)
     pending = [seed]
     while pending:
         node = pending.pop(0)
         for neighbours in _neighbours(node, region):
             new = neighbours - region.nodes
-            if new and _fits(new, region, order):
+            if new and fits(new, region, order):
                 region.nodes |= new
                 region.copies |= {n for n in new if not makes(n) and _stays(n, region)}
                 pending += sorted(new, key=order.__getitem__)
@@ -255,7 +257,7 @@ def _neighbours(node: Node, region: Region) -> Iterator[set[Node]]:
                 columns_of(user) == region.columns and user.target is not operators.gradient_pair
             ):
                 yield {user}
-    for source in _sources(node, region.columns):
+    for source in sources(node, region.columns):
         if source not in region.nodes and (chain := producers(source, region)) is not None:
             yield chain
 
@@ -283,7 +285,7 @@ def producers(source: Node, region: Region) -> set[Node] | None:
                     return None
                 continue
             found.add(node)
-            pending += _sources(node, region.columns)
+            pending += sources(node, region.columns)
         elif node is source or not _is_written(node):
             return None
     return found
@@ -291,7 +293,7 @@ def producers(source: Node, region: Region) -> set[Node] | None:
 
 def _is_written(node: Node) -> bool:
     """Whether a value is in memory whatever the region does."""
-    return not is_pointwise(node) or any(
+    return not (is_pointwise(node) or node.target is operators.keep) or any(
         not (is_pointwise(r) or _is_reduction(r) or columns_of(r) is not None) for r in readers(node)
     )
 
@@ -310,7 +312,7 @@ def _is_upstream(node: Node, region: Region) -> bool:
     """Whether nothing that ``node`` is computed from is computed by the region for others as well."""
     pending, seen = [node], {node}
     while pending:
-        for source in _sources(pending.pop(), region.columns):
+        for source in sources(pending.pop(), region.columns):
             if source in region.nodes and source not in region.copies:
                 return False
             if source not in seen and _is_pointwise(source, region.columns):
@@ -328,7 +330,7 @@ def value_of(node: Node) -> Node | None:
     return node if node.target is not operators.gradient_pair and reads(node) is None else None
 
 
-def _sources(node: Node, columns: int) -> list[Node]:
+def sources(node: Node, columns: int) -> list[Node]:
     """The [M, N] values that a member reads, under row views."""
     if node.target is operators.accumulate:
         candidates = [node.args[0]]
@@ -348,7 +350,12 @@ def _depends_on_sum(operand: Any, node: Node, columns: int) -> bool:
     return peel_views(operand).op != "placeholder"
 
 
-def _fits(new: set[Node], region: Region, order: dict[Node, int]) -> bool:
+def order_of(graph: Graph) -> dict[Node, int]:
+    """The place of every node in the graph."""
+    return {node: i for i, node in enumerate(graph.nodes)}
+
+
+def fits(new: set[Node], region: Region, order: dict[Node, int]) -> bool:
     """Whether no path leaves the region with its new members and comes back."""
     members = region.nodes | new
     last = max(order[member] for member in members)

@@ -19,6 +19,7 @@ from lora_fx.passes.tile_regions import (
     operand_kind,
     operands_of,
     reads,
+    sources,
     value_of,
 )
 
@@ -68,6 +69,9 @@ class Writer:
             self.outputs.append((member, 0))
         elif makes(member):
             self.places[member] = self._product(*member.args[:2])
+        elif member.target is operators.keep:
+            seed, _, p = member.args
+            self.places[member] = self._append(["keep", self._input(seed, ["seed"]), p])
         elif all(is_tensor(a) and peel_views(a) in self.absent for a in operands_of(member)):
             self.absent.add(member)
         else:
@@ -175,10 +179,15 @@ def _accumulated(region: Region, members: list[Node]) -> list[Node]:
     """
     if inductor_config()._micro_pipeline_tp:
         return []
-    sums = [node for node in members if not makes(node)]
-    results = [n for n in members if any(r not in region.nodes for r in readers(n))]
-    plain = not region.copies and len(results) == 1 and all(is_call(n, aten.add.Tensor) for n in sums)
-    if not plain or any(len(list(readers(n))) > 1 for n in region.nodes - set(results)):
+    sums = [node for node in members if is_call(node, aten.add.Tensor)]
+    # What masks a product is made of nothing that is in memory.
+    inner = [node for node in members if node not in sums and not makes(node)]
+    if any(reads(n) is not None or not region.nodes.issuperset(sources(n, region.columns)) for n in inner):
+        return []
+    results = [n for n in members if n not in region.copies and any(r not in region.nodes for r in readers(n))]
+    if len(results) != 1 or results[0] in inner or any(node not in inner for node in region.copies):
+        return []
+    if any(len(list(readers(n))) > 1 for n in members if n not in inner and n is not results[0]):
         return []
     found = [peel_views(a) for n in sums for a in operands_of(n) if is_tensor(a)]
     found += [peel_views(n.args[0]) for n in members if n.target is operators.accumulate]

@@ -6,6 +6,7 @@ The functional form of an operator is always correct, so a lowering may leave a 
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -13,9 +14,9 @@ from typing import Any, cast
 import torch
 from torch.fx import Graph, Node
 
-from lora_fx.passes._torch import auto_functionalized
+from lora_fx.passes._torch import auto_functionalized, detect_fake_mode
 from lora_fx.passes.graph import MM, aten, shape, val
-from lora_fx.passes.kernels import native, operators
+from lora_fx.passes.kernels import dropout, native, operators
 from lora_fx.passes.site import MARK
 
 Lowering = Callable[[Node], None]
@@ -84,6 +85,20 @@ def gradient_pair(node: Node) -> None:
     node.graph.erase_node(node)
 
 
+def keep(node: Node) -> None:
+    """The mask as operators that Inductor fuses with what reads it, where no kernel of ours draws it."""
+    seed, size, p = node.args
+    with detect_fake_mode([val(node)]):
+        emit = functools.partial(_computed, node)
+        _replace(node, dropout.keep(seed, size, p, val(node).device, emit))  # type: ignore[arg-type]  # its schema
+
+
+def _computed(like: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
+    """A node before ``like``, with its value computed."""
+    value = target(*torch.fx.node.map_arg(args, val), **torch.fx.node.map_arg(kwargs, val))
+    return _emit(like, target, args, kwargs, value=value)
+
+
 def _join_scales(graph: Graph) -> None:
     """One kernel for all products of two numbers in memory (a module's scale and its switch): each was a launch."""
     found = [
@@ -130,6 +145,7 @@ LOWERINGS: dict[Callable[..., Any], Lowering] = {
     # After accumulate, which makes some.
     operators.scaled_mm: scaled_mm,
     operators.gradient_pair: gradient_pair,
+    operators.keep: keep,
 }
 
 

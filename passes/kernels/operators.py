@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_fx.passes.kernels import native, tile_program
+from lora_fx.passes.kernels import dropout, native, tile_program
 
 _library = torch.library.Library("lora_fx", "DEF")
 for _schema in (
@@ -17,6 +17,7 @@ for _schema in (
     "accumulate(Tensor base, Tensor a, Tensor b, Tensor? scale=None) -> Tensor",
     "accumulate_(Tensor(a!) base, Tensor a, Tensor b, Tensor? scale=None) -> ()",
     "gradient_pair(Tensor dy, Tensor b, Tensor h, Tensor? scale=None) -> (Tensor, Tensor)",
+    "keep(Tensor seed, SymInt[] size, float p) -> Tensor",
     "tile_(Tensor(a!)[] outputs, str program, Tensor[] inputs) -> ()",
     "tile_outputs(str program, Tensor like, SymInt rows) -> Tensor[]",
 ):
@@ -117,6 +118,7 @@ def _tile_outputs(program: str, like: Tensor, rows: int | torch.SymInt) -> list[
     return [like.new_empty(shape, dtype=dtype) for shape, dtype in shapes]
 
 
+_library.impl("keep", dropout.keep_eager, "CompositeExplicitAutograd")
 _library.impl("tile_", _tile_, "CPU")
 _library.impl("tile_", _tile_cuda_, "CUDA")
 _library.impl("tile_outputs", _tile_outputs, "CompositeExplicitAutograd")
@@ -126,6 +128,12 @@ _library.impl("tile_outputs", _tile_outputs, "CompositeExplicitAutograd")
 def _tile_fake_(outputs: list[Tensor], program: str, inputs: list[Tensor]) -> None:
     plan = tile_program.loads(program)
     torch._check(len(inputs) == len(plan.inputs) and len(outputs) == len(plan.outputs), lambda: "operands are missing")
+
+
+@torch.library.register_fake("lora_fx::keep", lib=_library)
+def _keep_fake(seed: Tensor, size: list[int | torch.SymInt], p: float) -> Tensor:
+    torch._check(seed.dim() == 0 and seed.dtype == torch.int64, lambda: f"no seed: {seed.dtype} {seed.shape}")
+    return seed.new_empty(size, dtype=torch.bool)
 
 
 for _name, _anywhere, _cpu in (
@@ -172,5 +180,6 @@ scaled_mm = torch.ops.lora_fx.scaled_mm.default
 accumulate = torch.ops.lora_fx.accumulate.default
 accumulate_ = torch.ops.lora_fx.accumulate_.default
 gradient_pair = torch.ops.lora_fx.gradient_pair.default
+keep = torch.ops.lora_fx.keep.default
 tile_ = torch.ops.lora_fx.tile_.default
 tile_outputs = torch.ops.lora_fx.tile_outputs.default

@@ -9,6 +9,7 @@ graphs, :mod:`lora_fx.passes.kernels.tile_triton` makes kernels of them, and :fu
 A program is a list of statements; a statement's value is named by its place in the list::
 
     ["load", input]                   a value of the pass, [M, N]; rows [M, 1], columns [N] and numbers broadcast
+    ["keep", seed, p]                 1 where dropout keeps an element, else 0: :mod:`lora_fx.passes.kernels.dropout`
     ["product", thin, factor, scale]  [M, R] times [R, N], times a number (or null): the up-projection of a branch
     ["op", name, [operand, ...]]      pointwise; an operand is a place in the list, or [number] for a constant
     ["store", value, dtype]           an output [M, N]
@@ -32,6 +33,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from lora_fx.passes.kernels import dropout
 
 Statement = list[Any]
 
@@ -71,6 +74,7 @@ class Program:
     """Of the matrices that products multiply: ``bfloat16`` or ``float16``."""
     inputs: list[list[Any]]
     """What each input is: ``["full"]`` [..., N], ``["row"]`` [..., 1], ``["column"]`` [N], ``["number"]`` [],
+    ``["seed"]`` [],
     ``["thin", R]`` [M, R], ``["factor", R, order]`` [N, R] for the order ``"NR"``, [R, N] for ``"RN"``."""
     body: list[Statement]
     tile: Tile
@@ -166,6 +170,8 @@ def evaluate(program: Program, inputs: list[Tensor]) -> list[Tensor]:
         value = None
         if kind == "load":
             value = matrices[statement[1]].to(wide)
+        elif kind == "keep":
+            value = dropout.keep_eager(inputs[statement[1]], (m, program.columns), statement[2]).to(wide)
         elif kind == "product":
             thin, factor, scale = (None if i is None else matrices[i] for i in statement[1:])
             assert thin is not None and factor is not None

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lora_fx.passes.kernels.dropout import MIX, ODD, threshold
 from lora_fx.passes.kernels.tile_program import OUTPUTS, Program, Statement, loads
 
 _OPS = {
@@ -234,12 +235,39 @@ class _Writer:
         text = f"tl.where({mask}, {self._v(value)}, 0.0)" if mask else self._v(value)
         return self._define(name, self.inside, [f"{name} = {text}.to({_TYPES[self.program.dtype]})"])
 
+    @staticmethod
+    def _mixed(name: str, value: str) -> list[str]:
+        """Lines that set ``name`` to the hash of ``value``, 32 bits without sign."""
+        lines = [f"{name} = {value}"]
+        for shift, factor in MIX:
+            mixed = f"{name} ^ ({name} >> {shift})"
+            lines.append(f"{name} = {mixed}" if factor is None else f"{name} = ({mixed}) * {factor}")
+        return lines
+
+    def _keep(self, index: int, statement: Statement) -> None:
+        """The bits of a pair are computed by both of its columns, as one: the compiler sees that they are equal."""
+        seed, v, uint = statement[1], self._v(index), "to(tl.uint32)"
+        low, high, key, pair = f"low{seed}", f"high{seed}", f"key{seed}", f"pair{self.strip}"
+        halves = [f"seed{seed} = tl.load(in{seed})", *self._mixed(low, f"seed{seed}.{uint}")]
+        halves += self._mixed(high, f"(seed{seed} >> 32).{uint} ^ {low}")
+        self._define(low, self.before, halves)
+        rows = [*self._mixed(key, f"m.{uint} ^ {low}"), f"{key} = {key} ^ {high}"]
+        self._define(key, self._fixed(True), rows)
+        # A tile begins at an even column, which is kept apart so that the compiler sees it.
+        place = f"((column{self.strip} // 2) + (j >> 1)).{uint} * {ODD}"
+        self._define(pair, self._fixed(False), [f"{pair} = {place}"])
+        self.inside += self._mixed(v, f"{key}[:, None] ^ {pair}[None, :]")
+        half = f"tl.where(((j & 1) == 0)[None, :], {v} & 0xFFFF, {v} >> 16)"
+        self.inside.append(f"{v} = tl.where({half} >= {threshold(statement[2])}, 1.0, 0.0)")
+
     # ---- statements ----------------------------------------------------------------------------------------------
 
     def _statement(self, index: int, statement: Statement) -> None:
         kind = statement[0]
         if kind == "load":
             self.inside.append(f"{self._v(index)} = {self._value(statement[1])}")
+        elif kind == "keep":
+            self._keep(index, statement)
         elif kind == "product":
             thin, factor = self._thin(statement[1]), self._factor(statement[2])
             scale = "" if statement[3] is None else f" * {self._value(statement[3])}"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import lora_fx
 from lora_fx.passes.kernels.tile_choice import choose
 from lora_fx.passes.kernels.tile_program import Program, Tile
-from tests.passes import tile_cases
+from tests.passes import pointwise_cases, tile_cases
 from tests.passes.harness import adapt
 from tests.passes.modules import Block, Mlp
 from tests.passes.tile_cases import CASES, SIZES, TILES, Case
@@ -53,9 +53,9 @@ def test_the_tiles_that_are_chosen(case: Case, rows: int, columns: int, dtype: t
     tile_cases.check(case, case.program(columns, dtype, tile), rows, run, "cuda")
 
 
-@pytest.mark.parametrize("case", tile_cases.pointwise_cases(), ids=str)
+@pytest.mark.parametrize("case", pointwise_cases.every(), ids=str)
 def test_pointwise(case: Case) -> None:
-    tile_cases.check_pointwise(case, run, "cuda")
+    pointwise_cases.check(case, run, "cuda")
 
 
 # ---- compiled models -------------------------------------------------------------------------------------------------

@@ -146,6 +146,8 @@ def _listing(program: Program) -> str:
         if kind == "op":
             name, operands = rest
             rest = [name, *(f"%{o}" if isinstance(o, int) else o[0] for o in operands)]
+        elif kind == "keep":
+            rest = [f"in{rest[0]}", rest[1]]
         elif kind in ("load", "product"):
             rest = [f"in{i}" for i in rest if i is not None]
         else:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lora_fx.passes.kernels.tile_program import Program, Tile
-from tests.passes import tile_cases
+from tests.passes import pointwise_cases, tile_cases
 from tests.passes.tile_cases import CASES, SIZES, TILES, Case
 
 tile_launch = pytest.importorskip("lora_fx.passes.kernels.tile_launch", reason="needs Triton", exc_type=ImportError)
@@ -42,7 +42,8 @@ def compiled(program: Program, mask: int | None, full: str) -> Any:
         what, place = name.rstrip("0123456789"), name.lstrip("abcdefghijklmnopqrstuvwxyz")
         if what == "in":
             kind = program.inputs[int(place)][0]
-            signature[name] = "*i1" if int(place) == mask else f"*{'fp32' if kind == 'number' else full}"
+            types = {"number": "fp32", "seed": "i64"}
+            signature[name] = "*i1" if int(place) == mask else f"*{types.get(kind, full)}"
         elif what == "out":
             store = program.outputs[int(place)][-1] == "bfloat16"
             signature[name] = "*bf16" if store else "*fp32"
@@ -94,7 +95,7 @@ if not INTERPRETED:
         assert "passed" in done.stdout and "skipped" not in done.stdout.splitlines()[-1], done.stdout[-2000:]
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("case", [*CASES, *tile_cases.pointwise_cases()], ids=str)
+    @pytest.mark.parametrize("case", [*CASES, *pointwise_cases.every()], ids=str)
     def test_compiles_for_a_gpu(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """To the machine code of an H100, which needs no GPU: the interpreter takes more than the compiler does."""
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -119,6 +120,6 @@ else:
     def test_program_with_a_batch(case: Case) -> None:
         tile_cases.check(case, case.program(72, torch.float16, TILES[0]), 90, run, batch=3)
 
-    @pytest.mark.parametrize("case", tile_cases.pointwise_cases(), ids=str)
+    @pytest.mark.parametrize("case", pointwise_cases.every(), ids=str)
     def test_pointwise(case: Case) -> None:
-        tile_cases.check_pointwise(case, run)
+        pointwise_cases.check(case, run)

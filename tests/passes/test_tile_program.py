@@ -10,7 +10,7 @@ from lora_fx.passes.graph import aten
 from lora_fx.passes.kernels import operators, tile_program
 from lora_fx.passes.kernels.tile_program import POINTWISE, Program, Tile, evaluate, loads
 from lora_fx.passes.tile_regions import POINTWISE as NAMES
-from tests.passes import tile_cases
+from tests.passes import pointwise_cases, tile_cases
 from tests.passes.tile_cases import CASES, TILES, Case
 
 f16, bf16 = torch.float16, torch.bfloat16
@@ -28,9 +28,9 @@ def test_against_float64(case: Case, dtype: torch.dtype) -> None:
     tile_cases.check(case, case.program(72, dtype, TILES[0]), 90, run, batch=3)
 
 
-@pytest.mark.parametrize("case", tile_cases.pointwise_cases(), ids=str)
+@pytest.mark.parametrize("case", pointwise_cases.every(), ids=str)
 def test_pointwise(case: Case) -> None:
-    tile_cases.check_pointwise(case, run)
+    pointwise_cases.check(case, run)
 
 
 COMPARISONS = {"gt", "ge", "lt", "le"}
@@ -39,7 +39,7 @@ COMPARISONS = {"gt", "ge", "lt", "le"}
 @pytest.mark.parametrize("target", [t for t in NAMES if NAMES[t] not in ("identity", "where", "pow")], ids=str)
 def test_a_name_means_its_operator(target: torch._ops.OpOverload) -> None:
     """What is cut out under a name is what the name computes."""
-    a, b = tile_cases.pointwise_operands()
+    a, b = pointwise_cases.operands()
     second = 0.1 if str(target).endswith("Scalar") else b
     binary = len([x for x in target._schema.arguments if not x.kwarg_only]) == 2
     arguments = (a, second) if binary else (a,)
@@ -48,7 +48,7 @@ def test_a_name_means_its_operator(target: torch._ops.OpOverload) -> None:
 
 
 def test_the_other_names() -> None:
-    a, b = tile_cases.pointwise_operands()
+    a, b = pointwise_cases.operands()
     assert torch.equal(POINTWISE["where"](a > b, a, b), aten.where.self(a > b, a, b)) or a.isnan().any()
     torch.testing.assert_close(POINTWISE["pow"](a, 3.0), aten.pow.Tensor_Scalar(a, 3.0), equal_nan=True)
     assert POINTWISE["identity"](a) is a

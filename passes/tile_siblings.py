@@ -1,0 +1,80 @@
+"""Read a value once for all products of rank R that need it under different masks.
+
+Without dropout, siblings that share x are stacked (:mod:`lora_fx.passes.stack_siblings`). With it, each has a mask of
+its own, and what stays is three products that read x::
+
+    h_q, h_k, h_v = mm(x * mask_q, A_q^T), mm(x * mask_k, A_k^T), mm(x * mask_v, A_v^T)
+
+Their regions share nothing but what they load. Here they become one, which loads it once; so do the three dA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch.fx import Graph, Node
+
+from lora_fx.passes.graph import is_pointwise, readers, shape
+from lora_fx.passes.kernels import operators
+from lora_fx.passes.tile_regions import (
+    MAX_RANK,
+    Region,
+    columns_of,
+    fits,
+    grow,
+    makes,
+    order_of,
+    reads,
+    sources,
+    value_of,
+)
+
+
+def join(region: Region, graph: Graph) -> Region:
+    """``region`` with the regions that are like it and load the same, while their ranks together are not too high."""
+    kind, loads = _kind(region), _loads(region)
+    if kind is None:
+        return region
+    for other in [product for value in loads for product in _products_of(value, region.columns)]:
+        if other in region.nodes:
+            continue
+        sibling = grow(other, graph)
+        joined = Region(region.columns, region.nodes | sibling.nodes, region.copies | sibling.copies)
+        alike = _kind(joined) == kind and _loads(joined) == loads and _rank(joined) <= MAX_RANK
+        if alike and fits(sibling.nodes - region.nodes, region, order_of(graph)):
+            region = joined
+    return region
+
+
+def _kind(region: Region) -> str | None:
+    """What a region consists of, if that is products which read, all of one kind, and nothing else leaves it."""
+    kinds = set()
+    for node in region.nodes:
+        value = reads(node)
+        if makes(node) or node.target is operators.gradient_pair:
+            return None
+        if value is not None:
+            kinds.add("down" if value is node.args[0] else "across")
+        elif node not in region.copies and any(reader not in region.nodes for reader in readers(node)):
+            return None
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def _loads(region: Region) -> set[Node]:
+    return {s for node in region.nodes for s in sources(node, region.columns)} - region.nodes
+
+
+def _rank(region: Region) -> int:
+    """R of all products together."""
+    products = [node for node in region.nodes if reads(node) is not None]
+    return sum(int(shape(node)[1 if reads(node) is node.args[0] else 0]) for node in products)
+
+
+def _products_of(value: Node, columns: int) -> Iterator[Node]:
+    """The products of rank R that read ``value``, or what is made of it for them alone, in the graph's order."""
+    for reader in readers(value):
+        chain = reader
+        while is_pointwise(chain) and value_of(chain) is not None and len(users := list(readers(chain))) == 1:
+            chain = users[0]
+        if columns_of(chain) == columns and reads(chain) is not None:
+            yield chain
