@@ -25,7 +25,7 @@ from lora_fx.passes.kernels.tile_choice import choose
 from lora_fx.passes.kernels.tile_program import Program, Statement, Tile
 from lora_fx.passes.site import MARK
 from lora_fx.passes.tile_copies import separate
-from lora_fx.passes.tile_regions import Region, columns_of, grow, reads
+from lora_fx.passes.tile_regions import Region, columns_of, grow, reads, value_of
 from lora_fx.passes.tile_siblings import join
 from lora_fx.passes.tile_writer import Writer, is_read_last_in
 
@@ -113,7 +113,7 @@ def _emit(region: Region, graph: Graph, choose: Choose) -> bool:
         for product in writer.accumulated[1:]:
             out = _compute(last, aten.add.Tensor, out, product)
         member, which = key
-        replacements[key] = _finish(last, out, statement, member, which, region)
+        replacements[key] = _finish(last, out, program.is_whole(statement), member, which, region)
     for (member, which), node in replacements.items():
         if member.target is operators.gradient_pair:
             for user in list(member.users):
@@ -173,19 +173,19 @@ def _rows(member: Node) -> Any:
     return total
 
 
-def _finish(like: Node, out: Node, statement: Statement, member: Node, which: int, region: Region) -> Node:
+def _finish(like: Node, out: Node, whole: bool, member: Node, which: int, region: Region) -> Node:
     """An output as the member's users expect it: parts summed, scaled, in the member's dtype and shape."""
     value = val(member)
     value = value[which] if isinstance(value, (tuple, list)) else value
-    if statement[0] == "store":
+    if value_of(member) is not None:
         if val(out).dim() == value.dim():
             return out
         return _compute(like, aten.reshape.default, out, _sizes(member, region, like))
-    total = _compute(like, aten.sum.dim_IntList, out, [0])
+    total = out if whole else _compute(like, aten.sum.dim_IntList, out, [0])
     scale = member.args[3] if member.target is operators.gradient_pair and len(member.args) > 3 else None
     if scale is not None:
         total = _compute(like, aten.mul.Tensor, total, scale)
-    return _compute(like, CONVERT, total, value.dtype)
+    return total if val(total).dtype == value.dtype else _compute(like, CONVERT, total, value.dtype)
 
 
 def _compute(like: Node, target: Any, *args: Any) -> Node:

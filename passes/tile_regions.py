@@ -267,9 +267,12 @@ def producers(source: Node, region: Region) -> set[Node] | None:
 
     Products always: that is what a region is for. Pointwise operations down to what is in memory anyway; but not when
     they need a sum over rows that this graph computes (whose kernel has the operands at hand), nor when the value is
-    written to memory for others and has pointwise readers besides.
+    written to memory for others and has pointwise readers besides. Where all that is missing is one value, it is
+    written in the place of the source, which may be that value under one of several masks.
     """
     found: set[Node] = set()
+    loaded: set[Node] = set()
+    missing: set[Node] = set()
     pending = [source]
     while pending:
         node = pending.pop()
@@ -283,11 +286,16 @@ def producers(source: Node, region: Region) -> set[Node] | None:
             if _is_written(node) and any(is_pointwise(r) and r not in region.nodes for r in readers(node)):
                 if node is source:
                     return None
+                loaded.add(node)
                 continue
             found.add(node)
             pending += sources(node, region.columns)
-        elif node is source or not _is_written(node):
+        elif node is source:
             return None
+        else:
+            (loaded if _is_written(node) else missing).add(node)
+    if missing and not (len(missing) == 1 and not loaded and all(_is_half(node) for node in missing)):
+        return None
     return found
 
 

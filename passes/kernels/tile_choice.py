@@ -1,21 +1,23 @@
 """How a tile program walks, chosen by what it does and how large it is.
 
-The tiles are the best of up to eleven on an H200 for the programs of a Llama-3-8B block (M 8192, R 16, bfloat16).
-Microseconds, and what moving the program's bytes takes at the rate of a copy:
+The tiles are the best of 26 to 145 on an H200 for the programs of a Llama-3-8B block (M 8192, R 16, bfloat16; of 11
+for those with masks). Microseconds with a cold cache, and what moving the program's bytes takes at the rate of a copy,
+by ``examples/benchmarks/tiles.py``:
 
-    =====================================  ======  ====  ==========================================================
-    program                                    us  copy  others that were tried
-    =====================================  ======  ====  ==========================================================
-    y = base + h B^T, N 4096                 39.4    31  42.6 to 54.6
-    the same and a residual                  56.7    47  58.6 to 61.9
-    dX = three products + g A, R 48          70.8    62  90 with 32 rows, where the rank is above 16
-    h = x A^T, N 4096, R 16 to 48       25.9-27.2    16  26 to 43
-    dA = g^T x, N 4096                       27.7    16  28 to 43
-    g, dB of dy, N 4096                      28.0    16  30 to 49
-    g, dB of dy, N 14336                     81.5    55  82 to 100
-    silu(gate) * up and h of its result     186.4   164  189 to 320
-    SwiGLU backward and dA                  371.1   273  378 to 914
-    =====================================  ======  ====  ==========================================================
+    ===========================================  ======  ====  ====================================================
+    program                                          us  copy  others that were tried
+    ===========================================  ======  ====  ====================================================
+    h B^T, N 4096                                  20.3    16  23.9 with 32 rows
+    y = base + h B^T, and a residual               56.8    47  57.0 to 58.2
+    h = x A^T, N 4096, R 16 to 48, one part        26.2    17  as long in parts, which another kernel has to sum
+    dA = g^T x, N 4096, R 16 to 32                 25.6    17  27.4 with steps of 64
+    g, dB of dy, N 4096                            27.8    20  32.9 with 256 rows, which are more parts
+    g, dB of dy, N 14336                           74.0    62  85.5 with 512 rows and steps of 32
+    silu(gate) * up and h of its result           185.3   167  198 in one part
+    SwiGLU backward and dA                        348.2   279  363 with 1024 rows, 418 with steps of 64
+    h of q, k and v under a mask each              66.6    17  89.5 with steps of 128
+    dX of q, k and v under a mask each             61.3    16  68.8 with 32 rows
+    ===========================================  ======  ====  ====================================================
 """
 
 from __future__ import annotations
@@ -26,14 +28,15 @@ from lora_fx.passes.kernels.tile_program import Statement, Tile
 
 # Below this a launch costs more than what it saves.
 FEWEST_ROWS = 256
-# Programs that keep every multiprocessor of a large GPU (132) busy twice over.
-ENOUGH = 264
+# Programs that keep a large GPU (132 multiprocessors) busy: one on each, nearly, where a step loads much, else two.
+BUSY, BUSY_TWICE = 128, 256
 
 
 def choose(kinds: list[list[Any]], body: list[Statement], rows: Any, columns: int) -> Tile | None:
     """The tile for a program, or None where a kernel would not pay.
 
     Higher ranks get smaller tiles or fewer stages: what a step loads must fit into shared memory, twice if it can.
+    So do masks, whose bits are held in registers.
     """
     m = rows if isinstance(rows, int) else 1 << 13
     if m < FEWEST_ROWS:
@@ -41,29 +44,47 @@ def choose(kinds: list[list[Any]], body: list[Statement], rows: Any, columns: in
     names = [statement[0] for statement in body]
     rank = max((kind[1] for kind in kinds if kind[0] in ("thin", "factor")), default=0)
     if "across" in names:
-        if "product" in names:
-            height = _shrunk(1024, 64, m, columns, 64)
-            return Tile(rows=height, columns=64, step=64, walk="rows", stages=3 if rank <= 32 else 2)
-        if "down" in names and rank <= 32 and columns > 8192:
-            # Parts are fewer where they are longest: what it costs here (3 us) is less than what summing them did (9).
-            return Tile(rows=_shrunk(512, 512, m, columns, 64), columns=512, step=32, walk="rows", strips=2, stages=3)
-        if "down" in names and rank <= 32:
-            height = _shrunk(512, 256, m, columns, 64)
-            return Tile(rows=height, columns=256, step=64, walk="rows", strips=2, stages=3)
-        width = 128 if rank <= 64 else 64
-        height = _shrunk(1024, width, m, columns, 64)
-        return Tile(rows=height, columns=width, step=64, walk="rows", stages=3 if rank <= 64 else 2)
+        return _across(names, rank, m, columns)
     if "down" in names:
-        width = _shrunk(2048, 64, columns, m, 128)
+        return _down(names, rank, m, columns)
+    if "load" in names and rank <= 16 and "keep" not in names:
+        return Tile(rows=32, columns=128, step=32, walk="rows", stages=3)
+    return Tile(rows=64, columns=128, step=32 if "keep" in names else 64, walk="rows")
+
+
+def _across(names: list[str], rank: int, m: int, columns: int) -> Tile:
+    """For sums over rows, which are kept in registers while a program walks down."""
+    if "product" in names:
+        height = _shrunk(512, 64, m, columns, 64, BUSY_TWICE)
+        return Tile(rows=height, columns=64, step=32, walk="rows", stages=3 if rank <= 32 else 2)
+    if "down" in names and rank <= 32:
+        # Parts are fewer where they are longest.
+        width, strips = (512, 4) if columns > 8192 else (256, 2)
+        height = _shrunk(1024, width, m, columns, 64, BUSY)
+        return Tile(rows=height, columns=width, step=64, walk="rows", strips=strips, stages=3)
+    if "down" in names:
+        width = 128 if rank <= 64 else 64
+        height = _shrunk(1024, width, m, columns, 64, BUSY_TWICE)
+        return Tile(rows=height, columns=width, step=64, walk="rows", stages=3 if rank <= 64 else 2)
+    width = 128 if rank <= 32 else 64
+    height = _shrunk(512 if "keep" in names or rank > 32 else 1024, width, m, columns, 64, BUSY_TWICE)
+    return Tile(rows=height, columns=width, step=32, walk="rows", stages=3 if "keep" in names or rank > 32 else 4)
+
+
+def _down(names: list[str], rank: int, m: int, columns: int) -> Tile:
+    """For sums over columns, which are kept in registers while a program walks along."""
+    if "product" in names or "keep" in names:
+        width = _shrunk(1024, 64, columns, m, 128, BUSY_TWICE)
         heavy = "product" in names and rank > 32
-        step, stages = (64 if heavy else 128), (2 if heavy and rank > 64 else 3)
-        return Tile(rows=64, columns=width, step=step, walk="columns", stages=stages)
-    height = 64 if rank > 16 else 32
-    return Tile(rows=height, columns=128, step=height, walk="rows")
+        step = 64 if heavy or names.count("keep") > 1 else 128
+        return Tile(rows=64, columns=width, step=step, walk="columns", stages=2 if heavy and rank > 64 else 3)
+    width = _shrunk(4096, 64, columns, m, 128, BUSY)
+    # All columns in one part need no other kernel, and a deeper pipeline, as there are no more programs.
+    return Tile(rows=64, columns=width, step=128, walk="columns", stages=5 if width >= columns and rank <= 48 else 3)
 
 
-def _shrunk(length: int, width: int, along: int, across: int, least: int) -> int:
+def _shrunk(length: int, width: int, along: int, across: int, least: int, enough: int) -> int:
     """``length``, halved until there are enough programs of ``length`` x ``width`` in ``along`` x ``across``."""
-    while length > least and -(-along // length) * -(-across // width) < ENOUGH:
+    while length > least and -(-along // length) * -(-across // width) < enough:
         length //= 2
     return length

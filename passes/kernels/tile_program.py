@@ -13,7 +13,8 @@ A program is a list of statements; a statement's value is named by its place in 
     ["product", thin, factor, scale]  [M, R] times [R, N], times a number (or null): the up-projection of a branch
     ["op", name, [operand, ...]]      pointwise; an operand is a place in the list, or [number] for a constant
     ["store", value, dtype]           an output [M, N]
-    ["down", value, factor]           an output: value [M, N] times [N, R], in parts [ceil(N / columns), M, R]
+    ["down", value, factor]           an output: value [M, N] times [N, R], in parts [ceil(N / columns), M, R], or
+                                      whole [M, R], in the program's dtype, where a tile has all columns
     ["across", value, thin, order]    an output: value^T [N, M] times [M, R], in parts [ceil(M / rows), N, R] for the
                                       order "NR", [ceil(M / rows), R, N] for "RN"
 
@@ -88,6 +89,10 @@ class Program:
         """The statements that make an output, in the order of the outputs."""
         return [statement for statement in self.body if statement[0] in OUTPUTS]
 
+    def is_whole(self, statement: Statement) -> bool:
+        """Whether an output comes as it is and not in parts."""
+        return statement[0] == "store" or (statement[0] == "down" and self.tile.columns >= self.columns)
+
     @property
     def sums_both_ways(self) -> bool:
         """Whether it sums over columns and over rows."""
@@ -103,6 +108,8 @@ class Program:
         if kind == "store":
             return (rows, self.columns), getattr(torch, statement[2])
         r = self.rank(statement[2])
+        if self.is_whole(statement):
+            return (rows, r), getattr(torch, self.dtype)
         if kind == "down":
             return (-(-self.columns // self.tile.columns), rows, r), torch.float32
         sizes = (self.columns, r) if statement[3] == "NR" else (r, self.columns)
@@ -189,6 +196,10 @@ def evaluate(program: Program, inputs: list[Tensor]) -> list[Tensor]:
                 full = full.to(dtype).to(wide)
                 other = matrices[statement[2]].to(wide)
                 total = full @ other if kind == "down" else full.t() @ other
+                if program.is_whole(statement):
+                    results.append(total.to(out_dtype))
+                    values.append(None)
+                    continue
                 parts = total.new_zeros(shape, dtype=out_dtype)
                 if len(parts):  # M = 0 has none
                     parts[0] = total.t() if kind == "across" and statement[3] == "RN" else total

@@ -47,43 +47,41 @@ def test_qkv_of_a_norm() -> None:
 %29 = getitem(%27, 1) f32[]
 %30 = getitem(%27, 2) f32[]
 %31 = cat([%5, %10, %15], 0) bf16[12, 136]
-%32 = lora_fx.tile_outputs(#0, %24, 160) (f32[1, 160, 12])
-%33 = getitem(%32, 0) f32[1, 160, 12]
-%34 = tile(outputs=[%33], program=#0, inputs=[%24, %31]) (None, (f32[1, 160, 12]))
-%35 = getitem(%34, 1) (f32[1, 160, 12])
-%36 = getitem(%35, 0) f32[1, 160, 12]
-%37 = sum(%36, [0]) f32[160, 12]
-%38 = convert_element_type(%37, bf16) bf16[160, 12]
-%39 = slice(%38, 1, 0, 4) bf16[160, 4]
-%40 = lora_fx.tile_outputs(#1, %39, 160) (bf16[160, 136])
-%41 = getitem(%40, 0) bf16[160, 136]
-%42 = tile(outputs=[%41], program=#1, inputs=[%39, %6, %28]) (None, (bf16[160, 136]))
-%43 = getitem(%42, 1) (bf16[160, 136])
-%44 = getitem(%43, 0) bf16[160, 136]
-%45 = auto_functionalized(lora_fx.accumulate_, base=%44, a=%26, b=%25, scale=None) (None, bf16[160, 136])
-%46 = getitem(%45, 1) bf16[160, 136]
-%47 = view(%46, [2, 80, 136]) bf16[2, 80, 136]
-%48 = permute(%7, [1, 0]) bf16[136, 136]
-%49 = slice(%38, 1, 4, 8) bf16[160, 4]
-%50 = lora_fx.tile_outputs(#1, %49, 160) (bf16[160, 136])
-%51 = getitem(%50, 0) bf16[160, 136]
-%52 = tile(outputs=[%51], program=#1, inputs=[%49, %11, %29]) (None, (bf16[160, 136]))
-%53 = getitem(%52, 1) (bf16[160, 136])
-%54 = getitem(%53, 0) bf16[160, 136]
-%55 = auto_functionalized(lora_fx.accumulate_, base=%54, a=%26, b=%48, scale=None) (None, bf16[160, 136])
-%56 = getitem(%55, 1) bf16[160, 136]
-%57 = view(%56, [2, 80, 136]) bf16[2, 80, 136]
-%58 = permute(%12, [1, 0]) bf16[136, 136]
-%59 = slice(%38, 1, 8, 12) bf16[160, 4]
-%60 = lora_fx.tile_outputs(#1, %59, 160) (bf16[160, 136])
-%61 = getitem(%60, 0) bf16[160, 136]
-%62 = tile(outputs=[%61], program=#1, inputs=[%59, %16, %30]) (None, (bf16[160, 136]))
-%63 = getitem(%62, 1) (bf16[160, 136])
-%64 = getitem(%63, 0) bf16[160, 136]
-%65 = auto_functionalized(lora_fx.accumulate_, base=%64, a=%26, b=%58, scale=None) (None, bf16[160, 136])
-%66 = getitem(%65, 1) bf16[160, 136]
-%67 = view(%66, [2, 80, 136]) bf16[2, 80, 136]
-return %47, %57, %67, %0, %1, %2, %5, %6, %7, %10, %11, %12, %15, %16, %21, %28, %39, %29, %49, %30, %59
+%32 = lora_fx.tile_outputs(#0, %24, 160) (bf16[160, 12])
+%33 = getitem(%32, 0) bf16[160, 12]
+%34 = tile(outputs=[%33], program=#0, inputs=[%24, %31]) (None, (bf16[160, 12]))
+%35 = getitem(%34, 1) (bf16[160, 12])
+%36 = getitem(%35, 0) bf16[160, 12]
+%37 = slice(%36, 1, 0, 4) bf16[160, 4]
+%38 = lora_fx.tile_outputs(#1, %37, 160) (bf16[160, 136])
+%39 = getitem(%38, 0) bf16[160, 136]
+%40 = tile(outputs=[%39], program=#1, inputs=[%37, %6, %28]) (None, (bf16[160, 136]))
+%41 = getitem(%40, 1) (bf16[160, 136])
+%42 = getitem(%41, 0) bf16[160, 136]
+%43 = auto_functionalized(lora_fx.accumulate_, base=%42, a=%26, b=%25, scale=None) (None, bf16[160, 136])
+%44 = getitem(%43, 1) bf16[160, 136]
+%45 = view(%44, [2, 80, 136]) bf16[2, 80, 136]
+%46 = permute(%7, [1, 0]) bf16[136, 136]
+%47 = slice(%36, 1, 4, 8) bf16[160, 4]
+%48 = lora_fx.tile_outputs(#1, %47, 160) (bf16[160, 136])
+%49 = getitem(%48, 0) bf16[160, 136]
+%50 = tile(outputs=[%49], program=#1, inputs=[%47, %11, %29]) (None, (bf16[160, 136]))
+%51 = getitem(%50, 1) (bf16[160, 136])
+%52 = getitem(%51, 0) bf16[160, 136]
+%53 = auto_functionalized(lora_fx.accumulate_, base=%52, a=%26, b=%46, scale=None) (None, bf16[160, 136])
+%54 = getitem(%53, 1) bf16[160, 136]
+%55 = view(%54, [2, 80, 136]) bf16[2, 80, 136]
+%56 = permute(%12, [1, 0]) bf16[136, 136]
+%57 = slice(%36, 1, 8, 12) bf16[160, 4]
+%58 = lora_fx.tile_outputs(#1, %57, 160) (bf16[160, 136])
+%59 = getitem(%58, 0) bf16[160, 136]
+%60 = tile(outputs=[%59], program=#1, inputs=[%57, %16, %30]) (None, (bf16[160, 136]))
+%61 = getitem(%60, 1) (bf16[160, 136])
+%62 = getitem(%61, 0) bf16[160, 136]
+%63 = auto_functionalized(lora_fx.accumulate_, base=%62, a=%26, b=%56, scale=None) (None, bf16[160, 136])
+%64 = getitem(%63, 1) bf16[160, 136]
+%65 = view(%64, [2, 80, 136]) bf16[2, 80, 136]
+return %45, %55, %65, %0, %1, %2, %5, %6, %7, %10, %11, %12, %15, %16, %21, %28, %37, %29, %47, %30, %57
 #0: bfloat16, 136 columns; in0 full, in1 factor 12 RN
     0: load in0
     1: down %0 in1
@@ -115,12 +113,12 @@ return %47, %57, %67, %0, %1, %2, %5, %6, %7, %10, %11, %12, %15, %16, %21, %28,
 | %18 = tangent bf16[2, 80, 136]
 | %19 = tangent bf16[2, 80, 136]
 | %20 = tangent bf16[2, 80, 136]
-| %21 = lora_fx.tile_outputs(#0, %20, 160) (f32[1, 160, 4], f32[1, 136, 4])
-| %22 = getitem(%21, 0) f32[1, 160, 4]
+| %21 = lora_fx.tile_outputs(#0, %20, 160) (f32[5, 160, 4], f32[1, 136, 4])
+| %22 = getitem(%21, 0) f32[5, 160, 4]
 | %23 = getitem(%21, 1) f32[1, 136, 4]
-| %24 = tile(outputs=[%22, %23], program=#0, inputs=[%20, %10, %17]) (None, (f32[1, 160, 4], f32[1, 136, 4]))
-| %25 = getitem(%24, 1) (f32[1, 160, 4], f32[1, 136, 4])
-| %26 = getitem(%25, 0) f32[1, 160, 4]
+| %24 = tile(outputs=[%22, %23], program=#0, inputs=[%20, %10, %17]) (None, (f32[5, 160, 4], f32[1, 136, 4]))
+| %25 = getitem(%24, 1) (f32[5, 160, 4], f32[1, 136, 4])
+| %26 = getitem(%25, 0) f32[5, 160, 4]
 | %27 = sum(%26, [0]) f32[160, 4]
 | %28 = mul(%27, %16) f32[160, 4]
 | %29 = convert_element_type(%28, bf16) bf16[160, 4]
@@ -131,12 +129,12 @@ return %47, %57, %67, %0, %1, %2, %5, %6, %7, %10, %11, %12, %15, %16, %21, %28,
 | %34 = view(%20, [160, 136]) bf16[160, 136]
 %35 = permute(%8, [1, 0]) bf16[136, 136]
 | %36 = permute(%35, [1, 0]) bf16[136, 136]
-| %37 = lora_fx.tile_outputs(#0, %19, 160) (f32[1, 160, 4], f32[1, 136, 4])
-| %38 = getitem(%37, 0) f32[1, 160, 4]
+| %37 = lora_fx.tile_outputs(#0, %19, 160) (f32[5, 160, 4], f32[1, 136, 4])
+| %38 = getitem(%37, 0) f32[5, 160, 4]
 | %39 = getitem(%37, 1) f32[1, 136, 4]
-| %40 = tile(outputs=[%38, %39], program=#0, inputs=[%19, %7, %15]) (None, (f32[1, 160, 4], f32[1, 136, 4]))
-| %41 = getitem(%40, 1) (f32[1, 160, 4], f32[1, 136, 4])
-| %42 = getitem(%41, 0) f32[1, 160, 4]
+| %40 = tile(outputs=[%38, %39], program=#0, inputs=[%19, %7, %15]) (None, (f32[5, 160, 4], f32[1, 136, 4]))
+| %41 = getitem(%40, 1) (f32[5, 160, 4], f32[1, 136, 4])
+| %42 = getitem(%41, 0) f32[5, 160, 4]
 | %43 = sum(%42, [0]) f32[160, 4]
 | %44 = mul(%43, %14) f32[160, 4]
 | %45 = convert_element_type(%44, bf16) bf16[160, 4]
@@ -148,12 +146,12 @@ return %47, %57, %67, %0, %1, %2, %5, %6, %7, %10, %11, %12, %15, %16, %21, %28,
 %51 = permute(%5, [1, 0]) bf16[136, 136]
 | %52 = permute(%51, [1, 0]) bf16[136, 136]
 | %53 = mm(%50, %52) bf16[160, 136]
-| %54 = lora_fx.tile_outputs(#0, %18, 160) (f32[1, 160, 4], f32[1, 136, 4])
-| %55 = getitem(%54, 0) f32[1, 160, 4]
+| %54 = lora_fx.tile_outputs(#0, %18, 160) (f32[5, 160, 4], f32[1, 136, 4])
+| %55 = getitem(%54, 0) f32[5, 160, 4]
 | %56 = getitem(%54, 1) f32[1, 136, 4]
-| %57 = tile(outputs=[%55, %56], program=#0, inputs=[%18, %4, %13]) (None, (f32[1, 160, 4], f32[1, 136, 4]))
-| %58 = getitem(%57, 1) (f32[1, 160, 4], f32[1, 136, 4])
-| %59 = getitem(%58, 0) f32[1, 160, 4]
+| %57 = tile(outputs=[%55, %56], program=#0, inputs=[%18, %4, %13]) (None, (f32[5, 160, 4], f32[1, 136, 4]))
+| %58 = getitem(%57, 1) (f32[5, 160, 4], f32[1, 136, 4])
+| %59 = getitem(%58, 0) f32[5, 160, 4]
 | %60 = sum(%59, [0]) f32[160, 4]
 | %61 = mul(%60, %12) f32[160, 4]
 | %62 = convert_element_type(%61, bf16) bf16[160, 4]

@@ -230,7 +230,7 @@ def test_the_report_names_what_failed(monkeypatch: pytest.MonkeyPatch, caplog: p
     def broken(region: Any, members: Any) -> Any:
         raise ArithmeticError("a broken writer")
 
-    monkeypatch.setattr(fuse_tiles, "_Writer", broken)
+    monkeypatch.setattr(fuse_tiles, "Writer", broken)
     pipeline._warn_once.cache_clear()
     captured = capture(mlp(), x(), step=pipeline.LoweringStage(strict=False))
     assert programs(captured.forward[0].graph) == []
