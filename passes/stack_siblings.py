@@ -26,15 +26,22 @@ from torch.fx import Node
 
 from lora_fx.passes._torch import CheckpointPolicy
 from lora_fx.passes.graph import CONVERT, COPIES, MM, aten, is_call, is_row_view, is_sum, is_transpose, root, val
+from lora_fx.passes.kernels.lowering import has_few_rows
 from lora_fx.passes.recompute_branch import REGION
 from lora_fx.passes.rewriter import Rewriter
 from lora_fx.passes.site import Site
 
 
 def find(sites: list[Site]) -> Iterator[list[Site]]:
-    """Groups of sites with the same input value, dtype and checkpointing region, and at least two different factors."""
+    """Groups of sites with the same input value, dtype and checkpointing region, and at least two different factors.
+
+    Not where products are written out for Inductor (:mod:`lora_fx.passes.kernels.lowering`), which then reads x once
+    for all of them without a stack that it would have to make first.
+    """
     groups: dict[Any, list[Site]] = {}
     for site in sites:
+        if has_few_rows(site.down):
+            continue
         meta = site.down.meta
         region = (meta.get("recompute"), meta.get("ac_graph_id"))
         groups.setdefault((site.x_key, val(site.down).dtype, region), []).append(site)

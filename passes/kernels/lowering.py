@@ -15,11 +15,57 @@ import torch
 from torch.fx import Graph, Node
 
 from lora_fx.passes._torch import auto_functionalized, detect_fake_mode
-from lora_fx.passes.graph import MM, aten, shape, val
+from lora_fx.passes.graph import CONVERT, MM, aten, is_transpose, shape, val
 from lora_fx.passes.kernels import dropout, native, operators
 from lora_fx.passes.site import MARK
 
 Lowering = Callable[[Node], None]
+
+
+# Rows up to which a product of rank R is written out for Inductor on a GPU, and the largest R that it unrolls then.
+FEW_ROWS, UNROLLED = 8, 32
+
+
+def has_few_rows(node: Node) -> bool:
+    """Whether a product on a GPU has so few tokens (they are decoded) that launching a kernel is what it costs.
+
+    The rows of a product that sums over tokens, dA or dB, are none.
+    """
+    rows = shape(node)[0]
+    few = isinstance(rows, int) and rows <= FEW_ROWS and val(node).device.type != "cpu"
+    return few and not is_transpose(node.args[0])
+
+
+def _written_out(node: Node, a: Node, b: Node, scale: Node | None = None, bias: Node | None = None) -> Node:
+    """``a @ b * scale + bias`` as a sum of products, which Inductor puts into the kernel that reads it.
+
+    It unrolls sums over fewer than eight: a sum over R = 16 is one over 4 of sums over 4, each of two loads. Down to
+    rank R it is a reduction, whose siblings over the same x are one kernel.
+    """
+    emit = functools.partial(_computed, node)
+    m, k, n = *shape(a), shape(b)[1]
+    wide = [emit(CONVERT, t, torch.float32) for t in (a, emit(aten.permute.default, b, [1, 0]))]
+    factors = _factors(k) if isinstance(k, int) and k <= UNROLLED else [k]
+    left = emit(aten.reshape.default, wide[0], [m, 1, *factors])
+    right = emit(aten.reshape.default, wide[1], [1, n, *factors])
+    result = emit(aten.mul.Tensor, left, right)
+    for _ in factors:
+        result = emit(aten.sum.dim_IntList, result, [-1])
+    if scale is not None:
+        result = emit(aten.mul.Tensor, result, scale)
+    if bias is not None:
+        result = emit(aten.add.Tensor, result, bias)
+    return emit(CONVERT, result, val(node).dtype)
+
+
+def _factors(size: int) -> list[int]:
+    """Numbers below eight whose product is ``size``; ``size`` itself where there are none."""
+    found, rest = [], size
+    for factor in (7, 6, 5, 4, 3, 2):
+        while rest % factor == 0:
+            found.append(factor)
+            rest //= factor
+    return found if rest == 1 and found else [size]
 
 
 def accumulate(node: Node) -> None:
@@ -45,6 +91,10 @@ def scaled_mm(node: Node) -> None:
     a, b, scale, bias = _operands(node, 4)
     if val(node).device.type == "cpu":
         return
+    if has_few_rows(node):
+        with detect_fake_mode([val(node)]):
+            _replace(node, _written_out(node, a, b, scale, bias))
+        return
     result = _emit(node, aten.mm.default, (a, b), value=val(node))
     if scale is not None:
         result = _emit(node, aten.mul.Tensor, (result, scale), value=val(node))
@@ -56,11 +106,17 @@ def scaled_mm(node: Node) -> None:
 def thin_mm(node: Node) -> None:
     """On the CPU, our operator for what is left as a plain product of a branch: h, dA, and a dX that is in a sum.
 
-    Not before the graphs are apart: until then it is better to be an ``mm``, which everybody knows.
+    Not before the graphs are apart: until then it is better to be an ``mm``, which everybody knows. On a GPU, h of few
+    rows is written out.
     """
-    if not (node.meta.get(MARK) and val(node).device.type == "cpu"):
+    if not node.meta.get(MARK):
         return
     a, b = _operands(node, 2)
+    if val(node).device.type != "cpu":
+        if has_few_rows(node):
+            with detect_fake_mode([val(node)]):
+                _replace(node, _written_out(node, a, b))
+        return
     # A dynamic size is the number of tokens, usually many; the operator looks again.
     m, n, k = (s if isinstance(s, int) else native.MIN_WORK for s in (*val(node).shape, val(a).shape[1]))
     if native.is_thin(val(node).dtype, m, n, k):
@@ -100,7 +156,12 @@ def _computed(like: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
 
 
 def _join_scales(graph: Graph) -> None:
-    """One kernel for all products of two numbers in memory (a module's scale and its switch): each was a launch."""
+    """One kernel for all products of two numbers in memory (a module's scale and its switch): each was a launch.
+
+    Where a branch is written out, they go into its kernel by themselves.
+    """
+    if any(node.meta.get(MARK) and has_few_rows(node) for node in graph.find_nodes(op="call_function", target=MM)):
+        return
     found = [
         node
         for node in graph.find_nodes(op="call_function", target=aten.mul.Tensor)
