@@ -4,6 +4,7 @@ from lora_fx import distributed
 from lora_fx.compile import compile
 from lora_fx.config import LoRAConfig
 from lora_fx.converter import Converters, LoRAConverter, ModelConverter, convert
+from lora_fx.experts import LoRAExpertsModule
 from lora_fx.explain import Report, explain
 from lora_fx.install import (
     adapter_parameters,
@@ -22,6 +23,7 @@ __all__ = [
     "Converters",
     "LoRAConfig",
     "LoRAConverter",
+    "LoRAExpertsModule",
     "LoRAModule",
     "ModelConverter",
     "Report",

@@ -19,6 +19,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from lora_fx import _torch
+from lora_fx.experts import LoRAExpertsModule
 from lora_fx.install import adapter_parameters, thawed
 from lora_fx.linear import PARAMETERS, LoRAModule
 from lora_fx.placements import adapter_placements, is_dtensor, local
@@ -52,8 +53,13 @@ def reduce_gradients(parameters: nn.Module | Iterable[nn.Parameter]) -> int:
         ValueError: a gradient is partial in a way that is not a sum.
     """
     found = adapter_parameters(parameters) if isinstance(parameters, nn.Module) else list(parameters)
+    return _sum_over_groups(_partial_terms(found))
+
+
+def _partial_terms(parameters: Iterable[nn.Parameter]) -> list[tuple[Tensor, list[Group]]]:
+    """This rank's terms of the gradients that are partial, which become sums in name, with the groups to sum over."""
     terms: list[tuple[Tensor, list[Group]]] = []
-    for parameter in found:
+    for parameter in parameters:
         gradient: Any = parameter.grad
         if gradient is None or not is_dtensor(gradient):
             continue
@@ -64,7 +70,7 @@ def reduce_gradients(parameters: nn.Module | Iterable[nn.Parameter]) -> int:
             raise ValueError(f"a gradient is placed as {gradient.placements}: only sums can be reduced together")
         terms.append((local(gradient), [gradient.device_mesh.get_group(dim) for dim in partial]))
         parameter.grad = _as_sum(gradient)
-    return _sum_over_groups(terms)
+    return terms
 
 
 class DeferredReduction:
@@ -90,7 +96,9 @@ class DeferredReduction:
     def __init__(self, models: nn.Module | Sequence[nn.Module], optimizer: torch.optim.Optimizer) -> None:
         models = [models] if isinstance(models, nn.Module) else models
         self.modules = [module for model in models for module in model.modules() if isinstance(module, LoRAModule)]
-        if not self.modules:
+        # The gradients of these show that they are partial: there is nothing to keep from being reduced.
+        self.experts = [m for model in models for m in model.modules() if isinstance(m, LoRAExpertsModule)]
+        if not self.modules and not self.experts:
             raise ValueError("no model holds adapters: call lora_fx.install before deferring the reduction")
         if not _torch.can_place_gradients():
             raise RuntimeError(
@@ -109,7 +117,7 @@ class DeferredReduction:
     def reduce(self) -> int:
         """Reduce what is deferred and was not reduced since the last step; returns how many all-reduces it took."""
         done = {id(gradient) for ref in self._reduced if (gradient := ref()) is not None}
-        terms = []
+        terms = _partial_terms(module.get_parameter(n) for module in self.experts for n in module.factor_names)
         for module in self.modules:
             # The numbers of a swapped module are replicated on the tensor-parallel mesh, and FSDP leaves them there.
             scale: Any = module.lora_scale

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lora_fx._torch import own_frame
-from lora_fx.linear import LoRAModule
+from lora_fx.adapted import Adapted
+from lora_fx.branches import Branch, branches
 from lora_fx.passes.pipeline import LoRARewriteError
 from lora_fx.passes.report import SiteReport
 from lora_fx.passes.trace import GraphTrace, tracing_backend
@@ -95,7 +96,7 @@ def explain(model: nn.Module, *inputs: Any, strict: bool = False, verify: bool =
         ValueError: The model has no adapters.
         LoRARewriteError: ``strict``, and a branch was left as it was; the text says which and why.
     """
-    adapters = {name: module for name, module in model.named_modules() if isinstance(module, LoRAModule)}
+    adapters = branches(model)
     if not adapters:
         raise ValueError("the model has no adapters: call lora_fx.install(model, config) before lora_fx.explain")
     traces: list[GraphTrace] = []
@@ -107,7 +108,7 @@ def explain(model: nn.Module, *inputs: Any, strict: bool = False, verify: bool =
         failures=[failure for trace in traces for failure in trace.report.failures],
     )
     seen = {site.path for site in report.sites}
-    report.sites += [_unreached(name, module) for name, module in adapters.items() if name not in seen]
+    report.sites += [_unreached(branch) for branch in adapters if branch.path not in seen]
     if verify:
         report.verification = _verify(model, inputs, kwargs)
     if strict and report.problems():
@@ -115,11 +116,11 @@ def explain(model: nn.Module, *inputs: Any, strict: bool = False, verify: bool =
     return report
 
 
-def _unreached(path: str, module: LoRAModule) -> SiteReport:
-    rank, in_features = module.lora_a.shape
-    return SiteReport(
-        path, rank, in_features, module.lora_b.shape[0], reason="not in the traced graphs: this call did not run it"
-    )
+def _unreached(branch: Branch) -> SiteReport:
+    lora_a, lora_b = branch.factors
+    rank, in_features = lora_a.shape[-2:]
+    reason = "not in the traced graphs: this call did not run it"
+    return SiteReport(branch.path, rank, in_features, lora_b.shape[-2], reason=reason)
 
 
 @contextmanager
@@ -153,7 +154,7 @@ def _verify(model: nn.Module, inputs: Any, kwargs: Any) -> Verification:
     model = copy.deepcopy(model)
     for module in model.modules():
         module._compiled_call_impl = None
-        if isinstance(module, LoRAModule):
+        if isinstance(module, Adapted):
             module.lora_dropout = 0.0
         elif isinstance(module, (nn.Dropout, nn.AlphaDropout)):
             module.p = 0.0

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_fx.linear import LoRAModule
+from lora_fx.adapted import Adapted
 
 _NAME = "init_weights"
 
@@ -30,7 +30,7 @@ class InitWeights:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         result = self._previous()(*args, **kwargs)
         for module in self.model.modules():
-            if isinstance(module, LoRAModule):
+            if isinstance(module, Adapted):
                 module.reset_adapters()
         return result
 

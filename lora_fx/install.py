@@ -4,20 +4,31 @@ import contextlib
 import inspect
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from lora_fx import _torch
+from lora_fx.adapted import BUFFERS, Adapted
 from lora_fx.bypass import Patch, check_called, fast_path_patches
 from lora_fx.config import LoRAConfig
+from lora_fx.experts import (
+    EXPERT_ATTRIBUTES,
+    A,
+    B,
+    ExpertAdapter,
+    LoRAExpertsModule,
+    experts_class,
+    new_expert_adapter,
+    swap_experts,
+    unswap_experts,
+)
 from lora_fx.init_weights import InitWeights, patch_init_weights
 from lora_fx.linear import (
     ATTRIBUTES,
-    BUFFERS,
     PARAMETERS,
     Adapter,
     LoRAModule,
@@ -79,14 +90,20 @@ def install(model: Model, config: LoRAConfig | None = None) -> Model:
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}")
     _check_model(model)
-    targets = find_targets(model, config)
+    found = find_targets(model, config)
+    targets = [target for target in found if target.parameter is None]
+    experts = _by_module(target for target in found if target.parameter is not None)
     for target in targets:
         _check_linear(target.path, target.module)
-    check_called(model, [(target.path, target.module) for target in targets])
+    for group in experts:
+        for target in group:
+            _check_experts(target)
+    check_called(model, [(target.path, target.module, target.parameter or "weight") for target in found])
 
     # Tensors made in inference mode would never train. And what can fail comes before the first change.
     with torch.inference_mode(False):
         adapters = _new_adapters(model, targets, config)
+        expert_adapters = [[_new_expert_adapter(target, config) for target in group] for group in experts]
         record = Installation(
             config=config,
             requires_grad={clean_path(name): p.requires_grad for name, p in _named_parameters(model)},
@@ -95,7 +112,9 @@ def install(model: Model, config: LoRAConfig | None = None) -> Model:
         setattr(model, _RECORD, record)
         try:
             for target, adapter in zip(targets, adapters):
-                swap(target.module, adapter)
+                swap(cast(nn.Linear, target.module), adapter)
+            for group, several in zip(experts, expert_adapters):
+                swap_experts(group[0].module, several, dropout=config.dropout, init=config.init)
             for module, patch in _patched(model, record):
                 setattr(module, patch.name, patch.value)
             record.init_weights = patch_init_weights(model)
@@ -121,7 +140,7 @@ def remove(model: Model) -> Model:
         wrapper = _torch.data_parallel_wrapper(module)
         if wrapper is not None:
             raise ValueError(f"{_shown(path)} is wrapped by {wrapper}: remove the adapters before wrapping")
-        if isinstance(module, LoRAModule) and "_lora_parent" not in type(module).__dict__:
+        if isinstance(module, Adapted) and "_lora_parent" not in type(module).__dict__:
             raise ValueError(f"{_shown(path)} became a {type(module).__name__} after install: undo that first")
     _undo(model, record)
     return model
@@ -146,7 +165,7 @@ def freeze(model: Model) -> Model:
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters to give to an optimizer: A and B of every swapped linear, in the order of `model.modules()`.
+    """The parameters to give to an optimizer: A and B of everything adapted, in the order of `model.modules()`.
 
     Warns when a distributed parameter beside them requires gradients, see `thawed`.
 
@@ -182,7 +201,7 @@ def named_adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]
     return [
         (f"{path}.{name}".removeprefix("."), module._parameters[name])  # type: ignore[misc]  # never None once swapped
         for path, module in adapted(model)
-        for name in PARAMETERS
+        for name in module.factor_names
     ]
 
 
@@ -209,7 +228,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 def is_installed(model: nn.Module) -> bool:
     """Whether `model` or a part of it holds adapters."""
-    return any(isinstance(module, LoRAModule) for module in model.modules())
+    return any(isinstance(module, Adapted) for module in model.modules())
 
 
 def configs(model: nn.Module) -> list[LoRAConfig]:
@@ -218,13 +237,13 @@ def configs(model: nn.Module) -> list[LoRAConfig]:
     return [record.config for record in records if isinstance(record, Installation)]
 
 
-def adapted(model: nn.Module) -> list[tuple[str, LoRAModule]]:
-    """Path and module of every linear of `model` that holds an adapter.
+def adapted(model: nn.Module) -> list[tuple[str, Adapted]]:
+    """Path and module of every linear of `model` that holds an adapter, and of every stack of experts.
 
     Raises:
         ValueError: there is none.
     """
-    found = [(path, module) for path, module in model.named_modules() if isinstance(module, LoRAModule)]
+    found = [(path, module) for path, module in model.named_modules() if isinstance(module, Adapted)]
     if not found:
         raise ValueError(f"{type(model).__name__} holds no adapters: call lora_fx.install(model, config) first")
     return found
@@ -233,7 +252,7 @@ def adapted(model: nn.Module) -> list[tuple[str, LoRAModule]]:
 def check_not_merged(model: nn.Module) -> None:
     """Raise ValueError if an adapter of `model` is merged into its weight."""
     for path, module in model.named_modules():
-        if isinstance(module, LoRAModule) and module._lora_merged is not None:
+        if isinstance(module, Adapted) and module._lora_merged is not None:
             raise ValueError(f"{_shown(path)} is merged: call lora_fx.unmerge(model) first")
 
 
@@ -251,6 +270,8 @@ def _undo(model: nn.Module, record: Installation) -> None:
     for module in list(model.modules()):
         if isinstance(module, LoRAModule):
             unswap(module)
+        elif isinstance(module, LoRAExpertsModule):
+            unswap_experts(module)
     for module, patch in _patched(model, record):
         setattr(module, patch.name, patch.previous)
     if record.init_weights is not None:
@@ -277,7 +298,7 @@ def _shown(path: str) -> str:
 def _check_model(model: nn.Module) -> None:
     """Refuse models in a state in which adapters would be missed, whatever the configuration says."""
     for path, module in model.named_modules():
-        if isinstance(module, LoRAModule) or _RECORD in module.__dict__:
+        if isinstance(module, Adapted) or _RECORD in module.__dict__:
             raise ValueError(f"{_shown(path)} holds adapters already: call lora_fx.remove(model) before a new install")
         if _torch.is_compiled(module):
             raise ValueError(
@@ -292,7 +313,34 @@ def _check_model(model: nn.Module) -> None:
             )
 
 
-def _check_linear(path: str, module: nn.Linear) -> None:
+def _by_module(targets: Iterable[Target]) -> list[list[Target]]:
+    """The targeted parameters of each module together."""
+    groups: dict[nn.Module, list[Target]] = {}
+    for target in targets:
+        groups.setdefault(target.module, []).append(target)
+    return list(groups.values())
+
+
+def _check_experts(target: Target) -> None:
+    """Refuse a parameter on which adapters could not work."""
+    module, name = target.module, cast(str, target.parameter)
+    what = f"{target.path} (of {type(module).__name__})"
+    fix = "leave it out of target_parameters"
+    weight: Any = module._parameters[name]
+    if not is_activation_dtype(weight.dtype):
+        raise ValueError(f"{what} is {weight.dtype}, a packed form whose products are not known here: {fix}")
+    if _torch.has_instance_forward(module):
+        raise ValueError(f"{what} has a `forward` of its own on the instance, which would hide the adapters': {fix}")
+    taken = [n for n in (name + A, name + B, *BUFFERS, *EXPERT_ATTRIBUTES) if hasattr(module, n)]
+    if taken:
+        raise ValueError(f"{what}: its module has an attribute called {taken[0]} already: {fix}")
+    try:
+        experts_class(type(module))
+    except Exception as error:
+        raise ValueError(f"{what}: its module has a class that refuses to be subclassed ({error}): {fix}") from error
+
+
+def _check_linear(path: str, module: nn.Module) -> None:
     """Refuse a linear on which an adapter could not work, or would never run."""
     what = f"{_shown(path)} ({type(module).__name__})"
     fix = f"leave it out with exclude_modules=[{path!r}]"
@@ -312,12 +360,12 @@ def _check_linear(path: str, module: nn.Linear) -> None:
     if isinstance(weight, Tensor) and weight.dtype.is_complex:
         raise ValueError(f"{what} has a complex weight, for which adapters are not defined here: {fix}")
     try:
-        lora_class(type(module))
+        lora_class(cast(type[nn.Linear], type(module)))
     except Exception as error:
         raise ValueError(f"{what} has a class that refuses to be subclassed ({error}): {fix}") from error
 
 
-def _extra_arguments(cls: type[nn.Linear]) -> list[str]:
+def _extra_arguments(cls: type[nn.Module]) -> list[str]:
     """The names of the parameters of ``cls.forward`` beside self and the input."""
     try:
         signature = inspect.signature(cls.forward)
@@ -333,7 +381,7 @@ def _new_adapters(model: nn.Module, targets: list[Target], config: LoRAConfig) -
     activation_dtype = dtypes.most_common(1)[0][0] if dtypes else torch.get_default_dtype()
     return [
         new_adapter(
-            target.module,
+            cast(nn.Linear, target.module),
             rank=target.rank,
             scale=config.scale(target.rank, target.alpha),
             dropout=config.dropout,
@@ -342,3 +390,13 @@ def _new_adapters(model: nn.Module, targets: list[Target], config: LoRAConfig) -
         )
         for target in targets
     ]
+
+
+def _new_expert_adapter(target: Target, config: LoRAConfig) -> ExpertAdapter:
+    return new_expert_adapter(
+        target.module,
+        cast(str, target.parameter),
+        rank=target.rank,
+        scale=config.scale(target.rank, target.alpha),
+        init=config.init,
+    )

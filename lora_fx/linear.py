@@ -3,29 +3,22 @@
     module.__class__ = lora_class(type(module))      # Float8Linear -> LoRAFloat8Linear, and isinstance still holds
     module.forward(x) = Parent.forward(x) + scale * enabled * (dropout(x) A^T) B^T
 
-There is one class per parent class and never one per module: Dynamo guards on classes. For the same reason the numbers
-that differ between modules are 0-d buffers and not Python floats: they are inputs of a compiled graph, not guards, so
-modules of equal shape share one graph, and changing a number takes effect without recompiling.
+What it shares with swapped experts is in `lora_fx.adapted`.
 """
 
-import functools
 import math
-import types
-from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from lora_fx.adapted import BUFFERS, ENABLED, SCALE, Adapted, parent_class, swapped_class, values
 from lora_fx.passes.low_rank import low_rank
-from lora_fx.placements import deferred, fill, is_dtensor, like_weight, local, placed, replicated_like
+from lora_fx.placements import deferred, fill, is_dtensor, like_weight, placed, replicated_like
 
-# The 0-d float32 buffers of a swapped module.
-SCALE, ENABLED = "lora_scale", "lora_enabled"
 # Everything that the swap adds to a module, in the order in which it is added.
 PARAMETERS = ("lora_a", "lora_b")
-BUFFERS = (SCALE, ENABLED)
 ATTRIBUTES = ("lora_dropout", "lora_init", "_lora_last_scale", "_lora_disabled", "_lora_deferred", "_lora_merged")
 
 
@@ -48,29 +41,18 @@ class Adapter:
     init: str
 
 
-class LoRAModule(nn.Linear):
+class LoRAModule(Adapted, nn.Linear):
     """The half of a swapped linear that is not its parent: every `LoRA<Parent>` derives from this and from Parent.
 
     Parameters:
         lora_a: [R, K], trainable.
         lora_b: [N, R], trainable, zero at first.
 
-    Buffers, 0-d float32 whatever dtype the module is moved to:
-        lora_scale: saved in `state_dict`, so that loading a checkpoint restores the function that was saved even where
-            this module was installed with another alpha. Change it with ``module.lora_scale.fill_(value)``.
-        lora_enabled: 1, or 0 inside `lora_fx.disabled`; not saved.
+    Buffers, 0-d: `lora_scale` and `lora_enabled`, see `Adapted`.
     """
 
     lora_a: nn.Parameter
     lora_b: nn.Parameter
-    lora_scale: Tensor
-    lora_enabled: Tensor
-    lora_dropout: float
-    lora_init: str
-    _lora_last_scale: float
-    _lora_disabled: Tensor | None
-    _lora_deferred: bool
-    _lora_merged: Any  # a lora_fx.merge.Merged, or None
 
     # The parameter is called `input` because `nn.Linear.forward`'s is, and callers may name it.
     def forward(self, input: Tensor) -> Tensor:
@@ -97,34 +79,13 @@ class LoRAModule(nn.Linear):
                 if (held := self._parameters.get(factor)) is not None:
                     self._parameters[factor] = placed(factor, held, param)
 
-    def disabled_buffer(self) -> Tensor:
-        """The zero that stands in for `lora_enabled` inside `lora_fx.disabled`.
+    @property
+    def factor_names(self) -> tuple[str, ...]:
+        return PARAMETERS
 
-        It takes the other's place instead of being written into it, because a compiled forward may have saved
-        `lora_enabled` for its backward: a loss that compares a model with itself without adapters (DPO, KL to the
-        base) runs the second forward before the backward of the first. And it is always the same tensor, because CUDA
-        graphs are recorded for addresses.
-        """
-        zero = self._lora_disabled
-        if zero is None or zero.device != self.lora_enabled.device or type(zero) is not type(self.lora_enabled):
-            with torch.inference_mode(False):  # it may be needed for training next
-                zero = self._lora_disabled = torch.zeros_like(self.lora_enabled)
-        return zero
-
-    @torch.no_grad()
-    def reset_adapters(self) -> None:
-        """Start the adapters afresh: A as `lora_init` says, B zero, the last scale that was installed or loaded.
-
-        Raises:
-            ValueError: the adapter is merged.
-        """
-        if self._lora_merged is not None:
-            raise ValueError("an adapter that is merged cannot start afresh: call lora_fx.unmerge(model) first")
+    def reset_factors(self) -> None:
         reset_a(self.lora_a, self.lora_init)
         self.lora_b.zero_()
-        self.lora_scale.fill_(self._lora_last_scale)
-        if self.lora_enabled is not self._lora_disabled:
-            self.lora_enabled.fill_(1.0)
 
     def reset_parameters(self) -> None:
         """The parent's `reset_parameters`, then `reset_adapters`."""
@@ -132,71 +93,10 @@ class LoRAModule(nn.Linear):
         self.reset_adapters()
 
     def extra_repr(self) -> str:
-        scale = _value(self.lora_scale)
+        scale = values(self.lora_scale)
         shown = self._lora_last_scale if scale is None else scale
         ours = f"rank={self.lora_a.shape[0]}, scale={shown:g}, dropout={self.lora_dropout:g}"
         return ", ".join(filter(None, (super().extra_repr(), ours)))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoRAModule":
-        """Move or convert as any module, except that the two numbers stay float32 and never become garbage.
-
-        ``.to(torch.bfloat16)`` would round the scale, and ``.to_empty()`` would leave it uninitialised, which a model
-        that loads a checkpoint without an adapter in it would never notice.
-        """
-        before = {name: self._buffers[name] for name in BUFFERS}
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new is not old:
-                self._buffers[name] = self._moved(name, old, new)
-        return self
-
-    @torch.no_grad()
-    def _moved(self, name: str, old: Tensor, new: Tensor) -> Tensor:
-        moved = new if new.dtype == torch.float32 else torch.empty_like(new, dtype=torch.float32)
-        if new.is_meta:
-            value = _value(old)
-            if name == SCALE and value is not None:
-                self._lora_last_scale = value
-        elif old.is_meta:
-            moved.fill_(self._lora_last_scale if name == SCALE else 1.0)
-        elif type(new) is type(old) or moved is not new:
-            # A change of tensor type (a fake tensor, a DTensor) at equal dtype already holds the number.
-            moved.copy_(old)
-        return moved
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        if self._lora_merged is not None and any(name.startswith(prefix) for name in state_dict):
-            raise ValueError(f"{prefix.rstrip('.') or 'the model'} is merged: call lora_fx.unmerge(model) first")
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if self.lora_scale.dtype != torch.float32:  # load_state_dict(assign=True) of a checkpoint that was cast
-            self.lora_scale = self.lora_scale.float()
-        if self.lora_enabled.is_meta and not self.lora_scale.is_meta:  # assign=True onto meta; this one is not saved
-            self.lora_enabled = torch.ones_like(self.lora_scale)
-        value = _value(self.lora_scale)
-        if value is not None:
-            self._lora_last_scale = value
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle by the parent class, which can be imported; the swapped class is made again where it is loaded."""
-        reduced = super().__reduce_ex__(max(protocol, 2))
-        cls = type(self)
-        if "_lora_parent" not in cls.__dict__:  # a subclass of a swapped class looks after itself
-            return reduced
-        if not isinstance(reduced, tuple) or reduced[0].__name__ != "__newobj__" or reduced[1] != (cls,):
-            raise TypeError(f"{cls.__name__} cannot be pickled: {parent_class(cls).__name__} pickles in its own way")
-        return (_new, (parent_class(cls),), *reduced[2:])
-
-
-def _new(parent: type[nn.Linear]) -> LoRAModule:
-    cls = lora_class(parent)
-    return cls.__new__(cls)
-
-
-def _value(number: Tensor) -> float | None:
-    """The value of a 0-d buffer, or None where there is none to read (meta, fake)."""
-    number = local(number)  # the same on every rank
-    return None if type(number) is not Tensor or number.is_meta else number.item()
 
 
 def lora_class(parent: type[nn.Linear]) -> type[LoRAModule]:
@@ -207,27 +107,7 @@ def lora_class(parent: type[nn.Linear]) -> type[LoRAModule]:
     """
     if not issubclass(parent, nn.Linear) or issubclass(parent, LoRAModule):
         raise TypeError(f"{parent.__name__} must be nn.Linear or a subclass that is not swapped yet")
-    return _lora_class(cast(Hashable, parent))
-
-
-@functools.cache
-def _lora_class(parent: Any) -> type[LoRAModule]:
-    name = f"LoRA{parent.__name__}"
-    namespace = {
-        # The parent's: torch.fx traces through a module or calls it, depending on where its class is from.
-        "__module__": parent.__module__,
-        "__qualname__": name,
-        "__doc__": f"`{parent.__module__}.{parent.__qualname__}` with a low-rank adapter; see `lora_fx.LoRAModule`.",
-        "_lora_parent": parent,
-    }
-    return cast(
-        type[LoRAModule], types.new_class(name, (LoRAModule, parent), exec_body=lambda ns: ns.update(namespace))
-    )
-
-
-def parent_class(cls: type) -> type[nn.Linear]:
-    """The class that a module had before its class became `cls`, a `lora_class`."""
-    return cast(type[nn.Linear], cls.__dict__["_lora_parent"])
+    return swapped_class(LoRAModule, parent)
 
 
 def adapter_dtype(module: nn.Linear, activation_dtype: torch.dtype) -> torch.dtype:
@@ -267,7 +147,7 @@ def new_adapter(
 
 @torch.no_grad()
 def reset_a(lora_a: Tensor, init: str) -> None:
-    """Start A [R, K] as `init` says: kaiming-uniform as `nn.Linear`'s weight, or normal with deviation 1 / R.
+    """Start A [..., R, K] as `init` says: kaiming-uniform as `nn.Linear`'s weight, or normal with deviation 1 / R.
 
     A distributed A is drawn whole on every rank and cut from the first one's: the draw is that of a single process,
     and replicas agree on devices where distributed random numbers do not.
@@ -276,9 +156,9 @@ def reset_a(lora_a: Tensor, init: str) -> None:
     if is_dtensor(lora_a):
         whole = torch.empty(lora_a.shape, dtype=lora_a.dtype, device=lora_a.device)
     if init == "kaiming":
-        nn.init.kaiming_uniform_(whole, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(whole.flatten(0, -2), a=math.sqrt(5))
     else:
-        nn.init.normal_(whole, std=1.0 / lora_a.shape[0])
+        nn.init.normal_(whole, std=1.0 / lora_a.shape[-2])
     if whole is not lora_a:
         fill(lora_a, whole)
 
@@ -307,4 +187,4 @@ def unswap(module: nn.Linear) -> None:
     for name in (*PARAMETERS, *BUFFERS, *ATTRIBUTES):
         if name in module._parameters or name in module._buffers or name in module.__dict__:
             delattr(module, name)
-    module.__class__ = parent_class(type(module))
+    module.__class__ = cast(type[nn.Linear], parent_class(type(module)))

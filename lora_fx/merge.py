@@ -61,7 +61,7 @@ def merge(model: Model, *, keep: bool = True) -> Model:
             quantised, sharded, on the meta device or shared with another module, or the sum is not finite. The text
             names the module, and `model` is as it was.
     """
-    modules = adapted(model)
+    modules = _linears(model)
     holders = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     for path, module in modules:  # all of them before the first change
         where = clean_path(path) or "the model"
@@ -90,7 +90,8 @@ def unmerge(model: Model) -> Model:
     Raises:
         ValueError: `model` holds no merged adapter, or was merged with ``keep=False``. `model` is as it was.
     """
-    merged = [(path, module, module._lora_merged) for path, module in adapted(model) if module._lora_merged is not None]
+    merged = [(path, module, module._lora_merged) for path, module in adapted(model) if isinstance(module, LoRAModule)]
+    merged = [(path, module, record) for path, module, record in merged if record is not None]
     if not merged:
         raise ValueError(f"{type(model).__name__} is not merged")
     for path, _, record in merged:
@@ -104,6 +105,19 @@ def unmerge(model: Model) -> Model:
             factor.requires_grad_(trained)
         module._lora_merged = None
     return model
+
+
+def _linears(model: nn.Module) -> list[tuple[str, LoRAModule]]:
+    """The modules to merge, which must be linears."""
+    linears = []
+    for path, module in adapted(model):
+        if not isinstance(module, LoRAModule):
+            raise ValueError(
+                f"{clean_path(path) or 'the model'} holds adapted experts, which cannot be merged here: save the "
+                f"adapter, and merge it in PEFT"
+            )
+        linears.append((path, module))
+    return linears
 
 
 def _check(where: str, module: LoRAModule, holders: Counter[int]) -> None:

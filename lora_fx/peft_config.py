@@ -27,7 +27,6 @@ _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 # Settings that make an adapter something else than ``scale * B A`` on a linear, with what a user can do.
 _UNSUPPORTED = {
     "use_dora": "DoRA is not supported yet: train without it, or merge the adapter into the base in PEFT",
-    "target_parameters": "adapters on expert tensors are not supported yet: adapt linears alone",
     "modules_to_save": "fully trained modules are not supported yet: copy them yourself and drop them from both files",
     "trainable_token_indices": "trained tokens are not supported: merge the adapter into the base in PEFT",
     "lora_bias": "a bias of the low-rank branch is not supported: train with lora_bias=False",
@@ -52,6 +51,7 @@ class PeftConfig:
     dropout: float
     use_rslora: bool
     target_modules: str | tuple[str, ...]
+    target_parameters: tuple[str, ...]
     exclude_modules: str | tuple[str, ...]
     rank_pattern: Mapping[re.Pattern[str], int]
     alpha_pattern: Mapping[re.Pattern[str], float]
@@ -79,6 +79,10 @@ class PeftConfig:
         if path in self.target_modules:
             return True
         return _named(self.target_modules, path) and (not self.layers_to_transform or self._in_a_chosen_layer(path))
+
+    def targets_parameter(self, path: str) -> bool:
+        """Whether the parameter at `path` gets an adapter."""
+        return _named(self.target_parameters, path)
 
     def _in_a_chosen_layer(self, path: str) -> bool:
         patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in self.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
@@ -108,6 +112,7 @@ def config_values(
     ranks: Mapping[str, int],
     scales: Mapping[str, float],
     *,
+    parameters: Collection[str],
     others: Collection[str],
     dropout: float,
     use_rslora: bool,
@@ -116,10 +121,11 @@ def config_values(
     """The content of an `adapter_config.json` from which PEFT computes exactly these ranks and scales.
 
     Args:
-        ranks: of every adapted linear, by its path.
+        ranks: of everything adapted, by its path.
         scales: likewise; numbers that float32 holds.
+        parameters: which of them are parameters; the rest are linears.
         others: paths of the modules that are not adapted.
-        dropout: of all of them.
+        dropout: of all of them; PEFT loads no adapted parameters with dropout.
         use_rslora: whether alphas are to be divided by sqrt(R) and not by R. The scales are the same either way.
         base: the name or path of the base model, where one is known.
     """
@@ -133,7 +139,8 @@ def config_values(
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": dropout,
-        "target_modules": _target_modules(list(ranks), others),
+        "target_modules": _target_modules([path for path in ranks if path not in parameters], others),
+        **({"target_parameters": list(parameters)} if parameters else {}),
         "rank_pattern": {_exactly(path): other for path, other in ranks.items() if other != rank},
         "alpha_pattern": {_exactly(path): other for path, other in alphas.items() if other != alpha},
         "use_rslora": use_rslora,
@@ -214,7 +221,10 @@ def _checked(file: Path, values: Any) -> PeftConfig:
     if (bias := values.get("bias", "none")) != "none":
         raise ValueError(f"bias is {bias!r}: trained biases are not supported, train with bias='none'")
     targets = _names(values, "target_modules")
-    if not targets:
+    parameters = _names(values, "target_parameters")
+    if isinstance(parameters, str):
+        raise ValueError(f"target_parameters must be a list of strings, got {parameters!r}")
+    if not targets and not parameters:
         raise ValueError("target_modules is empty: name the adapted linears")
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         targets = ALL_LINEAR
@@ -225,6 +235,7 @@ def _checked(file: Path, values: Any) -> PeftConfig:
         dropout=_number("lora_dropout", values.get("lora_dropout", 0.0)),
         use_rslora=bool(values.get("use_rslora")),
         target_modules=targets,
+        target_parameters=parameters,
         exclude_modules=_names(values, "exclude_modules"),
         rank_pattern=_patterns(values, "rank_pattern", _rank),
         alpha_pattern=_patterns(values, "alpha_pattern", _number),

@@ -2,6 +2,7 @@
 
 adapter_config.json          see `lora_fx.peft_config`
 adapter_model.safetensors    base_model.model.<path>.lora_A.weight [R, K], base_model.model.<path>.lora_B.weight [N, R]
+                             of experts, see `lora_fx.peft_experts`
 """
 
 import json
@@ -27,7 +28,7 @@ _KEYS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
 
 @dataclass(frozen=True)
 class Factors:
-    """A [R, K] and B [N, R] of one linear, on the CPU."""
+    """A [R, K] and B [N, R] of one linear, or A [E, R, K] and B [E, N, R] of a stack of experts, on the CPU."""
 
     lora_a: Tensor
     lora_b: Tensor
@@ -35,12 +36,12 @@ class Factors:
     @property
     def rank(self) -> int:
         """R."""
-        return self.lora_a.shape[0]
+        return self.lora_a.shape[-2]
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """What a folder holds: `factors` by the path of their linear, without what wrappers put into paths."""
+    """What a folder holds: `factors` by their path in it, without what wrappers put into paths, as matrices."""
 
     tensors: Path
     config: PeftConfig
@@ -70,6 +71,15 @@ def read_files(folder: Path) -> AdapterFiles:
     if not halves:
         raise ValueError(f"{file} holds no tensors: save the adapter again")
     return AdapterFiles(file, config, {path: _factors(file, config, path, half) for path, half in halves.items()})
+
+
+def check_rank(config: PeftConfig, file: Path, path: str, rank: int) -> None:
+    """Raise ValueError if `config` gives what is at `path` another rank than its tensors in `file` have."""
+    if rank != config.rank_of(path):
+        raise ValueError(
+            f"{config.file} gives {path} rank {config.rank_of(path)}, and its tensors in {file} have rank "
+            f"{rank}: the two files are not of one adapter, or r and rank_pattern were edited"
+        )
 
 
 def encoded(factors: Mapping[str, Factors], config: Mapping[str, Any]) -> dict[str, bytes]:
@@ -105,10 +115,7 @@ def _split(file: Path, key: str) -> tuple[str, str]:
     path = clean_path(key.removeprefix(PREFIX))
     for name, end in _KEYS.items():
         if path.endswith("." + end):
-            linear = path.removesuffix("." + end)
-            if linear.endswith(".base_layer"):
-                raise ValueError(f"{file}: {key!r}: adapters on expert tensors are not supported yet")
-            return linear, name
+            return path.removesuffix("." + end), name
     raise ValueError(f"{file}: {key!r} is {_what(path)}")
 
 
@@ -132,11 +139,8 @@ def _factors(file: Path, config: PeftConfig, path: str, half: Mapping[str, Tenso
             f"{file}: {path} has lora_A {list(factors.lora_a.shape)} and lora_B {list(factors.lora_b.shape)}, whose "
             f"ranks are not equal: save the adapter again"
         )
-    if factors.rank != config.rank_of(path):
-        raise ValueError(
-            f"{config.file} gives {path} rank {config.rank_of(path)}, and its tensors in {file} have rank "
-            f"{factors.rank}: the two files are not of one adapter, or r and rank_pattern were edited"
-        )
+    if not config.target_parameters:  # or else the model has to say what these are of
+        check_rank(config, file, path, factors.rank)
     for name, tensor in half.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{file}: {PREFIX}{path}.{_KEYS[name]} holds NaN or infinity: take an earlier checkpoint")

@@ -13,14 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx import _torch
+from lora_fx.adapted import Adapted
+from lora_fx.branches import Branch, branches
 from lora_fx.config import ALL_LINEAR, LoRAConfig
 from lora_fx.distributed import largest_mesh, together, writes
+from lora_fx.experts import LoRAExpertsModule
 from lora_fx.files import write_together
 from lora_fx.install import check_not_merged, configs, install, is_installed, remove
-from lora_fx.linear import PARAMETERS, LoRAModule
+from lora_fx.linear import PARAMETERS
 from lora_fx.peft_config import config_values
-from lora_fx.peft_files import PREFIX, AdapterFiles, Factors, encoded, read_files
-from lora_fx.placements import fill, gathered, like_weight, local
+from lora_fx.peft_experts import match_experts, packed, wrapper_paths
+from lora_fx.peft_files import PREFIX, AdapterFiles, Factors, check_rank, encoded, read_files
+from lora_fx.placements import fill, gathered, like_weight
 from lora_fx.targets import clean_path, exactly
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -55,15 +59,15 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     where, model = Path(folder), _unwrapped(model)
     check_not_merged(model)
     _torch.reshard(model)
-    modules = {clean_path(path): module for path, module in model.named_modules() if isinstance(module, LoRAModule)}
-    if not modules:
+    held = {branch.path: branch for branch in branches(model)}
+    if not held:
         raise ValueError(f"{type(model).__name__} holds no adapters to save: call lora_fx.install(model, config) first")
     mesh = largest_mesh(model)
-    whole = {path: [_whole(module._parameters[name]) for name in PARAMETERS] for path, module in modules.items()}
+    whole = {path: [_whole(factor) for factor in branch.factors] for path, branch in held.items()}
     with together(mesh):
-        factors = {path: _checked(path, modules[path], *both) for path, both in whole.items()}
+        factors = {path: _checked(held[path], *both) for path, both in whole.items()}
         if writes(mesh):
-            write_together(where, encoded(factors, _config_values(model, modules)))
+            write_together(where, encoded(_in_files(held, factors), _config_values(model, held)))
     return where
 
 
@@ -113,45 +117,45 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A linear of the model with what the files hold for it."""
+    """A linear of the model, or a parameter of experts, with what the files hold for it."""
 
     path: str
-    module: nn.Linear
+    module: nn.Module
     factors: Factors
     alpha: float
     scale: float
+    parameter: str | None = None
 
     @property
-    def swapped(self) -> LoRAModule:
-        """The linear, which holds an adapter by now."""
-        assert isinstance(self.module, LoRAModule)
-        return self.module
+    def branch(self) -> Branch:
+        """What holds an adapter by now."""
+        assert isinstance(self.module, Adapted)
+        return Branch(self.path, self.module, self.parameter)
 
 
 # ---- saving ----------------------------------------------------------------------------------------------------------
 
 
-def _whole(factor: nn.Parameter | None) -> Tensor:
+def _whole(factor: nn.Parameter) -> Tensor:
     """The global values of a factor, on the CPU, in memory of their own."""
-    assert factor is not None
     full = gathered(factor.detach())
     return full if full.is_meta else full.to("cpu", copy=True).contiguous()
 
 
-def _checked(path: str, module: LoRAModule, lora_a: Tensor, lora_b: Tensor) -> Factors:
-    if not path:
+def _checked(branch: Branch, lora_a: Tensor, lora_b: Tensor) -> Factors:
+    path = branch.path
+    if not path or path == branch.parameter:
         raise ValueError(
-            "the model is itself the adapted linear, and PEFT's format has no name for that: save the module that "
+            "the model is itself the adapted module, and PEFT's format has no name for that: save the module that "
             "holds it"
         )
-    rank = lora_b.shape[-1]
-    wanted = [[rank, module.in_features], [module.out_features, rank]]
+    wanted = branch.shapes(lora_b.shape[-1])
     if [list(lora_a.shape), list(lora_b.shape)] != wanted:
         raise ValueError(
             f"{path} has factors of shapes {list(lora_a.shape)} and {list(lora_b.shape)}, not {wanted}: inside "
             f"FullyShardedDataParallel, save within FullyShardedDataParallel.summon_full_params(model)"
         )
-    scale = local(module.lora_scale)
+    scale = branch.scale
     if lora_a.is_meta or scale.is_meta:
         raise ValueError(f"{path} is on the meta device: there are no values to save yet")
     if not all(torch.isfinite(tensor).all() for tensor in (lora_a, lora_b, scale)):
@@ -159,8 +163,21 @@ def _checked(path: str, module: LoRAModule, lora_a: Tensor, lora_b: Tensor) -> F
     return Factors(lora_a, lora_b)
 
 
-def _config_values(model: nn.Module, modules: dict[str, LoRAModule]) -> dict[str, Any]:
-    dropouts = Counter(module.lora_dropout for module in modules.values())
+def _in_files(held: dict[str, Branch], factors: dict[str, Factors]) -> dict[str, Factors]:
+    """The factors as matrices, under the paths that PEFT gives them."""
+    result = {}
+    for path, both in factors.items():
+        module, parameter = held[path].module, held[path].parameter
+        if parameter is not None:
+            assert isinstance(module, LoRAExpertsModule)
+            path = wrapper_paths(path.removesuffix("." + parameter), module.adapted_parameters)[parameter]
+            both = Factors(*packed(both.lora_a, both.lora_b))
+        result[path] = both
+    return result
+
+
+def _config_values(model: nn.Module, held: dict[str, Branch]) -> dict[str, Any]:
+    dropouts = Counter(branch.module.lora_dropout for branch in held.values())
     dropout = dropouts.most_common(1)[0][0]
     if len(dropouts) > 1:
         warnings.warn(
@@ -168,11 +185,19 @@ def _config_values(model: nn.Module, modules: dict[str, LoRAModule]) -> dict[str
             f"{', '.join(f'{value:g}' for value in sorted(dropouts))}",
             stacklevel=3,
         )
+    parameters = [path for path, branch in held.items() if branch.parameter is not None]
+    if parameters and dropout:
+        warnings.warn(
+            f"PEFT has no dropout beside adapters of experts: wrote lora_dropout 0 instead of {dropout:g}",
+            stacklevel=3,
+        )
+        dropout = 0.0
     installed = configs(model)
     return config_values(
-        {path: module.lora_b.shape[1] for path, module in modules.items()},
-        {path: local(module.lora_scale).item() for path, module in modules.items()},
-        others={clean_path(path) for path, _ in model.named_modules()} - modules.keys(),
+        {path: branch.rank for path, branch in held.items()},
+        {path: branch.scale.item() for path, branch in held.items()},
+        parameters=parameters,
+        others={clean_path(path) for path, _ in model.named_modules()} - held.keys(),
         dropout=dropout,
         use_rslora=bool(installed) and all(config.use_rslora for config in installed),
         base=getattr(model, "name_or_path", None) or None,
@@ -194,14 +219,18 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _matched(model: nn.Module, files: AdapterFiles) -> list[_Entry]:
-    """The entries of the files with their linears, which must be those that the configuration names."""
+    """The entries of the files with what they are for, which must be what the configuration names."""
     modules = {clean_path(path): module for path, module in model.named_modules(remove_duplicate=False)}
     first: dict[nn.Module, str] = {}
+    config = files.config
     for path, module in modules.items():
         first.setdefault(module, path)
     linears = {path: module for module, path in first.items() if isinstance(module, nn.Linear)}
     entries: dict[str, _Entry] = {}
+    experts, used = match_experts(modules, files)
     for path, factors in files.factors.items():
+        if path in used:
+            continue
         linear = _linear(modules, list(linears), path, files)
         shape = [linear.out_features, linear.in_features]
         if [factors.lora_b.shape[0], factors.lora_a.shape[1]] != shape:
@@ -211,7 +240,7 @@ def _matched(model: nn.Module, files: AdapterFiles) -> list[_Entry]:
             )
         if first[linear] in entries:
             raise ValueError(f"{files.tensors} has {entries[first[linear]].path} and {path}, which are one module here")
-        config = files.config
+        check_rank(config, files.tensors, path, factors.rank)
         entries[first[linear]] = _Entry(path, linear, factors, config.alpha_of(path), config.scale_of(path))
     targeted = {path for path in linears if files.config.targets(path)}
     if files.config.target_modules == ALL_LINEAR:  # of which PEFT excepts the head, but only in transformers' models
@@ -227,7 +256,13 @@ def _matched(model: nn.Module, files: AdapterFiles) -> list[_Entry]:
                 f"{files.tensors} has tensors for {path}, which target_modules in {files.config.file} does not name: "
                 f"the two files are not of one adapter; PEFT would ignore these tensors"
             )
-    return list(entries.values())
+    return [
+        *entries.values(),
+        *(
+            _Entry(e.path, e.module, e.factors, config.alpha_of(e.path), config.scale_of(e.path), e.parameter)
+            for e in experts
+        ),
+    ]
 
 
 def _linear(modules: dict[str, nn.Module], linears: list[str], path: str, files: AdapterFiles) -> nn.Linear:
@@ -255,7 +290,7 @@ def _heads(model: nn.Module, first: dict[nn.Module, str]) -> list[str]:
 
 def _check_storage(found: list[_Entry]) -> None:
     for entry in found:
-        if any(parameter.is_meta for parameter in entry.module.parameters()):
+        if any(parameter.is_meta for parameter in entry.module.parameters(recurse=False)):
             raise ValueError(
                 f"{entry.path} is on the meta device, where there is nothing to write into: give the model storage "
                 f"and weights first (to_empty)"
@@ -268,24 +303,25 @@ _FRESH = "call lora_fx.remove(model) first, and load_adapter installs what the f
 def _fitting(model: nn.Module, found: list[_Entry], files: AdapterFiles) -> list[Factors]:
     """The factors of the files in the dtypes of those that `model` holds, which must be the same ones."""
     _check_storage(found)
-    paths = {entry.module: entry.path for entry in found}
-    for path, module in model.named_modules():
-        if isinstance(module, LoRAModule) and module not in paths:
-            raise ValueError(f"{clean_path(path)} has an adapter, and {files.tensors} has none for it: {_FRESH}")
+    known = {(entry.module, entry.parameter) for entry in found}
+    held = {(branch.module, branch.parameter) for branch in branches(model)}
+    for branch in branches(model):
+        if (branch.module, branch.parameter) not in known:
+            raise ValueError(f"{branch.path} has an adapter, and {files.tensors} has none for it: {_FRESH}")
     values = []
     for entry in found:
-        if not isinstance(entry.module, LoRAModule):
+        if (entry.module, entry.parameter) not in held:
             raise ValueError(f"{files.tensors} has an adapter for {entry.path}, and the model has none there: {_FRESH}")
-        if entry.module.lora_b.ndim != 2:
+        if entry.branch.factors[1].ndim != entry.factors.lora_b.ndim:
             raise ValueError(
                 f"{entry.path} is a flat shard of FullyShardedDataParallel: load within "
                 f"FullyShardedDataParallel.summon_full_params(model)"
             )
-        if (rank := entry.module.lora_b.shape[1]) != entry.factors.rank:
+        if (rank := entry.branch.rank) != entry.factors.rank:
             raise ValueError(
                 f"{entry.path} has rank {rank} in the model and rank {entry.factors.rank} in {files.tensors}: {_FRESH}"
             )
-        values.append(_converted(entry, entry.module.lora_a.dtype, files))
+        values.append(_converted(entry, entry.branch.factors[0].dtype, files))
     return values
 
 
@@ -298,12 +334,10 @@ def _converted(entry: _Entry, dtype: torch.dtype, files: AdapterFiles) -> Factor
 
 def _fill(found: Iterable[_Entry], values: Iterable[Factors]) -> None:
     for entry, factors in zip(found, values):
-        for name in PARAMETERS:
-            factor = entry.swapped._parameters[name]
-            assert factor is not None
+        for factor, values_of_it in zip(entry.branch.factors, (factors.lora_a, factors.lora_b)):
             with torch.no_grad():
-                fill(factor, getattr(factors, name).to(factor.device))
-        _set_scale(entry)
+                fill(factor, values_of_it.to(factor.device))
+        entry.branch.set_scale(entry.scale)
 
 
 def _install_files(model: nn.Module, found: list[_Entry], files: AdapterFiles, mesh: Any) -> None:
@@ -319,28 +353,26 @@ def _install_files(model: nn.Module, found: list[_Entry], files: AdapterFiles, m
 
 
 def _wider(entry: _Entry) -> torch.dtype:
-    dtype: torch.dtype = entry.swapped.lora_a.dtype
+    dtype: torch.dtype = entry.branch.factors[0].dtype
     for tensor in (entry.factors.lora_a, entry.factors.lora_b):
         dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
 
 
 def _set_factors(entry: _Entry, factors: Factors) -> None:
-    module = entry.swapped
-    for name in PARAMETERS:
-        new = getattr(factors, name).to(module.lora_scale.device)
-        module.register_parameter(name, nn.Parameter(like_weight(name, new, getattr(module, "weight", None))))
-    _set_scale(entry)
-
-
-@torch.no_grad()
-def _set_scale(entry: _Entry) -> None:
-    entry.swapped.lora_scale.fill_(entry.scale)
-    entry.swapped._lora_last_scale = entry.scale
+    module = entry.branch.module
+    for name, kind in zip(entry.branch.names, PARAMETERS):
+        new = getattr(factors, kind).to(module.lora_scale.device)
+        if entry.parameter is None:  # of experts, registration places them
+            new = like_weight(kind, new, getattr(module, "weight", None))
+        module.register_parameter(name, nn.Parameter(new))
+    entry.branch.set_scale(entry.scale)
 
 
 def _lora_config(found: list[_Entry], files: AdapterFiles) -> LoRAConfig:
     """The configuration that installs the adapters of the files: exact paths, one expression for each number."""
+    linears = [entry.path for entry in found if entry.parameter is None]
+    parameters = [entry.path for entry in found if entry.parameter is not None]
     ranks: dict[int, list[str]] = {}
     alphas: dict[float, list[str]] = {}
     for entry in found:
@@ -353,7 +385,8 @@ def _lora_config(found: list[_Entry], files: AdapterFiles) -> LoRAConfig:
         rank=rank,
         alpha=alpha,
         dropout=files.config.dropout,
-        target_modules=exactly([entry.path for entry in found]),
+        target_modules=exactly(linears) if linears else (),
+        target_parameters=exactly(parameters) if parameters else (),
         rank_pattern={exactly(paths): value for value, paths in ranks.items() if value != rank},
         alpha_pattern={exactly(paths): value for value, paths in alphas.items() if value != alpha},
         use_rslora=files.config.use_rslora,

@@ -242,6 +242,9 @@ def backward_nodes(graph: Graph) -> set[Node]:
     return found
 
 
+PARAMETER = "lora_fx_parameter"
+"""In the ``custom`` metadata of a branch's nodes: which parameter of its module it adapts, where there are several."""
+
 _STACKS = ("nn_module_stack", "fwd_nn_module_stack")
 
 

@@ -69,7 +69,7 @@ BAD_TENSORS = {
     ),
     "experts": (
         lambda t: t.update({f"{PREFIX}experts.base_layer.lora_A.weight": torch.ones(8, 4)}),
-        r"expert tensors are not supported yet",
+        r"experts\.base_layer\.lora_B\.weight is missing",
     ),
     "embedding": (
         lambda t: t.update({f"{PREFIX}tokens.lora_embedding_A": torch.ones(4, 12)}),
@@ -85,7 +85,8 @@ BAD_CONFIGS = {
     "foreign": ({"peft_type": "IA3"}, r"peft_type is 'IA3', and only 'LORA'"),
     "no type": ({"peft_type": None}, r"peft_type is None"),
     "dora": ({"use_dora": True}, r"use_dora is True: DoRA is not supported yet"),
-    "experts": ({"target_parameters": ["experts.w1"]}, r"expert tensors are not supported yet"),
+    "experts": ({"target_parameters": ["experts.w1"]}, r"names experts\.w1, and the model has no such stack"),
+    "experts as text": ({"target_parameters": "experts.w1"}, r"target_parameters must be a list of strings"),
     "head": ({"modules_to_save": ["output"]}, r"modules_to_save is \['output'\]"),
     "pissa": ({"init_lora_weights": "pissa"}, r"'pissa', which changed the base weights: .*path_initial_model"),
     "bias": ({"bias": "all"}, r"bias is 'all'"),

@@ -1,7 +1,8 @@
 """A mixture of experts in place of the feed-forward: a router, grouped experts, and a shared expert beside them.
 
 The experts' weights are stacked, [E, N, K], and applied by a grouped product: they are no `nn.Linear`s, so
-`target_modules="all-linear"` adapts the router and the shared expert and leaves routed experts as they are.
+`target_modules="all-linear"` adapts the router and the shared expert and leaves routed experts as they are;
+`target_parameters=["experts.w1", "experts.w2", "experts.w3"]` adapts these, too.
 
 Legend of shapes: T tokens, D width, F feed-forward size, E experts, P experts that a token is sent to.
 """
@@ -46,7 +47,6 @@ class Experts(nn.Module):
 
     def __init__(self, config: LlamaConfig, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.count = config.n_experts
         sizes = {"w1": (config.ffn_dim, config.dim), "w2": (config.dim, config.ffn_dim)}
         sizes["w3"] = sizes["w1"]
         for name, size in sizes.items():
@@ -55,11 +55,6 @@ class Experts(nn.Module):
     w1: nn.Parameter
     w2: nn.Parameter
     w3: nn.Parameter
-
-    @property
-    def held(self) -> int:
-        """How many experts this rank holds: all, or its part when the weights are sharded over ranks."""
-        return len(_local(self.w1))
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """Map rows `x` [T * P, D], sorted by expert, to rows of the same size.
@@ -110,9 +105,15 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.router = Router(config, dtype)
         self.experts = Experts(config, dtype)
+        self.count = config.n_experts
         self.shared = shared
         self.ranks: DeviceMesh | None = None
         """The ranks that hold the experts between them; None where this rank holds all of them."""
+
+    @property
+    def held(self) -> int:
+        """How many experts this rank holds: all, or its part of them."""
+        return self.count // (self.ranks.size() if self.ranks is not None else 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, S, D] to [B, S, D]."""
@@ -132,12 +133,12 @@ class MixtureOfExperts(nn.Module):
         group = (self.ranks, 0)
         tokens, weights = (all_gather_tensor_autograd(t, 0, group) for t in (tokens.contiguous(), weights.contiguous()))
         experts = all_gather_tensor(experts.contiguous(), 0, group)
-        first = self.ranks.get_local_rank() * (self.experts.count // self.ranks.size())
+        first = self.ranks.get_local_rank() * self.held
         return reduce_scatter_tensor_autograd(self._own(tokens, weights, experts, first), "sum", 0, group)
 
     def _own(self, tokens: Tensor, weights: Tensor, experts: Tensor, first: int) -> Tensor:
         """The part of the sums that experts `first`, `first` + 1, ... of this rank contribute."""
-        held = self.experts.held
+        held = self.held
         own = experts.flatten() - first
         own = torch.where((own >= 0) & (own < held), own, held)  # behind the last: somebody else's
         order = own.argsort(stable=True)
