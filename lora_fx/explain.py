@@ -255,8 +255,8 @@ def _collapsed(sites: list[SiteReport]) -> list[tuple[str, SiteReport]]:
 
 
 def _name(paths: list[str]) -> str:
-    if len(paths) == 1:
-        return paths[0] or "(root)"
+    if len(set(paths)) == 1:
+        return (paths[0] or "(root)") + (f" (x{len(paths)})" if len(paths) > 1 else "")
     found = [re.search(r"(?<![^.])\d+(?![^.])", path) for path in paths]
     if not all(found):
         return f"{paths[0] or '(root)'} (x{len(paths)})"

@@ -258,6 +258,11 @@ def module_path(node: Node) -> str:
     return ""
 
 
+def parameter_of(node: Node) -> str:
+    """The name of the parameter that a branch adapts, where its module notes it, or nothing."""
+    return str((node.meta.get("custom") or {}).get(PARAMETER, ""))
+
+
 def _dotted(path: str) -> str:
     """``L['self'].layers._modules['0'].wq`` -> ``layers.0.wq``."""
     for noise, plain in (("._modules[", "["), ("['", "."), ("']", ""), ('["', "."), ('"]', ""), ("[", "."), ("]", "")):

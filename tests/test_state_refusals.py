@@ -181,7 +181,7 @@ def test_models_that_cannot_be_saved_or_loaded(tmp_path):
         lora_fx.save_adapter(Toy(), tmp_path / "a")
     with pytest.raises(TypeError, match="must be an nn"):
         lora_fx.load_adapter("model", tmp_path / "a")
-    with pytest.raises(ValueError, match="the model is itself the adapted linear"):
+    with pytest.raises(ValueError, match="the model is itself the adapted module"):
         lora_fx.save_adapter(lora_fx.install(nn.Linear(4, 4)), tmp_path / "a")
     with pytest.raises(ValueError, match="is on the meta device: there are no values"):
         lora_fx.save_adapter(toy().to("meta"), tmp_path / "a")
