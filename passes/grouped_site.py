@@ -197,13 +197,13 @@ def _match_backward(site: GroupedSite, values: Values, backward: set[Node]) -> N
         site.grad_b, scaled_dy, site.grad_b_transposed = gradients[0]
         readers = uses(scaled_dy)
     b, b_swapped = matrices(site.up.args[1])
-    found = [
+    candidates = [
         n for n in dict.fromkeys(readers) if _reads(n, site, backward) and matrices(n.args[1]) == (b, not b_swapped)
     ]
-    if len(found) != 1:
+    if len(candidates) != 1:
         site.grad_b = None
         return
-    (site.grad_h,) = found
+    (site.grad_h,) = candidates
     if site.scale is not None:
         t = peel(site.grad_h.args[0])
         if not (is_call(t, aten.mul.Tensor) and same_scale(scale_operand(t), site.scale)):

@@ -30,12 +30,12 @@ from lora_fx.passes import (
 )
 from lora_fx.passes._torch import CustomGraphPass, inductor_config, trace_structured
 from lora_fx.passes.graph import module_path
-from lora_fx.passes.grouped_site import find_grouped_sites
+from lora_fx.passes.grouped_site import GroupedSite, find_grouped_sites
 from lora_fx.passes.kernels import lowering
 from lora_fx.passes.printer import graph_text, target_name
 from lora_fx.passes.report import GraphReport, SiteReport
 from lora_fx.passes.rewriter import Rewriter
-from lora_fx.passes.site import MARK, find_sites
+from lora_fx.passes.site import MARK, Site, find_sites
 
 log = logging.getLogger("lora_fx.passes")
 
@@ -91,7 +91,7 @@ def rewrite_graph(graph: Graph, passes: tuple[Pass, ...] = PASSES) -> GraphRepor
         report.failures.append(_failure("find_sites", "", error))
         return report
     report.sites = [SiteReport.declined(d) for d in (*declined, *declined_experts)]
-    every = [*sites, *experts]
+    every: list[Site | GroupedSite] = [*sites, *experts]
     if not every:
         return report
     rewriter = Rewriter(graph)
