@@ -27,6 +27,7 @@ from lora_fx.placements import adapter_placements, is_dtensor, local
 __all__ = [
     "DeferredReduction",
     "adapter_placements",
+    "average_gradients",
     "clip_grad_norm",
     "manual_seed",
     "reduce_gradients",
@@ -71,6 +72,22 @@ def _partial_terms(parameters: Iterable[nn.Parameter]) -> list[tuple[Tensor, lis
         terms.append((local(gradient), [gradient.device_mesh.get_group(dim) for dim in partial]))
         parameter.grad = _as_sum(gradient)
     return terms
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], groups: Sequence[Group], divisor: float) -> int:
+    """Sum this rank's part of each gradient over `groups` and divide it, in one all-reduce a group (and dtype).
+
+    For parameters that data-parallel ranks hold, and FSDP does not: experts that are shared out over a part of these
+    ranks. Their gradients are sums over the tokens of that part; `groups` are the rest, and `divisor` is all of them.
+
+    Returns:
+        How many all-reduces were done.
+    """
+    terms = [local(p.grad) for p in parameters if p.grad is not None]
+    count = _sum_over_groups([(term, list(groups)) for term in terms])
+    for term in terms:
+        term.div_(divisor)
+    return count
 
 
 class DeferredReduction:

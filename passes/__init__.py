@@ -1,8 +1,8 @@
 """Graph passes that rewrite LoRA branches inside ``torch.compile``. They know graphs only, never modules.
 
-======================  =============================================  =============================================
+======================  ============================================  =============================================
 pass                    before                                        after
-======================  =============================================  =============================================
+======================  ============================================  =============================================
 ``fold_scale``          ``mm(h, B^T) * s``                            ``scaled_mm(h, B^T, s)``
 ``stack_siblings``      ``mm(x, A_q^T), mm(x, A_k^T), mm(x, A_v^T)``  ``mm(x, cat(A_q, A_k, A_v)^T)`` and slices of it
 ``pair_gradients``      ``mm(dy, B) * s, mm(dy^T, h) * s``            ``gradient_pair(dy, B, h, s)``
@@ -16,13 +16,14 @@ pass                    before                                        after
 ``fold_grouped_scale``  ``grouped_mm(h, B^T, ends) * s``              ``grouped_scaled_mm(h, B^T, ends, s)``
 ``accumulate_grouped``  ``base + grouped_scaled_mm(...)``, written    ``grouped_accumulate(base, ...)`` (on a CPU)
 ``recompute_grouped``   saves ``base`` and the product, or their sum  saves ``base``; not ``x`` for dA
-======================  =============================================  =============================================
+======================  ============================================  =============================================
 
-``site`` finds LoRA branches and proves what they are, ``grouped_site`` those of experts; ``rewriter`` is the only way to change a graph; ``pipeline``
+``site`` finds LoRA branches and proves what they are; ``rewriter`` is the only way to change a graph; ``pipeline``
 holds the order, the hooks in Inductor and the cache identity; ``printer`` and ``report`` say what happened; ``kernels``
 holds the operators and their lowerings; ``low_rank`` is the expression that all of this rewrites. ``tile_regions``
 says what ``fuse_tiles`` cuts out of a GPU's forward and backward graphs, ``tile_copies`` what is computed twice for it,
 ``tile_writer`` writes a region's program, ``kernels.tile_program`` says what a program means,
 ``kernels.tile_triton`` writes its kernel and ``kernels.tile_launch`` runs it. The entry points are
 :func:`lora_fx.passes.pipeline.hooks` and :func:`lora_fx.passes.pipeline.rewrite_graph`.
+``grouped_site`` finds the branches of experts, for the passes that have ``grouped`` in their names.
 """

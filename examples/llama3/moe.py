@@ -18,7 +18,7 @@ from torch.distributed._functional_collectives import (
     reduce_scatter_tensor_autograd,
 )
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Shard
 
 from llama3.config import LlamaConfig
 
@@ -109,6 +109,8 @@ class MixtureOfExperts(nn.Module):
         self.shared = shared
         self.ranks: DeviceMesh | None = None
         """The ranks that hold the experts between them; None where this rank holds all of them."""
+        self.parts: DeviceMesh | None = None
+        """The tensor-parallel ranks, which hold some channels of each expert; None where this rank holds all."""
 
     @property
     def held(self) -> int:
@@ -116,10 +118,17 @@ class MixtureOfExperts(nn.Module):
         return self.count // (self.ranks.size() if self.ranks is not None else 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [B, S, D] to [B, S, D]."""
-        tokens = x.flatten(0, 1)
+        """Map [B, S, D] to [B, S, D]; under tensor parallelism to this rank's part of the sequence."""
+        whole: Any = x
+        # With some channels of each expert, this rank's outputs and gradients are terms of a sum over `parts`.
+        own = x if self.parts is None else whole.to_local(grad_placements=[Partial()])
+        tokens = own.flatten(0, 1)
         weights, experts = self.router(tokens)
-        return self.shared(x) + self.routed(tokens, weights, experts).view_as(x)
+        routed: Any = self.routed(tokens, weights, experts).view_as(own)
+        if self.parts is not None:
+            terms = DTensor.from_local(routed, self.parts, [Partial()], run_check=False)
+            routed = terms.redistribute(placements=[Shard(1)]).to_local()
+        return self.shared(x) + routed
 
     def routed(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """Send tokens [T, D] to their experts [T, P] and sum what comes back by `weights` [T, P]: [T, D].
@@ -145,8 +154,10 @@ class MixtureOfExperts(nn.Module):
         # By comparison: the sizes of a compiled graph must not depend on where tokens go.
         ends = (own == torch.arange(held, device=own.device)[:, None]).sum(-1).cumsum(0).to(torch.int32)
         sources = order // experts.shape[1]
-        outputs = self.experts(tokens[sources], ends) * weights.flatten()[order, None]
-        outputs = torch.where((own[order] < held)[:, None], outputs, 0.0)
+        mine = (own[order] < held)[:, None]
+        # Both ways: what a grouped product leaves in the rows of nobody, and in their gradients, is unspecified.
+        rows = torch.where(mine, tokens[sources], 0.0)
+        outputs = torch.where(mine, self.experts(rows, ends) * weights.flatten()[order, None], 0.0)
         return torch.zeros_like(tokens).index_add(0, sources, outputs)
 
     def init_weights(self, output_std: float) -> None:
