@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_fx
-from tests.passes.harness import Case, adapt, by_graphs, by_kernels, capture, check_case
+from lora_fx.passes.printer import graph_text
+from tests.passes import on_gpu
+from tests.passes.harness import Case, adapt, by_graphs, by_kernels, capture, check_case, compare
 
 bf16 = torch.bfloat16
 ENDS = (7, 7, 40, 64)  # the second expert gets nothing
@@ -125,6 +127,18 @@ CASES = [
 @pytest.mark.parametrize("one", CASES, ids=str)
 def test_rewritten_and_as_accurate_as_plain(one):
     check_case(one)
+
+
+@pytest.mark.parametrize("name", ["training", "a rank that is padded", "swiglu"])
+def test_on_a_gpu_nothing_but_torchs_grouped_products_is_left(name):
+    one = next(one for one in CASES if one.name == name)
+    result = compare(dataclasses.replace(one, seeds=8), on_gpu.by_graphs)
+    result.assert_as_accurate()
+    assert result.ours.saved <= result.plain.saved
+    assert result.captured.count("backward") == {"scale": one.sites, "pair": one.sites}
+    assert "accumulate" not in result.captured.count("forward")
+    for graph in (*result.captured.forward, *result.captured.backward):
+        assert "lora_fx" not in graph_text(graph.graph)
 
 
 @pytest.mark.slow
