@@ -44,7 +44,7 @@ def experts() -> nn.Module:
 def shard(module: nn.Module, mesh: Any, placements: dict[str, Any]) -> nn.Module:
     """As whoever shards experts does it: weight by weight, by name."""
     for name, placement in placements.items():
-        weight = module._parameters[name]
+        weight = module.get_parameter(name)
         sharded = distribute_tensor(weight.detach(), mesh, [placement])
         setattr(module, name, nn.Parameter(sharded, requires_grad=weight.requires_grad))
     return module
