@@ -49,25 +49,26 @@ class AdaptedWeight:
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Tensor:
         """The products; Dynamo and eager torch both come here."""
         kwargs = kwargs or {}
-        if func is F.linear:
+        if func is F.linear and len(args) >= 2 and isinstance(args[1], cls) and isinstance(args[0], Tensor):
             x, weight, *bias = args
-            if isinstance(weight, cls) and isinstance(x, Tensor):
-                base = func(x, weight.base, *bias, **kwargs)
-                return weight._plus(base, x, weight.right, weight.left, F.linear)
-        elif func in _MATMULS and not kwargs:
+            base = func(x, weight.base, *bias, **kwargs)
+            return weight._plus(base, x, weight.right, weight.left, F.linear)
+        if func in _MATMULS and not kwargs:
             left, right = args
             if isinstance(left, Tensor):
                 return right._plus(func(left, right.base), left, right.left, right.right, func)
             if isinstance(right, Tensor):
                 base = func(left.base, right)
                 return left._plus(base, right, left.right, left.left, lambda x, factor: func(factor, x))
-        elif func in _GROUPED:
+        if func in _GROUPED and len(args) >= 2 and isinstance(args[1], cls) and isinstance(args[0], Tensor):
             x, weight, *ends = args
-            if isinstance(x, Tensor):
-                return weight._grouped(func, x, *ends, **kwargs)
-        elif getattr(func, "__name__", "") == _GROUPED_ELSEWHERE:
+            return weight._grouped(func, x, *ends, **kwargs)
+        name = getattr(func, "__name__", str(func))
+        if name == _GROUPED_ELSEWHERE:
             return _grouped_elsewhere(func, *args, **kwargs)
-        return next(arg for arg in args if isinstance(arg, cls))._refuse(getattr(func, "__name__", str(func)))
+        operands = [*args, *kwargs.values()]
+        operands += [item for several in operands if isinstance(several, (list, tuple)) for item in several]
+        return next(operand for operand in operands if isinstance(operand, cls))._refuse(name)
 
     def _plus(
         self, base: Tensor, x: Tensor, first: Tensor, second: Tensor, product: Callable[[Tensor, Tensor], Tensor]

@@ -59,6 +59,13 @@ class LoRAExpertsModule(Adapted):
     _lora_names: tuple[str, ...] = ()
     _lora_transposed: bool
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        parent = cls.__dict__.get("_lora_parent")
+        if parent is not None:
+            _torch.dispatch_grouped_mm()
+            cls._lora_view = type(f"{parent.__name__}View", (_View, parent), {"__module__": parent.__module__})
+
     @property
     def adapted_parameters(self) -> tuple[str, ...]:
         """The names of the parameters that have adapters."""
@@ -146,11 +153,7 @@ class _View:
 
 def experts_class(parent: type[nn.Module]) -> type[LoRAExpertsModule]:
     """The subclass ``LoRA<Parent>`` of `parent`: always the same class for the same parent."""
-    cls: Any = swapped_class(LoRAExpertsModule, parent)
-    if "_lora_view" not in cls.__dict__:
-        _torch.dispatch_grouped_mm()
-        cls._lora_view = type(f"{parent.__name__}View", (_View, parent), {"__module__": parent.__module__})
-    return cast(type[LoRAExpertsModule], cls)
+    return swapped_class(LoRAExpertsModule, parent)
 
 
 def is_transposed(module: nn.Module) -> bool:

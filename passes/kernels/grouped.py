@@ -67,9 +67,13 @@ def _last(ends: Tensor) -> int:
 
 
 def _grouped_scaled_mm_cpu(a: Tensor, b: Tensor, ends: Tensor, scale: Tensor | None = None) -> Tensor:
-    out = a.new_empty(a.shape[0], b.shape[2])
-    for expert, rows in _groups(ends):
-        out[rows] = operators.scaled_mm(a[rows], b[expert], scale)
+    if a.dtype == torch.float64:
+        out = a.new_empty(a.shape[0], b.shape[2])
+        for expert, rows in _groups(ends):
+            out[rows] = operators.scaled_mm(a[rows], b[expert], scale)
+    else:  # where torch has it: in bfloat16 it takes three quarters of the time (M 1024, N 1408, R 16, E 8)
+        a, b = (_scaled(a, scale), b) if a.numel() < b.numel() else (a, _scaled(b, scale))
+        out = torch._grouped_mm(a, b, ends).contiguous()  # of an odd width, rows have gaps between them
     out[_last(ends) :] = 0
     return out
 
