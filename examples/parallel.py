@@ -123,6 +123,7 @@ def build_stage(
     dtype: torch.dtype = torch.float32,
     compiled: str = "none",
     seed: int = 0,
+    exchange: bool = False,
 ) -> Llama:
     """This rank's shards of one pipeline stage, with adapters, compiled, and filled with the initial values of `seed`.
 
@@ -137,6 +138,7 @@ def build_stage(
         dtype: of the parameters.
         compiled: "none", "block" (each block by itself) or "stage" (all in one, with breaks where FSDP gathers).
         seed: of the initial values, which do not depend on the mesh.
+        exchange: see `MixtureOfExperts.exchange`.
     """
     with torch.device("meta"):
         model = lora_fx.install(Llama(config, dtype), lora)
@@ -150,7 +152,7 @@ def build_stage(
         for module in model.modules():
             if isinstance(module, Attention):
                 module.attend = ring_attention(cp)
-    experts = shard_experts(model, mesh)
+    experts = shard_experts(model, mesh, exchange=exchange)
     compile_parts(model, compiled)
     # Context-parallel ranks hold the same parameters and other tokens, as data-parallel ones do.
     names = tuple(name for name in mesh.mesh_dim_names or () if name in ("dp", "dp_outer", "ep", "cp"))
@@ -166,7 +168,7 @@ def build_stage(
     return model
 
 
-def shard_experts(model: Llama, mesh: DeviceMesh) -> set[nn.Parameter]:
+def shard_experts(model: Llama, mesh: DeviceMesh, *, exchange: bool = False) -> set[nn.Parameter]:
     """Give each rank its part of every mixture: some experts (expert parallel), some channels (tensor parallel).
 
     Adapters follow their weights.
@@ -188,7 +190,7 @@ def shard_experts(model: Llama, mesh: DeviceMesh) -> set[nn.Parameter]:
     if not names:
         return set()
     for module in mixtures:
-        module.ranks, module.parts = ranks, parts
+        module.ranks, module.parts, module.exchange = ranks, parts, exchange
         for name, channels in (("w1", 1), ("w2", 2), ("w3", 1)):
             weight = getattr(module.experts, name)
             placements = [Shard(0) if dim == "ep" else Shard(channels) for dim in names]

@@ -55,6 +55,7 @@ class Settings:
     rank: int = 8
     exclude: tuple[str, ...] = ()
     adapt_experts: bool = False
+    exchange: bool = False
     dropout: float = 0.0
     optimizer: str = "adamw"
     lr: float = 3e-3
@@ -165,6 +166,7 @@ class Trainer:
                 dtype=settings.dtype,
                 compiled=settings.compile,
                 seed=settings.seed,
+                exchange=settings.exchange,
             )
             for stage in self.held
         ]
@@ -372,6 +374,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     option("--rank", type=int, default=default.rank, help="LoRA rank; alpha is twice that")
     option("--exclude", nargs="+", default=(), help="modules that get no adapter, as in LoRAConfig.exclude_modules")
     option("--adapt-experts", action="store_true", help="routed experts get adapters, too")
+    option("--exchange", action="store_true", help="--ep ranks send one another the tokens asked for, not all of them")
     option("--dropout", type=float, default=default.dropout, help="of the adapters' inputs")
     option("--optimizer", choices=("adamw", "sgd"), default=default.optimizer, help="AdamW with a schedule, or SGD")
     option("--lr", type=float, default=default.lr, help="(peak) learning rate")

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.distributed._functional_collectives import (
     all_gather_tensor,
     all_gather_tensor_autograd,
+    all_to_all_single,
+    all_to_all_single_autograd,
     reduce_scatter_tensor_autograd,
 )
 from torch.distributed.device_mesh import DeviceMesh
@@ -111,6 +113,8 @@ class MixtureOfExperts(nn.Module):
         """The ranks that hold the experts between them; None where this rank holds all of them."""
         self.parts: DeviceMesh | None = None
         """The tensor-parallel ranks, which hold some channels of each expert; None where this rank holds all."""
+        self.exchange = False
+        """Whether `ranks` exchange the tokens that are asked for, instead of collecting all of them."""
 
     @property
     def held(self) -> int:
@@ -134,16 +138,34 @@ class MixtureOfExperts(nn.Module):
         """Send tokens [T, D] to their experts [T, P] and sum what comes back by `weights` [T, P]: [T, D].
 
         With experts on several ranks, each rank collects the tokens of all, does what is for its own experts, and
-        gives every rank its sums. That moves more than an all-to-all of what is asked for, but the sizes of a compiled
-        graph do not depend on where tokens go.
+        gives every rank its sums. That moves more than an exchange of what is asked for, but the sizes of a compiled
+        graph do not depend on where tokens go; `exchange` chooses the other way.
         """
         if self.ranks is None:
             return self._own(tokens, weights, experts, 0)
+        if self.exchange:
+            return self._exchanged(tokens, weights, experts, (self.ranks, 0))
         group = (self.ranks, 0)
         tokens, weights = (all_gather_tensor_autograd(t, 0, group) for t in (tokens.contiguous(), weights.contiguous()))
         experts = all_gather_tensor(experts.contiguous(), 0, group)
         first = self.ranks.get_local_rank() * self.held
         return reduce_scatter_tensor_autograd(self._own(tokens, weights, experts, first), "sum", 0, group)
+
+    def _exchanged(self, tokens: Tensor, weights: Tensor, experts: Tensor, group: Any) -> Tensor:
+        """The sums of this rank's tokens, by an all-to-all there and one back, of sizes that are read on the way."""
+        count, chosen, held = self.count, experts.flatten(), self.held
+        order = chosen.argsort(stable=True)
+        sources = order // experts.shape[1]
+        sent = (chosen == torch.arange(count, device=chosen.device)[:, None]).sum(-1)  # [E], by this rank
+        got = all_to_all_single(sent, None, None, group).view(-1, held)  # [ranks, own experts], by each rank
+        there, here = sent.view(-1, held).sum(-1).tolist(), got.sum(-1).tolist()
+        rows = all_to_all_single_autograd(tokens[sources], here, there, group)
+        # They come by rank and then by expert.
+        expert = torch.arange(held, device=got.device).repeat(len(got)).repeat_interleave(got.flatten())
+        by_expert = expert.argsort(stable=True)
+        outputs = self.experts(rows[by_expert], got.sum(0).cumsum(0).to(torch.int32))
+        back = all_to_all_single_autograd(outputs[by_expert.argsort()], there, here, group)
+        return torch.zeros_like(tokens).index_add(0, sources, back * weights.flatten()[order, None])
 
     def _own(self, tokens: Tensor, weights: Tensor, experts: Tensor, first: int) -> Tensor:
         """The part of the sums that experts `first`, `first` + 1, ... of this rank contribute."""

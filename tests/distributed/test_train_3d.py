@@ -123,7 +123,8 @@ def test_a_stage_without_adapters(tmp_path):
     "degrees",
     [
         ["--dp", "4", "--ep", "2"],  # two at a time hold the experts of a mixture between them
-        ["--dp", "2", "--ep", "2", "--tp", "2"],  # two hold the experts, two the channels of each
+        # Two hold the experts, two the channels of each; tokens are sent by all-to-all.
+        ["--dp", "2", "--ep", "2", "--tp", "2", "--exchange"],
         ["--dp", "2", "--tp", "2"],  # all hold all experts
     ],
     ids=["ep", "ep-tp", "tp"],
