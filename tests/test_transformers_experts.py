@@ -39,7 +39,7 @@ def inputs(dtype=torch.float32):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3", "gpt-oss"])
+@pytest.mark.parametrize("kind", [pytest.param("mixtral", marks=pytest.mark.slow), "qwen3", "gpt-oss"])
 def test_outputs_and_gradients(kind, implementation):
     experts, merged = adapted(kind, implementation)
     assert experts.config._experts_implementation == implementation

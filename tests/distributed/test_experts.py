@@ -60,7 +60,7 @@ def test_placements_follow_the_weight():
         expert_placements([Partial()])
 
 
-@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("order", ["before", pytest.param("after", marks=pytest.mark.slow)])
 def test_channels_of_each_expert_on_four_ranks(order):
     """A peer is silently wrong here: it takes each rank's term of a replicated factor's gradient for the whole."""
     adapted = shake(lora_fx.install(experts(), CONFIG))

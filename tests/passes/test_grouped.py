@@ -130,19 +130,15 @@ CASES = [
 ]
 
 
-FAST = ("training", "inference", "swiglu")
-
-
 @pytest.mark.parametrize(
-    "one", [pytest.param(one, marks=[] if one.name in FAST else pytest.mark.slow) for one in CASES], ids=str
+    "one", [pytest.param(one, marks=[] if one.name == "training" else pytest.mark.slow) for one in CASES], ids=str
 )
 def test_rewritten_and_as_accurate_as_plain(one):
     check_case(one)
 
 
-@pytest.mark.parametrize(
-    "name", ["training", *(pytest.param(name, marks=pytest.mark.slow) for name in ("a rank that is padded", "swiglu"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["training", "a rank that is padded", "swiglu"])
 def test_on_a_gpu_nothing_but_torchs_grouped_products_is_left(name):
     one = next(one for one in CASES if one.name == name)
     result = compare(dataclasses.replace(one, seeds=8), on_gpu.by_graphs)
@@ -235,6 +231,7 @@ saved for backward: 0.0 MiB -> 0.0 MiB (+0%)""",
         )
 
 
+@pytest.mark.slow
 def test_autograd_keeps_what_it_keeps_of_the_frozen_model_and_the_small_activations():
     one = next(one for one in CASES if one.name == "swiglu")
     frozen = SwiGLU()
