@@ -15,7 +15,7 @@ import torch
 from torch.fx import Graph, Node
 
 from lora_fx.passes._torch import auto_functionalized, detect_fake_mode
-from lora_fx.passes.graph import CONVERT, MM, aten, is_call, is_pointwise, is_row_view, is_transpose, shape, val
+from lora_fx.passes.graph import CONVERT, MM, aten, is_call, is_pointwise, is_transpose, readers, shape, val
 from lora_fx.passes.kernels import dropout, native, operators
 from lora_fx.passes.site import MARK
 
@@ -60,15 +60,17 @@ def _written_out(node: Node, a: Node, b: Node, scale: Node | None = None, bias: 
 
 
 def _is_reduced(node: Node) -> bool:
-    """Whether pointwise operations lead from a value to a sum or a mean."""
+    """Whether pointwise operations lead from a value to a sum or a mean, and nothing on the way is written."""
+    reductions = (aten.mean.dim, aten.sum.dim_IntList, aten.var_mean.correction, aten.amax.default)
     pending, seen = [node], {node}
     while pending:
-        for user in pending.pop().users:
-            if is_call(user, aten.mean.dim, aten.sum.dim_IntList, aten.var_mean.correction, aten.amax.default):
-                return True
-            if user not in seen and (is_row_view(user) or is_pointwise(user)):
-                seen.add(user)
-                pending.append(user)
+        users = list(readers(pending.pop()))
+        if not all(is_call(user, *reductions) or is_pointwise(user) for user in users):
+            continue  # a large product reads it
+        if any(is_call(user, *reductions) for user in users):
+            return True
+        pending += [user for user in users if user not in seen]
+        seen.update(users)
     return False
 
 
