@@ -91,3 +91,8 @@ def can_place_gradients() -> bool:
 def has_instance_forward(module: nn.Module) -> bool:
     """Whether `forward` was assigned on the instance, so that no class's `forward` runs."""
     return "forward" in module.__dict__
+
+
+def keep_address(tensor: torch.Tensor) -> None:
+    """Tell CUDA graphs that `tensor` stays where it is, as parameters do, so that they need no copy of it."""
+    torch._dynamo.mark_static_address(tensor, guard=False)
