@@ -78,7 +78,8 @@ def set_adapter(model: Model, name: str) -> Model:
     own in training, and one whose parameters were frozen or thawed has one where gradients are on.
 
     Parameters stay the objects that they are, with their gradients: an optimizer of one adapter does not see the
-    switch. Adapters that are not active are not in ``model.parameters()``; ``adapter_parameters(model, name)`` has them.
+    switch. Those of adapters that are not active are no parameters of `model` meanwhile; `adapter_parameters` has them
+    by name.
 
     Returns:
         `model`.

@@ -378,9 +378,7 @@ def _extra_arguments(cls: type[nn.Linear]) -> list[str]:
     return named[2:]
 
 
-def _new_adapters(
-    model: nn.Module, targets: list[Target], config: LoRAConfig, max_rank: int | None
-) -> list[Adapter]:
+def _new_adapters(model: nn.Module, targets: list[Target], config: LoRAConfig, max_rank: int | None) -> list[Adapter]:
     dtypes = Counter(p.dtype for p in model.parameters() if is_activation_dtype(p.dtype))
     activation_dtype = dtypes.most_common(1)[0][0] if dtypes else torch.get_default_dtype()
     return [

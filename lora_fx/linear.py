@@ -105,7 +105,8 @@ class LoRAModule(nn.Linear):
         """[..., K] -> [..., N], in the dtype of the parent's output."""
         base = super().forward(input)
         if self._lora_rows is not None:
-            return base + low_rank_rows(input, *self._lora_rows, self.lora_enabled).to(base.dtype)
+            rows, *stack = self._lora_rows
+            return base + low_rank_rows(input, rows, stack, self.lora_enabled).to(base.dtype)
         scale = self.lora_scale * self.lora_enabled
         factors: tuple[Tensor, Tensor] = self.lora_a, self.lora_b
         if self._lora_deferred:
@@ -137,7 +138,7 @@ class LoRAModule(nn.Linear):
 
     def holder(self, adapter: str | None) -> "LoRAModule | StoredAdapter | None":
         """What has the tensors and numbers of `adapter` now; of the active one if that is None, None if unknown."""
-        return self if adapter in (None, self._lora_active) else self.stored_adapters().get(cast(str, adapter))
+        return self if adapter in (None, self._lora_active) else self.stored_adapters().get(adapter or "")
 
     def activate(self, adapter: str) -> None:
         """Let `adapter`, which must be there, take the active one's place."""
@@ -171,7 +172,8 @@ class LoRAModule(nn.Linear):
         """
         if self._lora_merged is not None:
             raise ValueError("an adapter that is merged cannot start afresh: call lora_fx.unmerge(model) first")
-        for held in (self, *self.stored_adapters().values()):
+        every: list[LoRAModule | StoredAdapter] = [self, *self.stored_adapters().values()]
+        for held in every:
             reset_a(held.lora_a, held.lora_init, held._lora_rank)
             held.lora_b.zero_()
             held.lora_scale.fill_(held._lora_last_scale)

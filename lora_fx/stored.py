@@ -1,7 +1,7 @@
 """Where an adapter lives while another one is active, and how the numbers of adapters survive moves and checkpoints."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,14 +83,14 @@ def keep_numbers(module: nn.Module, before: Mapping[str, Tensor | None]) -> None
 
 
 @torch.no_grad()
-def _moved(module: nn.Module, name: str, old: Tensor, new: Tensor) -> Tensor:
+def _moved(module: Any, name: str, old: Tensor, new: Tensor) -> Tensor:
     moved = new if new.dtype == torch.float32 else torch.empty_like(new, dtype=torch.float32)
     if new.is_meta:
         value = number(old)
         if name == SCALE and value is not None:
             module._lora_last_scale = value
     elif old.is_meta:
-        moved.fill_(cast(float, module._lora_last_scale) if name == SCALE else 1.0)
+        moved.fill_(module._lora_last_scale if name == SCALE else 1.0)
     elif type(new) is type(old) or moved is not new:
         # A change of tensor type (a fake tensor, a DTensor) at equal dtype already holds the number.
         moved.copy_(old)

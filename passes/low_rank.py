@@ -3,6 +3,8 @@
 Legend, as everywhere in this package: M tokens (all leading dimensions), K inputs, N outputs, R rank.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,9 +42,7 @@ def low_rank(
     return torch.mul(F.linear(h, lora_b.to(h.dtype)), scale)
 
 
-def low_rank_rows(
-    x: Tensor, rows: Tensor, lora_a: Tensor, lora_b: Tensor, scales: Tensor, enabled: Tensor | float = 1.0
-) -> Tensor:
+def low_rank_rows(x: Tensor, rows: Tensor, stack: Sequence[Tensor], enabled: Tensor | float = 1.0) -> Tensor:
     """`low_rank` where each row of a batch has an adapter of its own, or none: two products for all n adapters.
 
     A row runs through all of them, and what belongs to others is set to zero between the two products (set, and not
@@ -52,9 +52,7 @@ def low_rank_rows(
     Args:
         x: [batch, ..., K] activations, or [batch * tokens, K] with a row's tokens side by side.
         rows: [batch], the index of each row's adapter; -1 for none.
-        lora_a: [n R, K], the A of all adapters.
-        lora_b: [N, n R], likewise.
-        scales: [n], of the adapters.
+        stack: of all adapters together A [n R, K], B [N, n R] and the scales [n].
         enabled: multiplies all scales.
 
     Returns:
@@ -63,6 +61,7 @@ def low_rank_rows(
     Raises:
         ValueError: the batch of `x` is not that of `rows`.
     """
+    lora_a, lora_b, scales = stack
     batch, n = rows.shape[0], scales.shape[0]
     if x.dim() < 2 or (x.shape[0] % batch if x.dim() == 2 else x.shape[0] != batch):
         raise ValueError(f"adapters were assigned to {batch} rows, and a linear got an input of {list(x.shape)}")
