@@ -91,7 +91,7 @@ def adapters_per_row(model: nn.Module, rows: Sequence[str | None]) -> Iterator[N
     try:
         for (_, module), stack in zip(modules, stacks):
             module._lora_rows = Rows(on_device[stack.lora_a.device], *stack)
-        with torch.no_grad():
+        with _torch.sizes_of_attributes_may_vary(), torch.no_grad():
             yield
     finally:
         for (_, module), previous in zip(modules, before):

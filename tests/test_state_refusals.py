@@ -163,7 +163,10 @@ def test_adapters_must_be_those_of_the_files(tmp_path):
             LoRAConfig(rank=4, exclude_modules="output"),
             rf"an adapter for output, and the model has none there: {fix}",
         ),
-        (LoRAConfig(rank=4, rank_pattern={"layers.1.w2": 2}), r"layers\.1\.w2 has room for rank 2 .* and rank 4 in .*max_rank"),
+        (
+            LoRAConfig(rank=4, rank_pattern={"layers.1.w2": 2}),
+            r"layers\.1\.w2 has room for rank 2 .* and rank 4 in .*max_rank",
+        ),
     ):
         model = toy(config)
         before = snapshot(model)
