@@ -39,7 +39,6 @@ ATTRIBUTES = (
     "lora_adapters",
     "_lora_active",
     "_lora_disabled",
-    "_lora_deferred",
     "_lora_merged",
     "_lora_rows",
     "_lora_stack",
@@ -136,6 +135,10 @@ class LoRAModule(nn.Linear):
         # Absent while the swap is under way.
         return cast(dict[str, StoredAdapter], dict(self.__dict__.get("lora_adapters", {}).items()))
 
+    def holders(self) -> "list[LoRAModule | StoredAdapter]":
+        """What has the tensors and numbers of each adapter now; the active one's are the module's own."""
+        return [self, *self.stored_adapters().values()]
+
     def holder(self, adapter: str | None) -> "LoRAModule | StoredAdapter | None":
         """What has the tensors and numbers of `adapter` now; of the active one if that is None, None if unknown."""
         return self if adapter in (None, self._lora_active) else self.stored_adapters().get(adapter or "")
@@ -172,8 +175,7 @@ class LoRAModule(nn.Linear):
         """
         if self._lora_merged is not None:
             raise ValueError("an adapter that is merged cannot start afresh: call lora_fx.unmerge(model) first")
-        every: list[LoRAModule | StoredAdapter] = [self, *self.stored_adapters().values()]
-        for held in every:
+        for held in self.holders():
             reset_a(held.lora_a, held.lora_init, held._lora_rank)
             held.lora_b.zero_()
             held.lora_scale.fill_(held._lora_last_scale)
@@ -345,7 +347,6 @@ def swap(module: nn.Linear, adapter: Adapter, name: str = DEFAULT_NAME) -> None:
     module.__dict__["lora_adapters"] = nn.ModuleDict()  # past `nn.Module`, which would make a child of it
     swapped._lora_active = name
     swapped._lora_disabled = None
-    swapped._lora_deferred = False
     swapped._lora_merged = None
     swapped._lora_rows = None
     swapped._lora_stack = None
@@ -361,6 +362,7 @@ def hold(module: LoRAModule | StoredAdapter, adapter: Adapter, weight: object) -
     module.lora_init = adapter.init
     module._lora_last_scale = adapter.scale
     module._lora_rank = adapter.rank
+    module._lora_deferred = False
 
 
 def store(module: LoRAModule, adapter: Adapter, name: str) -> None:

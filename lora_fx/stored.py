@@ -11,7 +11,7 @@ from lora_fx.placements import is_dtensor, like_weight, local, replicated_like
 # The 0-d float32 buffers of a swapped module. Each adapter has a scale of its own.
 SCALE, ENABLED = "lora_scale", "lora_enabled"
 # What an adapter has beside its tensors.
-OWN_ATTRIBUTES = ("lora_dropout", "lora_init", "_lora_last_scale", "_lora_rank")
+OWN_ATTRIBUTES = ("lora_dropout", "lora_init", "_lora_last_scale", "_lora_rank", "_lora_deferred")
 
 
 class StoredAdapter(nn.Module):
@@ -29,6 +29,7 @@ class StoredAdapter(nn.Module):
     lora_init: str
     _lora_last_scale: float
     _lora_rank: int
+    _lora_deferred: bool
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StoredAdapter":
         before = dict(self._buffers)

@@ -4,6 +4,7 @@
 # mypy: no-check-untyped-defs
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -284,6 +285,7 @@ def refused(model, match, change):
     assert names is None or names == lora_fx.adapter_names(model)
 
 
+NOTHING: Any = None
 REFUSED = {
     "unknown": ("has no adapter called 'x': it has 'en', 'fr'", lambda m: lora_fx.set_adapter(m, "x")),
     "unknown to delete": ("has no adapter called 'x'", lambda m: lora_fx.delete_adapter(m, "x")),
@@ -293,8 +295,8 @@ REFUSED = {
     "empty name": ("cannot be called ''", lambda m: lora_fx.add_adapter(m, "", CONFIGS["fr"])),
     "dot": (r"cannot be called 'a\.b'", lambda m: lora_fx.add_adapter(m, "a.b", CONFIGS["fr"])),
     "attribute": ("cannot be called 'keys'", lambda m: lora_fx.add_adapter(m, "keys", CONFIGS["fr"])),
-    "no name": ("name of an adapter is a str", lambda m: lora_fx.add_adapter(m, 3, CONFIGS["fr"])),
-    "no config": ("must be a LoRAConfig, got NoneType", lambda m: lora_fx.add_adapter(m, "x", None)),
+    "no name": ("name of an adapter is a str, got None", lambda m: lora_fx.add_adapter(m, NOTHING, CONFIGS["fr"])),
+    "no config": ("must be a LoRAConfig, got NoneType", lambda m: lora_fx.add_adapter(m, "x", NOTHING)),
     "too wide": (
         r"layers\.0\.attention\.wq has room for rank 4, not 5: .*max_rank=5",
         lambda m: lora_fx.add_adapter(m, "x", LoRAConfig(rank=5)),

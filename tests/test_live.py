@@ -2,6 +2,7 @@
 
 # Submodules are reached by attribute, which torch types as `Tensor | Module`, and wrong arguments are the point.
 # mypy: no-check-untyped-defs
+import functools
 import json
 
 import pytest
@@ -113,10 +114,11 @@ def test_files_that_find_no_room_are_refused(tmp_path):
     refused(some, match, lambda m: lora_fx.load_adapter(m, tmp_path / "en", adapter_name="en"))
     refused(alone("de"), "max_rank is for a model without", lambda m: lora_fx.load_adapter(m, tmp_path, max_rank=4))
     for name in ("a.b", "keys"):
-        refused(alone("de"), "cannot be called", lambda m: lora_fx.load_adapter(m, tmp_path / "en", adapter_name=name))
+        load = functools.partial(lora_fx.load_adapter, folder=tmp_path / "en", adapter_name=name)
+        refused(alone("de"), "cannot be called", load)
         before = snapshot(model := Toy())
         with pytest.raises(ValueError, match="cannot be called"):
-            lora_fx.load_adapter(model, tmp_path / "en", adapter_name=name)
+            load(model)
         assert_same(before, snapshot(model))
 
 
