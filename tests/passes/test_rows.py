@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.passes.low_rank import low_rank, low_rank_rows
-from tests.passes.harness import Case, capture, check_case
+from tests.passes import on_gpu
+from tests.passes.harness import Case, capture, check_case, compare
+from tests.passes.on_gpu import programs
 
 ROWS = torch.tensor([2, -1, 0])
 N, R = 3, 4
@@ -40,9 +42,9 @@ class QKV(nn.Module):
 
 
 class Mlp(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, dim: int = 48, hidden: int = 96) -> None:
         super().__init__()
-        self.gate, self.up, self.down = RowLinear(48, 96), RowLinear(48, 96), RowLinear(96, 48)
+        self.gate, self.up, self.down = RowLinear(dim, hidden), RowLinear(dim, hidden), RowLinear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))
@@ -73,6 +75,20 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_graphs(case: Case) -> None:
     check_case(case)
+
+
+def test_as_on_a_gpu() -> None:
+    """The kernels there take the product with B, and what reads the sum, as they do for one adapter."""
+    wide = case("tiles", lambda: Mlp(136, 264).to(bf16), 3, {}, shape=(3, 80, 136), dtype=bf16, seeds=4)
+    result = compare(wide, on_gpu.by_graphs)
+    result.assert_as_accurate()
+    assert (len(programs(result.captured.forward[0].graph)), result.captured.reasons) == (3, [])
+
+
+def test_too_many_for_a_small_linear() -> None:
+    with torch.no_grad():
+        (site,) = capture(RowLinear(48, 20), torch.randn(3, 8, 48)).rewrite.report.sites
+    assert site.reason == "rank 12 is more than half of min(48, 20) for all adapters of the rows together"
 
 
 def test_gradients_are_left_alone() -> None:
