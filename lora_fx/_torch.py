@@ -95,7 +95,10 @@ def has_instance_forward(module: nn.Module) -> bool:
 
 
 def keep_address(tensor: torch.Tensor) -> None:
-    """Tell CUDA graphs that `tensor` stays where it is, as parameters do, so that they need no copy of it."""
+    """Tell CUDA graphs that `tensor` stays where it is, as parameters do, so that they need no copy of it.
+
+    Checked on torch 2.13.
+    """
     torch._dynamo.mark_static_address(tensor, guard=False)
 
 
@@ -103,7 +106,7 @@ def sizes_of_attributes_may_vary() -> AbstractContextManager[Any]:
     """While this lasts, what Dynamo captures has no constants for the sizes of tensors that are attributes of linears.
 
     Dynamo takes such sizes for constants in modules whose class says that it is torch's, as a swapped one does. Sizes
-    of parameters and buffers stay constants.
+    of parameters and buffers stay constants. Checked on torch 2.13.
     """
     import torch._dynamo.config
 

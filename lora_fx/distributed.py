@@ -90,8 +90,8 @@ class DeferredReduction:
     """
 
     def __init__(self, models: nn.Module | Sequence[nn.Module], optimizer: torch.optim.Optimizer) -> None:
-        models = [models] if isinstance(models, nn.Module) else models
-        self.modules = [module for model in models for module in model.modules() if isinstance(module, LoRAModule)]
+        self.models = [models] if isinstance(models, nn.Module) else list(models)
+        self.modules = [module for model in self.models for module in model.modules() if isinstance(module, LoRAModule)]
         if not self.modules:
             raise ValueError("no model holds adapters: call lora_fx.install before deferring the reduction")
         self._owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -137,6 +137,8 @@ class DeferredReduction:
 
     def _holders(self) -> list[LoRAModule | StoredAdapter]:
         """What has the adapters of the optimizer now."""
+        for model in self.models:
+            _torch.reshard(model)  # optimizers hold shards
         return [h for module in self.modules for h in module.holders() if id(h.lora_a) in self._owned]
 
     def _before_step(self) -> None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx import _torch
-from lora_fx.adapters import adapter_names
+from lora_fx.adapters import adapter_names, check_known
+from lora_fx.entries import held
 from lora_fx.install import adapted, check_not_merged
 from lora_fx.linear import LoRAModule
 from lora_fx.placements import is_dtensor
@@ -57,7 +58,7 @@ def adapters_per_row(model: nn.Module, rows: Sequence[str | None]) -> Iterator[N
     not in use. The active adapter plays no role, and there is no dropout.
 
     The adapters are copied together on entry (and the memory is kept for the next time): enter once for a batch, and
-    not for every token. Gradients are off inside. Contexts nest.
+    not for every token. Values that change inside count from the next entry on. Gradients are off. Contexts nest.
 
     Args:
         model: holds the adapters.
@@ -66,8 +67,9 @@ def adapters_per_row(model: nn.Module, rows: Sequence[str | None]) -> Iterator[N
             Tokens of a batch may be flattened, [batch * tokens, K].
 
     Raises:
-        ValueError: a name is unknown; there are no rows; the model holds no adapters, is in training mode, merged,
-            sharded or on the meta device. Inside, by the linear: the batch has another size than `rows`.
+        ValueError: a name is unknown, or known to parts of the model alone; there are no rows; the model holds no
+            adapters, is in training mode, merged, sharded or on the meta device. Inside, by the linear: the batch has
+            another size than `rows`.
     """
     check_not_merged(model)
     names, modules = adapter_names(model), adapted(model)
@@ -77,6 +79,8 @@ def adapters_per_row(model: nn.Module, rows: Sequence[str | None]) -> Iterator[N
     for name in wanted:
         if name is not None and name not in names:
             raise ValueError(f"the model has no adapter called {name!r}: it has {', '.join(names)}")
+    for name in names:
+        check_known(model, name)
     for path, module in modules:
         _check(clean_path(path) or "the model", module)
     index = torch.tensor([-1 if name is None else names.index(name) for name in wanted])
@@ -109,18 +113,18 @@ def _check(where: str, module: LoRAModule) -> None:
 
 def _stacked(module: LoRAModule, names: Sequence[str]) -> Stack:
     """The adapters of `module`, as they are now, in the memory of the last stack where that has the right size."""
-    held = [holder for name in names if (holder := module.holder(name)) is not None]
-    rank, device, dtype = module.lora_a.shape[0] * len(held), module.lora_a.device, module.lora_a.dtype
+    every = [held(module, name) for name in names]
+    rank, device, dtype = module.lora_a.shape[0] * len(every), module.lora_a.device, module.lora_a.dtype
     stack = module._lora_stack
     if stack is None or stack.lora_a.shape[0] != rank or stack.lora_a.device != device or stack.lora_a.dtype != dtype:
         stack = module._lora_stack = Stack(
             _constant(torch.empty(rank, module.in_features, dtype=dtype, device=device)),
             _constant(torch.empty(module.out_features, rank, dtype=dtype, device=device)),
-            _constant(torch.empty(len(held), device=device)),
+            _constant(torch.empty(len(every), device=device)),
         )
-    torch.cat([holder.lora_a.detach() for holder in held], 0, out=stack.lora_a)
-    torch.cat([holder.lora_b.detach() for holder in held], 1, out=stack.lora_b)
-    torch.stack([holder.lora_scale for holder in held], out=stack.scales)
+    torch.cat([holder.lora_a.detach() for holder in every], 0, out=stack.lora_a)
+    torch.cat([holder.lora_b.detach() for holder in every], 1, out=stack.lora_b)
+    torch.stack([holder.lora_scale for holder in every], out=stack.scales)
     return stack
 
 

@@ -124,7 +124,7 @@ def root(node: Any) -> Any:
 
 
 def before_choice(h: Any) -> tuple[Any, bool]:
-    """What ``where(mine, h * scales, 0)`` chose from, where rows use different adapters (``low_rank_rows``).
+    """What ``where(rows == i, h * scales, 0)`` chose from, where rows use different adapters (``low_rank_rows``).
 
     The last dimension is taken apart for it, [..., n R] -> [..., n, R], and put together afterwards. Returns ``h`` and
     False where nothing was chosen.
@@ -132,10 +132,13 @@ def before_choice(h: Any) -> tuple[Any, bool]:
     node = _under_reshapes(h)
     if not is_call(node, aten.where.self):
         return h, False
-    node = _under_reshapes(node.args[1])
-    if is_call(node, aten.mul.Tensor):
-        node = _under_reshapes(node.args[0])
-    return node, True
+    mask, node, _ = node.args
+    while is_call(mask, *VIEWS, aten.unsqueeze.default):
+        mask = mask.args[0]
+    if not is_call(mask, aten.eq.Tensor):
+        return h, False
+    node = _under_reshapes(node)
+    return (_under_reshapes(node.args[0]) if is_call(node, aten.mul.Tensor) else node), True
 
 
 def _under_reshapes(node: Any) -> Any:

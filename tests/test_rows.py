@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 import lora_fx
 from lora_fx import LoRAConfig, adapters_per_row
 from tests.test_adapters import CONFIGS, alone, refused, together
-from tests.toy_models import TOKENS, Toy, assert_same, shake, snapshot
+from tests.toy_models import TOKENS, Mlp, Toy, assert_same, shake, snapshot
 
 NAMES = ("en", "fr", "de")
 
@@ -244,7 +244,23 @@ def test_it_is_for_inference_and_leaves_nothing_behind():
     model(TOKENS).sum().backward()
 
 
+def partly(model):
+    lora_fx.add_adapter(model.layers["1"], "part", CONFIGS["en"])
+    return model
+
+
+def test_the_report():
+    model = lora_fx.install(Mlp(64), LoRAConfig(rank=2), adapter_name="en").eval()
+    shake(lora_fx.set_adapter(lora_fx.add_adapter(model, "fr", LoRAConfig(rank=2)), "fr"))
+    with adapters_per_row(model, ["fr", "en", None]):
+        report = lora_fx.explain(model, torch.randn(3, 5, 64), strict=True, verify=True)
+    assert {site.path: site.forward for site in report.sites} == {"up": ("rows",), "down": ("rows", "accumulate")}
+    errors = report.verification
+    assert errors.output_rewritten <= 1.1 * errors.output_unfused
+
+
 REFUSED = {
+    "known to a part": (r"layers\.0\.attention\.wq has no adapter called 'part'", ["en"], partly),
     "unknown": ("no adapter called 'x': it has de, en, fr", ["en", "x"], lambda m: m),
     "none": ("must be a list with a name", [], lambda m: m),
     "a name": ("must be a list with a name", "en", lambda m: m),

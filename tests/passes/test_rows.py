@@ -72,11 +72,17 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+FAST = ("3-D", "siblings", "gate/up bf16")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=() if c.name in FAST else pytest.mark.slow, id=c.name) for c in CASES]
+)
 def test_graphs(case: Case) -> None:
     check_case(case)
 
 
+@pytest.mark.slow
 def test_as_on_a_gpu() -> None:
     """The kernels there take the product with B, and what reads the sum, as they do for one adapter."""
     wide = case("tiles", lambda: Mlp(136, 264).to(bf16), 3, {}, shape=(3, 80, 136), dtype=bf16, seeds=4)
