@@ -137,7 +137,7 @@ def generate(model, prompts, steps=5):
     return tokens[:, longest:], torch.stack(logits, 1)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_generation_from_prompts_of_different_lengths(compiled):
     torch.manual_seed(0)
     model = shake(lora_fx.install(Decoder(), LoRAConfig(rank=3), adapter_name="en")).eval()

@@ -72,7 +72,7 @@ CASES = [
 ]
 
 
-FAST = ("3-D", "siblings", "gate/up bf16")
+FAST = ("3-D", "siblings")
 
 
 @pytest.mark.parametrize(
