@@ -31,7 +31,7 @@ class Compiler:
     def start(
         self, key: Hashable, make: Callable[[], Any], arguments: list[Any], device: torch.device, **named: Any
     ) -> None:
-        """Begin to compile the kernel that ``make`` gives for arguments like these, which may be fake; ``key`` names it."""
+        """Begin to compile what ``make`` gives for arguments like these, which may be fake; ``key`` names it."""
         mocks = [MockTensor(a.dtype) if isinstance(a, Tensor) else a for a in arguments]
 
         def compile_one() -> None:
