@@ -9,16 +9,14 @@ modules of equal shape share one graph, and changing a number takes effect witho
 
 import functools
 import types
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from lora_fx.placements import local
+from lora_fx.stored import ENABLED, SCALE
 
-# The float32 buffers of a swapped module.
-SCALE, ENABLED = "lora_scale", "lora_enabled"
 BUFFERS = (SCALE, ENABLED)
 
 Kind = TypeVar("Kind", bound="Adapted")
@@ -37,18 +35,29 @@ class Adapted(nn.Module):
     lora_enabled: Tensor
     lora_dropout: float
     lora_init: str
+    lora_adapters: Any  # the adapters that are not active, by name
     _lora_last_scale: Any  # a float, or a list of them: what `lora_scale` was installed or loaded with
+    _lora_active: str  # the name of the adapter that runs
     _lora_disabled: Tensor | None
     _lora_deferred: bool
     _lora_merged: Any  # a lora_fx.merge.Merged, or None
+    _lora_rows: Any  # a lora_fx.rows.Rows, or None
 
     @property
     def factor_names(self) -> tuple[str, ...]:
         """The names of the trainable parameters that the swap added, A before its B."""
         raise NotImplementedError
 
-    def reset_factors(self) -> None:
-        """Start every A as `lora_init` says, and every B at zero."""
+    def holder(self, adapter: str | None) -> Any:
+        """What has the tensors and numbers of `adapter` now; of the active one if that is None, None if unknown."""
+        raise NotImplementedError
+
+    def reset_adapters(self) -> None:
+        """Start all adapters afresh: A as `lora_init` says, B zero, the last scale that was installed or loaded.
+
+        Raises:
+            ValueError: the adapter is merged.
+        """
         raise NotImplementedError
 
     def disabled_buffer(self) -> Tensor:
@@ -65,67 +74,6 @@ class Adapted(nn.Module):
                 zero = self._lora_disabled = torch.zeros_like(self.lora_enabled)
         return zero
 
-    @torch.no_grad()
-    def reset_adapters(self) -> None:
-        """Start the adapters afresh: A as `lora_init` says, B zero, the last scale that was installed or loaded.
-
-        Raises:
-            ValueError: the adapter is merged.
-        """
-        if self._lora_merged is not None:
-            raise ValueError("an adapter that is merged cannot start afresh: call lora_fx.unmerge(model) first")
-        self.reset_factors()
-        self._restore_scale(self.lora_scale)
-        if self.lora_enabled is not self._lora_disabled:
-            self.lora_enabled.fill_(1.0)
-
-    def _restore_scale(self, scale: Tensor) -> None:
-        last = torch.tensor(self._lora_last_scale, dtype=torch.float32, device=local(scale).device)
-        local(scale).copy_(last)  # the same on every rank
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapted":
-        """Move or convert as any module, except that the numbers stay float32 and never become garbage.
-
-        ``.to(torch.bfloat16)`` would round the scale, and ``.to_empty()`` would leave it uninitialised, which a model
-        that loads a checkpoint without an adapter in it would never notice.
-        """
-        before = {name: self._buffers[name] for name in BUFFERS}
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new is not old:
-                self._buffers[name] = self._moved(name, old, new)
-        return self
-
-    @torch.no_grad()
-    def _moved(self, name: str, old: Tensor, new: Tensor) -> Tensor:
-        moved = new if new.dtype == torch.float32 else torch.empty_like(new, dtype=torch.float32)
-        if new.is_meta:
-            value = values(old)
-            if name == SCALE and value is not None:
-                self._lora_last_scale = value
-        elif old.is_meta:
-            if name == SCALE:
-                self._restore_scale(moved)
-            else:
-                moved.fill_(1.0)
-        elif type(new) is type(old) or moved is not new:
-            # A change of tensor type (a fake tensor, a DTensor) at equal dtype already holds the number.
-            moved.copy_(old)
-        return moved
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        if self._lora_merged is not None and any(name.startswith(prefix) for name in state_dict):
-            raise ValueError(f"{prefix.rstrip('.') or 'the model'} is merged: call lora_fx.unmerge(model) first")
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if self.lora_scale.dtype != torch.float32:  # load_state_dict(assign=True) of a checkpoint that was cast
-            self.lora_scale = self.lora_scale.float()
-        if self.lora_enabled.is_meta and not self.lora_scale.is_meta:  # assign=True onto meta; this one is not saved
-            self.lora_enabled = torch.ones_like(self.lora_scale)
-        value = values(self.lora_scale)
-        if value is not None:
-            self._lora_last_scale = value
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by the parent class, which can be imported; the swapped class is made again where it is loaded."""
         reduced = super().__reduce_ex__(max(protocol, 2))
@@ -140,12 +88,6 @@ class Adapted(nn.Module):
 def _new(kind: type[Adapted], parent: type[nn.Module]) -> Adapted:
     cls = swapped_class(kind, parent)
     return cls.__new__(cls)
-
-
-def values(numbers: Tensor) -> Any:
-    """What a buffer holds, as a float or a list of floats, or None where there is nothing to read (meta, fake)."""
-    numbers = local(numbers)  # the same on every rank
-    return None if type(numbers) is not Tensor or numbers.is_meta else numbers.tolist()
 
 
 def swapped_class(kind: type[Kind], parent: type[nn.Module]) -> type[Kind]:

@@ -1,6 +1,7 @@
 """The low-rank branches of a model one by one: of a linear, or of one parameter of experts."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,10 +44,20 @@ class Branch:
         stack, n, k = sizes(self.module, self.parameter)
         return [[*stack, rank, k], [*stack, n, rank]]
 
+    def holder(self, adapter: str | None) -> Any:
+        """What has the tensors and numbers of an adapter that is known to be there; of the active one if None."""
+        holder = self.module.holder(adapter)
+        assert holder is not None
+        return holder
+
     @property
     def scale(self) -> Tensor:
-        """0-d, this rank's; writing into it changes the scale."""
-        scale = local(self.module.lora_scale)
+        """0-d, this rank's, of the active adapter; writing into it changes the scale."""
+        return self.scale_of(self.module)
+
+    def scale_of(self, holder: Any) -> Tensor:
+        """0-d, this rank's, of the adapter that `holder` has."""
+        scale = local(holder.lora_scale)
         return scale if self.parameter is None else scale[self._index]
 
     @torch.no_grad()

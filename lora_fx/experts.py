@@ -9,21 +9,33 @@ products, batched ones, a loop over experts), no per-expert delta is ever formed
 (initialisation, checkpoints, parallelism) sees the parameter.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_fx import _torch
-from lora_fx.adapted import BUFFERS, ENABLED, SCALE, Adapted, parent_class, swapped_class, values
+from lora_fx.adapted import BUFFERS, Adapted, parent_class, swapped_class
 from lora_fx.adapted_weight import AdaptedWeight
-from lora_fx.linear import ATTRIBUTES, reset_a
+from lora_fx.linear import DEFAULT_NAME, reset_a
 from lora_fx.placements import is_dtensor, local_expert_factor, placed_experts
+from lora_fx.stored import ENABLED, SCALE, fill_numbers, keep_numbers, note_loaded_scale, number
 
 A, B = "_lora_a", "_lora_b"
-EXPERT_ATTRIBUTES = (*ATTRIBUTES, "_lora_names", "_lora_transposed")
+EXPERT_ATTRIBUTES = (
+    "lora_dropout",
+    "lora_init",
+    "_lora_last_scale",
+    "_lora_deferred",
+    "_lora_active",
+    "_lora_disabled",
+    "_lora_merged",
+    "_lora_rows",
+    "_lora_names",
+    "_lora_transposed",
+)
 
 
 @dataclass(frozen=True)
@@ -116,11 +128,38 @@ class LoRAExpertsModule(Adapted):
                             end.removeprefix("_"), factor, base, self._lora_transposed
                         )
 
-    def reset_factors(self) -> None:
+    def holder(self, adapter: str | None) -> "LoRAExpertsModule | None":
+        """What has the tensors and numbers of `adapter`: experts have one, and this is it."""
+        return self if adapter in (None, self._lora_active) else None
+
+    @property
+    def lora_adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that are not active: none."""
+        return ()
+
+    @torch.no_grad()
+    def reset_adapters(self) -> None:
+        """Start the adapters afresh: A as `lora_init` says, B zero, the last scales that were installed or loaded."""
         for name in self._lora_names:
             lora_a, lora_b = self.factors(name)
-            reset_a(lora_a, self.lora_init)
+            reset_a(lora_a, self.lora_init, lora_a.shape[1])
             lora_b.zero_()
+        fill_numbers(self.lora_scale, self._lora_last_scale)
+        if self.lora_enabled is not self._lora_disabled:
+            self.lora_enabled.fill_(1.0)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoRAExpertsModule":
+        """Move or convert as any module, except that the numbers stay what they are."""
+        before = {name: self._buffers[name] for name in BUFFERS}
+        super()._apply(fn, recurse)
+        keep_numbers(self, before)
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        note_loaded_scale(self)
+        if self.lora_enabled.is_meta and not self.lora_scale.is_meta:  # assign=True onto meta; this one is not saved
+            self.lora_enabled = torch.ones_like(self.lora_scale)
 
     def reset_parameters(self) -> None:
         """The parent's `reset_parameters`, if it has one, then `reset_adapters`."""
@@ -130,7 +169,7 @@ class LoRAExpertsModule(Adapted):
         self.reset_adapters()
 
     def extra_repr(self) -> str:
-        shown = values(self.lora_scale) or self._lora_last_scale
+        shown = number(self.lora_scale) or self._lora_last_scale
         each = [f"{n}: rank={self.factors(n)[1].shape[-1]}, scale={s:g}" for n, s in zip(self._lora_names, shown)]
         return ", ".join(filter(None, (super().extra_repr(), *each, f"dropout={self.lora_dropout:g}")))
 
@@ -167,13 +206,15 @@ def new_expert_adapter(module: nn.Module, name: str, *, rank: int, scale: float,
     count, *sizes = weight.shape
     n, k = reversed(sizes) if is_transposed(module) else sizes
     a = torch.empty(count, rank, k, dtype=weight.dtype, device=weight.device)
-    reset_a(a, init)
+    reset_a(a, init, rank)
     b = torch.zeros(count, n, rank, dtype=weight.dtype, device=weight.device)
     return ExpertAdapter(name, nn.Parameter(a), nn.Parameter(b), scale)
 
 
-def swap_experts(module: nn.Module, adapters: Sequence[ExpertAdapter], *, dropout: float, init: str) -> None:
-    """Make `module` a `LoRA<Parent>` that holds `adapters`, in this order. Undone by `unswap_experts`."""
+def swap_experts(
+    module: nn.Module, adapters: Sequence[ExpertAdapter], *, dropout: float, init: str, name: str = DEFAULT_NAME
+) -> None:
+    """Make `module` a `LoRA<Parent>` that holds `adapters`, in this order, under a name. Undone by `unswap_experts`."""
     module.__class__ = experts_class(type(module))
     swapped = cast(LoRAExpertsModule, module)
     swapped._lora_names = tuple(adapter.name for adapter in adapters)
@@ -192,6 +233,8 @@ def swap_experts(module: nn.Module, adapters: Sequence[ExpertAdapter], *, dropou
     swapped._lora_disabled = None
     swapped._lora_deferred = False
     swapped._lora_merged = None
+    swapped._lora_rows = None
+    swapped._lora_active = name
 
 
 def unswap_experts(module: LoRAExpertsModule) -> None:

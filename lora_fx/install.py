@@ -29,9 +29,11 @@ from lora_fx.experts import (
 from lora_fx.init_weights import InitWeights, patch_init_weights
 from lora_fx.linear import (
     ATTRIBUTES,
+    DEFAULT_NAME,
     PARAMETERS,
     Adapter,
     LoRAModule,
+    adapter_dtype,
     is_activation_dtype,
     lora_class,
     new_adapter,
@@ -57,7 +59,13 @@ class Installation:
     init_weights: InitWeights | None = None
 
 
-def install(model: Model, config: LoRAConfig | None = None) -> Model:
+def install(
+    model: Model,
+    config: LoRAConfig | None = None,
+    *,
+    adapter_name: str = DEFAULT_NAME,
+    max_rank: int | None = None,
+) -> Model:
     """Give every linear of `model` that `config` targets a low-rank adapter, in place, and freeze everything else.
 
     Each linear's class becomes ``LoRA<its class>``, with the parameters ``lora_a`` [R, K] and ``lora_b`` [N, R]; see
@@ -75,6 +83,10 @@ def install(model: Model, config: LoRAConfig | None = None) -> Model:
     Args:
         model: any module; a linear itself, too.
         config: `LoRAConfig()` when left out.
+        adapter_name: for `lora_fx.set_adapter` and the like. Neither empty nor with a dot.
+        max_rank: leave room for adapters of this rank on every adapted linear (`lora_fx.add_adapter`,
+            `lora_fx.load_adapter`). Factors have this size then and are zero behind the adapter's own rank. Compiled
+            code computes products of this size.
 
     Returns:
         `model`.
@@ -89,8 +101,10 @@ def install(model: Model, config: LoRAConfig | None = None) -> Model:
     config = LoRAConfig() if config is None else config
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}")
+    check_name(adapter_name)
     _check_model(model)
     found = find_targets(model, config)
+    _check_room(found, max_rank)
     targets = [target for target in found if target.parameter is None]
     experts = _by_module(target for target in found if target.parameter is not None)
     for target in targets:
@@ -102,7 +116,7 @@ def install(model: Model, config: LoRAConfig | None = None) -> Model:
 
     # Tensors made in inference mode would never train. And what can fail comes before the first change.
     with torch.inference_mode(False):
-        adapters = _new_adapters(model, targets, config)
+        adapters = _new_adapters(model, targets, config, max_rank)
         expert_adapters = [[_new_expert_adapter(target, config) for target in group] for group in experts]
         record = Installation(
             config=config,
@@ -112,9 +126,9 @@ def install(model: Model, config: LoRAConfig | None = None) -> Model:
         setattr(model, _RECORD, record)
         try:
             for target, adapter in zip(targets, adapters):
-                swap(cast(nn.Linear, target.module), adapter)
+                swap(cast(nn.Linear, target.module), adapter, adapter_name)
             for group, several in zip(experts, expert_adapters):
-                swap_experts(group[0].module, several, dropout=config.dropout, init=config.init)
+                swap_experts(group[0].module, several, dropout=config.dropout, init=config.init, name=adapter_name)
             for module, patch in _patched(model, record):
                 setattr(module, patch.name, patch.value)
             record.init_weights = patch_init_weights(model)
@@ -136,6 +150,7 @@ def remove(model: Model) -> Model:
         ValueError: `install` was not called on `model`, or a wrapper changed its modules since (FSDP, for instance).
     """
     record = _record(model)
+    check_not_in_rows(model)
     for path, module in model.named_modules():
         wrapper = _torch.data_parallel_wrapper(module)
         if wrapper is not None:
@@ -164,15 +179,18 @@ def freeze(model: Model) -> Model:
     return model
 
 
-def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+def adapter_parameters(model: nn.Module, adapter_name: str | None = None) -> list[nn.Parameter]:
     """The parameters to give to an optimizer: A and B of everything adapted, in the order of `model.modules()`.
+
+    Those of the active adapter, or of another one that is named. They stay the same objects when another adapter
+    becomes active (`lora_fx.set_adapter`), so an optimizer goes on with the one that it was made for.
 
     Warns when a distributed parameter beside them requires gradients, see `thawed`.
 
     Raises:
-        ValueError: `model` holds no adapters.
+        ValueError: `model` holds no adapters, or none of that name.
     """
-    adapters = [parameter for _, parameter in named_adapter_parameters(model)]
+    adapters = [parameter for _, parameter in named_adapter_parameters(model, adapter_name)]
     if names := thawed(model):
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         warnings.warn(
@@ -196,13 +214,18 @@ def thawed(model: nn.Module) -> list[str]:
     ]
 
 
-def named_adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """As `adapter_parameters`, with names as in ``model.named_parameters()``."""
-    return [
-        (f"{path}.{name}".removeprefix("."), module._parameters[name])  # type: ignore[misc]  # never None once swapped
-        for path, module in adapted(model)
-        for name in module.factor_names
-    ]
+def named_adapter_parameters(model: nn.Module, adapter_name: str | None = None) -> list[tuple[str, nn.Parameter]]:
+    """As `adapter_parameters`, with the names that ``model.named_parameters()`` has for the active adapter's."""
+    found = []
+    for path, module in adapted(model):
+        holder = module.holder(adapter_name)
+        if holder is None:
+            raise ValueError(f"{_shown(path)} has no adapter called {adapter_name!r}")
+        for name in module.factor_names:
+            parameter = holder._parameters[name]
+            assert parameter is not None
+            found.append((f"{path}.{name}".removeprefix("."), parameter))
+    return found
 
 
 @contextlib.contextmanager
@@ -249,11 +272,42 @@ def adapted(model: nn.Module) -> list[tuple[str, Adapted]]:
     return found
 
 
+def adapted_linears(model: nn.Module, otherwise: str) -> list[tuple[str, LoRAModule]]:
+    """As `adapted`, for what experts with adapters cannot do.
+
+    Raises:
+        ValueError: there are none, or there are such experts; the text goes on with `otherwise`.
+    """
+    linears = []
+    for path, module in adapted(model):
+        if not isinstance(module, LoRAModule):
+            raise ValueError(f"{_shown(clean_path(path))} holds adapted experts, {otherwise}")
+        linears.append((path, module))
+    return linears
+
+
 def check_not_merged(model: nn.Module) -> None:
     """Raise ValueError if an adapter of `model` is merged into its weight."""
     for path, module in model.named_modules():
         if isinstance(module, Adapted) and module._lora_merged is not None:
             raise ValueError(f"{_shown(path)} is merged: call lora_fx.unmerge(model) first")
+
+
+def check_not_in_rows(model: nn.Module) -> None:
+    """Raise ValueError within `lora_fx.adapters_per_row`, which holds copies of the adapters."""
+    for path, module in model.named_modules():
+        if isinstance(module, Adapted) and module._lora_rows is not None:
+            raise ValueError(f"{_shown(path)} has adapters assigned to rows: leave lora_fx.adapters_per_row first")
+
+
+def check_name(name: str) -> None:
+    """Raise if an adapter cannot have this name, which becomes part of keys and an attribute of a `nn.ModuleDict`."""
+    if not isinstance(name, str):
+        raise TypeError(f"the name of an adapter is a str, got {name!r}")
+    if not name or "." in name:
+        raise ValueError(f"an adapter cannot be called {name!r}: the name is part of dotted paths")
+    if hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"an adapter cannot be called {name!r}: nn.ModuleDict has an attribute of that name")
 
 
 def _record(model: nn.Module) -> Installation:
@@ -365,6 +419,18 @@ def _check_linear(path: str, module: nn.Module) -> None:
         raise ValueError(f"{what} has a class that refuses to be subclassed ({error}): {fix}") from error
 
 
+def _check_room(targets: list[Target], max_rank: int | None) -> None:
+    if max_rank is None:
+        return
+    if isinstance(max_rank, bool) or not isinstance(max_rank, int):
+        raise TypeError(f"max_rank must be an int, got {max_rank!r}")
+    for target in targets:
+        if target.rank > max_rank:
+            raise ValueError(f"{_shown(target.path)} gets rank {target.rank}, which is above max_rank={max_rank}")
+        if target.parameter is not None:
+            raise ValueError(f"{target.path}: adapters of experts have no room for others: leave max_rank out")
+
+
 def _extra_arguments(cls: type[nn.Module]) -> list[str]:
     """The names of the parameters of ``cls.forward`` beside self and the input."""
     try:
@@ -376,7 +442,7 @@ def _extra_arguments(cls: type[nn.Module]) -> list[str]:
     return named[2:]
 
 
-def _new_adapters(model: nn.Module, targets: list[Target], config: LoRAConfig) -> list[Adapter]:
+def _new_adapters(model: nn.Module, targets: list[Target], config: LoRAConfig, max_rank: int | None) -> list[Adapter]:
     dtypes = Counter(p.dtype for p in model.parameters() if is_activation_dtype(p.dtype))
     activation_dtype = dtypes.most_common(1)[0][0] if dtypes else torch.get_default_dtype()
     return [
@@ -386,7 +452,8 @@ def _new_adapters(model: nn.Module, targets: list[Target], config: LoRAConfig) -
             scale=config.scale(target.rank, target.alpha),
             dropout=config.dropout,
             init=config.init,
-            activation_dtype=activation_dtype,
+            dtype=adapter_dtype(cast(nn.Linear, target.module), activation_dtype),
+            room=target.rank if max_rank is None else max_rank,
         )
         for target in targets
     ]

@@ -7,31 +7,53 @@ What it shares with swapped experts is in `lora_fx.adapted`.
 """
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lora_fx.adapted import BUFFERS, ENABLED, SCALE, Adapted, parent_class, swapped_class, values
-from lora_fx.passes.low_rank import low_rank
+from lora_fx.adapted import BUFFERS, Adapted, parent_class, swapped_class
+from lora_fx.passes.low_rank import low_rank, low_rank_rows
 from lora_fx.placements import deferred, fill, is_dtensor, like_weight, placed, replicated_like
+from lora_fx.stored import (
+    ENABLED,
+    OWN_ATTRIBUTES,
+    SCALE,
+    StoredAdapter,
+    exchange,
+    keep_numbers,
+    note_loaded_scale,
+    number,
+)
 
 # Everything that the swap adds to a module, in the order in which it is added.
 PARAMETERS = ("lora_a", "lora_b")
-ATTRIBUTES = ("lora_dropout", "lora_init", "_lora_last_scale", "_lora_disabled", "_lora_deferred", "_lora_merged")
+ATTRIBUTES = (
+    *OWN_ATTRIBUTES,
+    "lora_adapters",
+    "_lora_active",
+    "_lora_disabled",
+    "_lora_merged",
+    "_lora_rows",
+    "_lora_stack",
+)
+DEFAULT_NAME = "default"
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What the swap of one linear adds to it.
+    """An adapter of one linear.
 
     Args:
-        lora_a: [R, K].
+        lora_a: [R, K]. Rows behind the adapter's own rank are zero, and so are the columns of `lora_b` there. Then
+            their gradients are zero as well, and they stay as they are.
         lora_b: [N, R].
         scale: multiplies the low-rank product.
         dropout: probability of dropping an input element of the low-rank branch in training.
         init: how `lora_a` starts, a name that `LoRAConfig.init` knows.
+        rank: the adapter's own, at most R; 0 for an adapter that leaves this linear alone.
     """
 
     lora_a: nn.Parameter
@@ -39,6 +61,7 @@ class Adapter:
     scale: float
     dropout: float
     init: str
+    rank: int
 
 
 class LoRAModule(Adapted, nn.Linear):
@@ -49,15 +72,23 @@ class LoRAModule(Adapted, nn.Linear):
         lora_b: [N, R], trainable, zero at first.
 
     Buffers, 0-d: `lora_scale` and `lora_enabled`, see `Adapted`.
+
+    All of this belongs to the active adapter. Others wait in ``lora_adapters``, by name; see `lora_fx.set_adapter`.
     """
 
     lora_a: nn.Parameter
     lora_b: nn.Parameter
+    lora_adapters: nn.ModuleDict
+    _lora_rank: int
+    _lora_stack: Any  # a lora_fx.rows.Stack, or None
 
     # The parameter is called `input` because `nn.Linear.forward`'s is, and callers may name it.
     def forward(self, input: Tensor) -> Tensor:
         """[..., K] -> [..., N], in the dtype of the parent's output."""
         base = super().forward(input)
+        if self._lora_rows is not None:
+            rows, *stack = self._lora_rows
+            return base + low_rank_rows(input, rows, stack, self.lora_enabled).to(base.dtype)
         scale = self.lora_scale * self.lora_enabled
         factors: tuple[Tensor, Tensor] = self.lora_a, self.lora_b
         if self._lora_deferred:
@@ -78,14 +109,51 @@ class LoRAModule(Adapted, nn.Linear):
             for factor in PARAMETERS:
                 if (held := self._parameters.get(factor)) is not None:
                     self._parameters[factor] = placed(factor, held, param)
+            if is_dtensor(param):
+                for stored in self.stored_adapters().values():
+                    stored.follow(param)
 
     @property
     def factor_names(self) -> tuple[str, ...]:
         return PARAMETERS
 
-    def reset_factors(self) -> None:
-        reset_a(self.lora_a, self.lora_init)
-        self.lora_b.zero_()
+    def stored_adapters(self) -> dict[str, StoredAdapter]:
+        """The adapters that are not active, by name."""
+        # Absent while the swap is under way.
+        return cast(dict[str, StoredAdapter], dict(self.__dict__.get("lora_adapters", {}).items()))
+
+    def holders(self) -> "list[LoRAModule | StoredAdapter]":
+        """What has the tensors and numbers of each adapter now; the active one's are the module's own."""
+        return [self, *self.stored_adapters().values()]
+
+    def holder(self, adapter: str | None) -> "LoRAModule | StoredAdapter | None":
+        """What has the tensors and numbers of `adapter` now; of the active one if that is None, None if unknown."""
+        return self if adapter in (None, self._lora_active) else self.stored_adapters().get(adapter or "")
+
+    def activate(self, adapter: str) -> None:
+        """Let `adapter`, which must be there, take the active one's place."""
+        if adapter == self._lora_active:
+            return
+        stored = cast(StoredAdapter, self.lora_adapters.pop(adapter))
+        exchange(self, stored)
+        self.lora_adapters[self._lora_active] = stored
+        self._lora_active = adapter
+
+    @torch.no_grad()
+    def reset_adapters(self) -> None:
+        """Start all adapters afresh: A as `lora_init` says, B zero, the last scale that was installed or loaded.
+
+        Raises:
+            ValueError: the adapter is merged.
+        """
+        if self._lora_merged is not None:
+            raise ValueError("an adapter that is merged cannot start afresh: call lora_fx.unmerge(model) first")
+        for held in self.holders():
+            reset_a(held.lora_a, held.lora_init, held._lora_rank)
+            held.lora_b.zero_()
+            held.lora_scale.fill_(held._lora_last_scale)
+        if self.lora_enabled is not self._lora_disabled:
+            self.lora_enabled.fill_(1.0)
 
     def reset_parameters(self) -> None:
         """The parent's `reset_parameters`, then `reset_adapters`."""
@@ -93,10 +161,51 @@ class LoRAModule(Adapted, nn.Linear):
         self.reset_adapters()
 
     def extra_repr(self) -> str:
-        scale = values(self.lora_scale)
+        scale = number(self.lora_scale)
         shown = self._lora_last_scale if scale is None else scale
-        ours = f"rank={self.lora_a.shape[0]}, scale={shown:g}, dropout={self.lora_dropout:g}"
+        ours = f"rank={self._lora_rank}, scale={shown:g}, dropout={self.lora_dropout:g}"
+        if len(self.lora_adapters):
+            ours += f", adapter={self._lora_active!r} of {len(self.lora_adapters) + 1}"
         return ", ".join(filter(None, (super().extra_repr(), ours)))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoRAModule":
+        """Move or convert as any module, the other adapters too, except that the numbers stay what they are."""
+        before = {name: self._buffers[name] for name in BUFFERS}
+        super()._apply(fn, recurse)
+        keep_numbers(self, before)
+        self.lora_adapters._apply(fn)
+        self._lora_stack = None
+        if self._lora_rows is not None:
+            self._lora_rows = self._lora_rows.moved(fn)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, stored in self.stored_adapters().items():
+            stored._save_to_state_dict(destination, f"{prefix}lora_adapters.{name}.", keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
+        if self._lora_merged is not None and any(name.startswith(prefix) for name in state_dict):
+            raise ValueError(f"{prefix.rstrip('.') or 'the model'} is merged: call lora_fx.unmerge(model) first")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        note_loaded_scale(self)
+        if self.lora_enabled.is_meta and not self.lora_scale.is_meta:  # assign=True onto meta; this one is not saved
+            self.lora_enabled = torch.ones_like(self.lora_scale)
+        for name, stored in self.stored_adapters().items():
+            below = f"{prefix}lora_adapters.{name}."
+            stored._load_from_state_dict(state_dict, below, local_metadata, strict, missing, unexpected, errors)
+            # To `nn.Module`, what is no child's is nobody's.
+            ours = {below + key for key in (*stored._parameters, *stored._buffers)}
+            unexpected[:] = [key for key in unexpected if key not in ours]
 
 
 def lora_class(parent: type[nn.Linear]) -> type[LoRAModule]:
@@ -129,25 +238,27 @@ def is_activation_dtype(dtype: torch.dtype) -> bool:
 
 
 def new_adapter(
-    module: nn.Linear, *, rank: int, scale: float, dropout: float, init: str, activation_dtype: torch.dtype
+    module: nn.Linear, *, rank: int, scale: float, dropout: float, init: str, dtype: torch.dtype, room: int
 ) -> Adapter:
-    """The adapter for `module`, initialised, on its weight's device and mesh; `module` is not touched.
+    """An adapter for `module`, initialised, on its weight's device and mesh; `module` is not touched.
 
-    The shapes follow `in_features` and `out_features`, because a packed weight has a shape of its own.
+    The shapes follow `in_features` and `out_features`, because a packed weight has a shape of its own. `room` is the
+    size R of the factors, at least `rank`.
     """
     weight = getattr(module, "weight", None)
     device = weight.device if isinstance(weight, Tensor) else next(iter(module.parameters())).device
-    dtype = adapter_dtype(module, activation_dtype)
-    a = torch.empty(rank, module.in_features, dtype=dtype, device=device)
-    reset_a(a, init)
-    b = torch.zeros(module.out_features, rank, dtype=dtype, device=device)
+    a = torch.empty(room, module.in_features, dtype=dtype, device=device)
+    reset_a(a, init, rank)
+    b = torch.zeros(module.out_features, room, dtype=dtype, device=device)
     a, b = like_weight("lora_a", a, weight), like_weight("lora_b", b, weight)
-    return Adapter(nn.Parameter(a), nn.Parameter(b), scale, dropout, init)
+    return Adapter(nn.Parameter(a), nn.Parameter(b), scale, dropout, init, rank)
 
 
 @torch.no_grad()
-def reset_a(lora_a: Tensor, init: str) -> None:
-    """Start A [..., R, K] as `init` says: kaiming-uniform as `nn.Linear`'s weight, or normal with deviation 1 / R.
+def reset_a(lora_a: Tensor, init: str, rank: int) -> None:
+    """Start A [..., R, K] as `init` says: kaiming-uniform as `nn.Linear`'s weight, or normal with deviation 1 / `rank`.
+
+    Rows behind the first `rank` become zero.
 
     A distributed A is drawn whole on every rank and cut from the first one's: the draw is that of a single process,
     and replicas agree on devices where distributed random numbers do not.
@@ -155,31 +266,49 @@ def reset_a(lora_a: Tensor, init: str) -> None:
     whole = lora_a
     if is_dtensor(lora_a):
         whole = torch.empty(lora_a.shape, dtype=lora_a.dtype, device=lora_a.device)
-    if init == "kaiming":
-        nn.init.kaiming_uniform_(whole.flatten(0, -2), a=math.sqrt(5))
-    else:
-        nn.init.normal_(whole, std=1.0 / lora_a.shape[-2])
+    whole[..., rank:, :].zero_()
+    own = whole[..., :rank, :].flatten(0, -2)  # a view: where there are several, none has room for more
+    if rank and init == "kaiming":
+        nn.init.kaiming_uniform_(own, a=math.sqrt(5))
+    elif rank:
+        nn.init.normal_(own, std=1.0 / rank)
     if whole is not lora_a:
         fill(lora_a, whole)
 
 
-def swap(module: nn.Linear, adapter: Adapter) -> None:
-    """Make `module` a `LoRA<Parent>` that holds `adapter`. Undone by `unswap`."""
+def swap(module: nn.Linear, adapter: Adapter, name: str = DEFAULT_NAME) -> None:
+    """Make `module` a `LoRA<Parent>` that holds `adapter` under a name. Undone by `unswap`."""
     module.__class__ = lora_class(type(module))
     swapped = cast(LoRAModule, module)
-    device, weight = adapter.lora_a.device, getattr(module, "weight", None)
-    swapped.register_parameter("lora_a", adapter.lora_a)
-    swapped.register_parameter("lora_b", adapter.lora_b)
-    scale = torch.full((), adapter.scale, dtype=torch.float32, device=device)
-    enabled = torch.ones((), dtype=torch.float32, device=device)
-    swapped.register_buffer(SCALE, replicated_like(scale, weight))
-    swapped.register_buffer(ENABLED, replicated_like(enabled, weight), persistent=False)
-    swapped.lora_dropout = adapter.dropout
-    swapped.lora_init = adapter.init
-    swapped._lora_last_scale = adapter.scale
+    hold(swapped, adapter, getattr(module, "weight", None))
+    enabled = torch.ones((), dtype=torch.float32, device=adapter.lora_a.device)
+    swapped.register_buffer(ENABLED, replicated_like(enabled, getattr(module, "weight", None)), persistent=False)
+    module.__dict__["lora_adapters"] = nn.ModuleDict()  # past `nn.Module`, which would make a child of it
+    swapped._lora_active = name
     swapped._lora_disabled = None
-    swapped._lora_deferred = False
     swapped._lora_merged = None
+    swapped._lora_rows = None
+    swapped._lora_stack = None
+
+
+def hold(module: LoRAModule | StoredAdapter, adapter: Adapter, weight: object) -> None:
+    """Register the tensors of `adapter`, which goes beside `weight`, on `module`, and note its numbers there."""
+    module.register_parameter("lora_a", adapter.lora_a)
+    module.register_parameter("lora_b", adapter.lora_b)
+    scale = torch.full((), adapter.scale, dtype=torch.float32, device=adapter.lora_a.device)
+    module.register_buffer(SCALE, replicated_like(scale, weight))
+    module.lora_dropout = adapter.dropout
+    module.lora_init = adapter.init
+    module._lora_last_scale = adapter.scale
+    module._lora_rank = adapter.rank
+    module._lora_deferred = False
+
+
+def store(module: LoRAModule, adapter: Adapter, name: str) -> None:
+    """Put `adapter` beside the active one of `module`."""
+    stored = StoredAdapter()
+    hold(stored, adapter, getattr(module, "weight", None))
+    module.lora_adapters[name] = stored
 
 
 def unswap(module: nn.Linear) -> None:

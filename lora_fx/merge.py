@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_fx.install import adapted
+from lora_fx.install import adapted, adapted_linears, check_not_in_rows
 from lora_fx.linear import LoRAModule, is_activation_dtype
 from lora_fx.placements import is_dtensor
 from lora_fx.targets import clean_path
@@ -61,7 +61,8 @@ def merge(model: Model, *, keep: bool = True) -> Model:
             quantised, sharded, on the meta device or shared with another module, or the sum is not finite. The text
             names the module, and `model` is as it was.
     """
-    modules = _linears(model)
+    modules = adapted_linears(model, "which cannot be merged here: save the adapter, and merge it in PEFT")
+    check_not_in_rows(model)
     holders = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     for path, module in modules:  # all of them before the first change
         where = clean_path(path) or "the model"
@@ -105,19 +106,6 @@ def unmerge(model: Model) -> Model:
             factor.requires_grad_(trained)
         module._lora_merged = None
     return model
-
-
-def _linears(model: nn.Module) -> list[tuple[str, LoRAModule]]:
-    """The modules to merge, which must be linears."""
-    linears = []
-    for path, module in adapted(model):
-        if not isinstance(module, LoRAModule):
-            raise ValueError(
-                f"{clean_path(path) or 'the model'} holds adapted experts, which cannot be merged here: save the "
-                f"adapter, and merge it in PEFT"
-            )
-        linears.append((path, module))
-    return linears
 
 
 def _check(where: str, module: LoRAModule, holders: Counter[int]) -> None:

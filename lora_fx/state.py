@@ -4,8 +4,6 @@ import difflib
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,28 +12,32 @@ from torch import Tensor, nn
 
 from lora_fx import _torch
 from lora_fx.adapted import Adapted
+from lora_fx.adapters import adapter_names, check_known, check_new_name, exchangeable
 from lora_fx.branches import Branch, branches
 from lora_fx.config import ALL_LINEAR, LoRAConfig
 from lora_fx.distributed import largest_mesh, together, writes
+from lora_fx.entries import Entry, fill_adapter, store_adapter, widen
 from lora_fx.experts import LoRAExpertsModule
 from lora_fx.files import write_together
-from lora_fx.install import check_not_merged, configs, install, is_installed, remove
-from lora_fx.linear import PARAMETERS
+from lora_fx.install import check_not_in_rows, check_not_merged, configs, install, is_installed, remove
+from lora_fx.linear import DEFAULT_NAME
 from lora_fx.peft_config import config_values
 from lora_fx.peft_experts import match_experts, packed, wrapper_paths
 from lora_fx.peft_files import PREFIX, AdapterFiles, Factors, check_rank, encoded, read_files
-from lora_fx.placements import fill, gathered, like_weight
+from lora_fx.placements import gathered
+from lora_fx.stored import StoredAdapter
 from lora_fx.targets import clean_path, exactly
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
-    """Write the adapters of `model` into `folder`, as PEFT's `adapter_model.safetensors` and `adapter_config.json`.
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, adapter_name: str | None = None) -> Path:
+    """Write the adapter of `model` into `folder`, as PEFT's `adapter_model.safetensors` and `adapter_config.json`.
 
     PEFT computes from them what `model` computes: the scales that are written are those of the buffers `lora_scale`,
     whatever `model` was installed with. Paths are written without what activation checkpointing, FSDP, DDP and
-    ``torch.compile(model)`` put into them. Factors keep their dtype. What else `folder` holds stays there.
+    ``torch.compile(model)`` put into them. Factors keep their dtype, and are cut to the adapter's rank where they have
+    room for more (unless something was written there). What else `folder` holds stays there.
 
     A kill at any moment leaves the adapter that was there before or the new one. Nothing is pickled.
 
@@ -46,6 +48,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     Args:
         model: holds adapters.
         folder: made if it is not there.
+        adapter_name: which of several; the active one when left out.
 
     Returns:
         `folder`.
@@ -59,32 +62,52 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     where, model = Path(folder), _unwrapped(model)
     check_not_merged(model)
     _torch.reshard(model)
-    held = {branch.path: branch for branch in branches(model)}
-    if not held:
+    found = {branch.path: branch for branch in branches(model)}
+    if not found:
         raise ValueError(f"{type(model).__name__} holds no adapters to save: call lora_fx.install(model, config) first")
+    if adapter_name is not None:
+        check_known(model, adapter_name)
     mesh = largest_mesh(model)
-    whole = {path: [_whole(factor) for factor in branch.factors] for path, branch in held.items()}
+    holders = {path: branch.holder(adapter_name) for path, branch in found.items()}
+    whole = {path: [_whole(holders[path]._parameters[name]) for name in branch.names] for path, branch in found.items()}
     with together(mesh):
-        factors = {path: _checked(held[path], *both) for path, both in whole.items()}
+        checked = {path: _checked(branch, holders[path], *whole[path]) for path, branch in found.items()}
+        factors = {path: both for path, both in checked.items() if both.rank}
+        if not factors:
+            raise ValueError(f"the adapter has rank 0 in all of {', '.join(holders)}: there is nothing to save")
         if writes(mesh):
-            write_together(where, encoded(_in_files(held, factors), _config_values(model, held)))
+            scales = {path: branch.scale_of(holders[path]) for path, branch in found.items()}
+            values = _config_values(model, factors, holders, scales, [p for p, b in found.items() if b.parameter])
+            write_together(where, encoded(_in_files(found, factors), values))
     return where
 
 
-def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
+def load_adapter(
+    model: Model,
+    folder: str | os.PathLike[str],
+    *,
+    adapter_name: str | None = None,
+    max_rank: int | None = None,
+) -> Model:
     """Load an adapter that `save_adapter` or PEFT wrote into `model`, in place.
 
     A model without adapters gets those of the files (`lora_fx.install`), with the dropout of the configuration, and
-    with factors in the file's dtype or the one that `install` gives, whichever is wider. A model that holds adapters
-    must hold the same ones, of the same ranks. It gets the files' values, in the dtype of its own factors, and their
-    scales; its dropout stays. No tensor changes its identity then: compiled code and optimizers go on with the new
-    values, and nothing recompiles.
+    with factors in the file's dtype or the one that `install` gives, whichever is wider.
+
+    A model that holds adapters must have room: an adapter on each linear that the files name, of their rank or more.
+    The adapter that is named, or else the active one, gets the files' values, in the dtype of its own factors, and
+    their scales; its dropout stays. What the files do not fill becomes zero: the rest of larger factors, and adapters
+    on linears that the files do not name. No tensor changes its identity then: compiled code and optimizers go on with
+    the new values, and nothing recompiles. A name that the model does not know is a new adapter beside the others, as
+    if `lora_fx.add_adapter` had made it; `lora_fx.set_adapter` makes it active.
 
     On several ranks all ranks of the model's mesh call this together, and every one reads the files.
 
     Args:
         model: any model whose linears have the paths that the files name.
         folder: where the files are; of an adapter that is not called ``default``, PEFT's folder of that name.
+        adapter_name: what the adapter is called in the model; where the model has none yet, ``default`` if left out.
+        max_rank: as for `lora_fx.install`, where the model has no adapters yet.
 
     Returns:
         `model`.
@@ -97,77 +120,78 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
     """
     inner = _unwrapped(model)
     check_not_merged(inner)
+    check_not_in_rows(inner)
     _torch.reshard(inner)
     mesh = largest_mesh(inner)
+    installed = is_installed(inner)
+    if installed and max_rank is not None:
+        raise ValueError("max_rank is for a model without adapters: these factors have their size already")
+    new = installed and adapter_name is not None and adapter_name not in adapter_names(inner)
+    if new:
+        assert adapter_name is not None
+        exchangeable(inner)
+        check_new_name(inner, adapter_name)
     with torch.inference_mode(False):  # whose tensors would never train
         with together(mesh):
             files = read_files(Path(folder))
             found = _matched(inner, files)
-            installed = is_installed(inner)
             if installed:
+                if not new and adapter_name is not None:
+                    check_known(inner, adapter_name)
                 values = _fitting(inner, found, files)
             else:
                 _check_storage(found)
-        if installed:
-            _fill(found, values)
+        if not installed:
+            _install_files(inner, found, files, mesh, adapter_name or DEFAULT_NAME, max_rank)
+        elif new:
+            store_adapter(inner, found, values, adapter_name or DEFAULT_NAME, files.config.dropout)
         else:
-            _install_files(inner, found, files, mesh)
+            fill_adapter(inner, found, values, adapter_name)
     return model
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A linear of the model, or a parameter of experts, with what the files hold for it."""
-
-    path: str
-    module: nn.Module
-    factors: Factors
-    alpha: float
-    scale: float
-    parameter: str | None = None
-
-    @property
-    def branch(self) -> Branch:
-        """What holds an adapter by now."""
-        assert isinstance(self.module, Adapted)
-        return Branch(self.path, self.module, self.parameter)
 
 
 # ---- saving ----------------------------------------------------------------------------------------------------------
 
 
-def _whole(factor: nn.Parameter) -> Tensor:
+def _whole(factor: nn.Parameter | None) -> Tensor:
     """The global values of a factor, on the CPU, in memory of their own."""
+    assert factor is not None
     full = gathered(factor.detach())
     return full if full.is_meta else full.to("cpu", copy=True).contiguous()
 
 
-def _checked(branch: Branch, lora_a: Tensor, lora_b: Tensor) -> Factors:
+def _checked(branch: Branch, holder: Adapted | StoredAdapter, lora_a: Tensor, lora_b: Tensor) -> Factors:
     path = branch.path
     if not path or path == branch.parameter:
         raise ValueError(
             "the model is itself the adapted module, and PEFT's format has no name for that: save the module that "
             "holds it"
         )
-    wanted = branch.shapes(lora_b.shape[-1])
+    rank = lora_b.shape[-1]
+    wanted = branch.shapes(rank)
     if [list(lora_a.shape), list(lora_b.shape)] != wanted:
         raise ValueError(
             f"{path} has factors of shapes {list(lora_a.shape)} and {list(lora_b.shape)}, not {wanted}: inside "
             f"FullyShardedDataParallel, save within FullyShardedDataParallel.summon_full_params(model)"
         )
-    scale = branch.scale
+    scale = branch.scale_of(holder)
     if lora_a.is_meta or scale.is_meta:
         raise ValueError(f"{path} is on the meta device: there are no values to save yet")
     if not all(torch.isfinite(tensor).all() for tensor in (lora_a, lora_b, scale)):
         raise ValueError(f"{path} holds NaN or infinity: nothing was written, so that the last good files stay")
-    return Factors(lora_a, lora_b)
+    if isinstance(holder, LoRAExpertsModule):
+        return Factors(lora_a, lora_b)
+    own = holder._lora_rank
+    if lora_a[own:].any() or lora_b[:, own:].any():
+        own = rank
+    return Factors(lora_a[:own].contiguous(), lora_b[:, :own].contiguous())
 
 
-def _in_files(held: dict[str, Branch], factors: dict[str, Factors]) -> dict[str, Factors]:
+def _in_files(found: dict[str, Branch], factors: dict[str, Factors]) -> dict[str, Factors]:
     """The factors as matrices, under the paths that PEFT gives them."""
     result = {}
     for path, both in factors.items():
-        module, parameter = held[path].module, held[path].parameter
+        module, parameter = found[path].module, found[path].parameter
         if parameter is not None:
             assert isinstance(module, LoRAExpertsModule)
             path = wrapper_paths(path.removesuffix("." + parameter), module.adapted_parameters)[parameter]
@@ -176,8 +200,14 @@ def _in_files(held: dict[str, Branch], factors: dict[str, Factors]) -> dict[str,
     return result
 
 
-def _config_values(model: nn.Module, held: dict[str, Branch]) -> dict[str, Any]:
-    dropouts = Counter(branch.module.lora_dropout for branch in held.values())
+def _config_values(
+    model: nn.Module,
+    factors: dict[str, Factors],
+    holders: dict[str, Any],
+    scales: dict[str, Tensor],
+    parameters: list[str],
+) -> dict[str, Any]:
+    dropouts = Counter(holders[path].lora_dropout for path in factors)
     dropout = dropouts.most_common(1)[0][0]
     if len(dropouts) > 1:
         warnings.warn(
@@ -185,7 +215,6 @@ def _config_values(model: nn.Module, held: dict[str, Branch]) -> dict[str, Any]:
             f"{', '.join(f'{value:g}' for value in sorted(dropouts))}",
             stacklevel=3,
         )
-    parameters = [path for path, branch in held.items() if branch.parameter is not None]
     if parameters and dropout:
         warnings.warn(
             f"PEFT has no dropout beside adapters of experts: wrote lora_dropout 0 instead of {dropout:g}",
@@ -194,10 +223,10 @@ def _config_values(model: nn.Module, held: dict[str, Branch]) -> dict[str, Any]:
         dropout = 0.0
     installed = configs(model)
     return config_values(
-        {path: branch.rank for path, branch in held.items()},
-        {path: branch.scale.item() for path, branch in held.items()},
+        {path: both.rank for path, both in factors.items()},
+        {path: scales[path].item() for path in factors},
         parameters=parameters,
-        others={clean_path(path) for path, _ in model.named_modules()} - held.keys(),
+        others={clean_path(path) for path, _ in model.named_modules()} - factors.keys(),
         dropout=dropout,
         use_rslora=bool(installed) and all(config.use_rslora for config in installed),
         base=getattr(model, "name_or_path", None) or None,
@@ -218,15 +247,15 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def _matched(model: nn.Module, files: AdapterFiles) -> list[_Entry]:
+def _matched(model: nn.Module, files: AdapterFiles) -> list[Entry]:
     """The entries of the files with what they are for, which must be what the configuration names."""
     modules = {clean_path(path): module for path, module in model.named_modules(remove_duplicate=False)}
     first: dict[nn.Module, str] = {}
-    config = files.config
     for path, module in modules.items():
         first.setdefault(module, path)
     linears = {path: module for module, path in first.items() if isinstance(module, nn.Linear)}
-    entries: dict[str, _Entry] = {}
+    entries: dict[str, Entry] = {}
+    config = files.config
     experts, used = match_experts(modules, files)
     for path, factors in files.factors.items():
         if path in used:
@@ -241,7 +270,7 @@ def _matched(model: nn.Module, files: AdapterFiles) -> list[_Entry]:
         if first[linear] in entries:
             raise ValueError(f"{files.tensors} has {entries[first[linear]].path} and {path}, which are one module here")
         check_rank(config, files.tensors, path, factors.rank)
-        entries[first[linear]] = _Entry(path, linear, factors, config.alpha_of(path), config.scale_of(path))
+        entries[first[linear]] = Entry(path, linear, factors, config.alpha_of(path), config.scale_of(path))
     targeted = {path for path in linears if files.config.targets(path)}
     if files.config.target_modules == ALL_LINEAR:  # of which PEFT excepts the head, but only in transformers' models
         targeted -= {path for path in _heads(model, first) if path not in entries}
@@ -259,7 +288,7 @@ def _matched(model: nn.Module, files: AdapterFiles) -> list[_Entry]:
     return [
         *entries.values(),
         *(
-            _Entry(e.path, e.module, e.factors, config.alpha_of(e.path), config.scale_of(e.path), e.parameter)
+            Entry(e.path, e.module, e.factors, config.alpha_of(e.path), config.scale_of(e.path), e.parameter)
             for e in experts
         ),
     ]
@@ -288,7 +317,7 @@ def _heads(model: nn.Module, first: dict[nn.Module, str]) -> list[str]:
     return [first[head]] if isinstance(head, nn.Module) and head in first else []
 
 
-def _check_storage(found: list[_Entry]) -> None:
+def _check_storage(found: list[Entry]) -> None:
     for entry in found:
         if any(parameter.is_meta for parameter in entry.module.parameters(recurse=False)):
             raise ValueError(
@@ -300,76 +329,67 @@ def _check_storage(found: list[_Entry]) -> None:
 _FRESH = "call lora_fx.remove(model) first, and load_adapter installs what the files hold"
 
 
-def _fitting(model: nn.Module, found: list[_Entry], files: AdapterFiles) -> list[Factors]:
-    """The factors of the files in the dtypes of those that `model` holds, which must be the same ones."""
+def _fitting(model: nn.Module, found: list[Entry], files: AdapterFiles) -> list[Factors]:
+    """The factors of the files in the dtypes of those that `model` holds, which must have room for them."""
     _check_storage(found)
-    known = {(entry.module, entry.parameter) for entry in found}
-    held = {(branch.module, branch.parameter) for branch in branches(model)}
-    for branch in branches(model):
-        if (branch.module, branch.parameter) not in known:
-            raise ValueError(f"{branch.path} has an adapter, and {files.tensors} has none for it: {_FRESH}")
+    known = {(branch.module, branch.parameter) for branch in branches(model)}
     values = []
     for entry in found:
-        if (entry.module, entry.parameter) not in held:
-            raise ValueError(f"{files.tensors} has an adapter for {entry.path}, and the model has none there: {_FRESH}")
-        if entry.branch.factors[1].ndim != entry.factors.lora_b.ndim:
+        if (entry.module, entry.parameter) not in known:
+            raise ValueError(
+                f"{files.tensors} has an adapter for {entry.path}, and the model has none there: {_FRESH}, or install "
+                f"on the linears of all adapters"
+            )
+        lora_a, lora_b = entry.branch.factors
+        if lora_b.ndim != entry.factors.lora_b.ndim:
             raise ValueError(
                 f"{entry.path} is a flat shard of FullyShardedDataParallel: load within "
                 f"FullyShardedDataParallel.summon_full_params(model)"
             )
-        if (rank := entry.branch.rank) != entry.factors.rank:
+        if entry.parameter is not None and lora_b.shape[-1] != entry.factors.rank:
             raise ValueError(
-                f"{entry.path} has rank {rank} in the model and rank {entry.factors.rank} in {files.tensors}: {_FRESH}"
+                f"{entry.path} has rank {lora_b.shape[-1]} in the model and rank {entry.factors.rank} in "
+                f"{files.tensors}: {_FRESH}"
             )
-        values.append(_converted(entry, entry.branch.factors[0].dtype, files))
+        if (room := lora_b.shape[-1]) < entry.factors.rank:
+            raise ValueError(
+                f"{entry.path} has room for rank {room} in the model and rank {entry.factors.rank} in "
+                f"{files.tensors}: {_FRESH}; lora_fx.install(model, config, max_rank=...) leaves room for several"
+            )
+        values.append(_converted(entry, lora_a.dtype, files))
     return values
 
 
-def _converted(entry: _Entry, dtype: torch.dtype, files: AdapterFiles) -> Factors:
+def _converted(entry: Entry, dtype: torch.dtype, files: AdapterFiles) -> Factors:
     both = [tensor.to(dtype) for tensor in (entry.factors.lora_a, entry.factors.lora_b)]
     if not all(torch.isfinite(tensor).all() for tensor in both):
         raise ValueError(f"{entry.path}: values of {files.tensors} are too large for {dtype}: use a wider dtype")
     return Factors(*both)
 
 
-def _fill(found: Iterable[_Entry], values: Iterable[Factors]) -> None:
-    for entry, factors in zip(found, values):
-        for factor, values_of_it in zip(entry.branch.factors, (factors.lora_a, factors.lora_b)):
-            with torch.no_grad():
-                fill(factor, values_of_it.to(factor.device))
-        entry.branch.set_scale(entry.scale)
-
-
-def _install_files(model: nn.Module, found: list[_Entry], files: AdapterFiles, mesh: Any) -> None:
-    install(model, _lora_config(found, files))
+def _install_files(
+    model: nn.Module, found: list[Entry], files: AdapterFiles, mesh: Any, name: str, max_rank: int | None
+) -> None:
+    install(model, _lora_config(found, files), adapter_name=name, max_rank=max_rank)
     try:
         with together(mesh):
             values = [_converted(entry, _wider(entry), files) for entry in found]
         for entry, factors in zip(found, values):
-            _set_factors(entry, factors)
+            widen(entry.branch, factors.lora_a.dtype)
+        fill_adapter(model, found, values, name)
     except BaseException:
         remove(model)
         raise
 
 
-def _wider(entry: _Entry) -> torch.dtype:
+def _wider(entry: Entry) -> torch.dtype:
     dtype: torch.dtype = entry.branch.factors[0].dtype
     for tensor in (entry.factors.lora_a, entry.factors.lora_b):
         dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
 
 
-def _set_factors(entry: _Entry, factors: Factors) -> None:
-    module = entry.branch.module
-    for name, kind in zip(entry.branch.names, PARAMETERS):
-        new = getattr(factors, kind).to(module.lora_scale.device)
-        if entry.parameter is None:  # of experts, registration places them
-            new = like_weight(kind, new, getattr(module, "weight", None))
-        module.register_parameter(name, nn.Parameter(new))
-    entry.branch.set_scale(entry.scale)
-
-
-def _lora_config(found: list[_Entry], files: AdapterFiles) -> LoRAConfig:
+def _lora_config(found: list[Entry], files: AdapterFiles) -> LoRAConfig:
     """The configuration that installs the adapters of the files: exact paths, one expression for each number."""
     linears = [entry.path for entry in found if entry.parameter is None]
     parameters = [entry.path for entry in found if entry.parameter is not None]

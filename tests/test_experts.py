@@ -349,3 +349,17 @@ def test_compiled_it_is_one_graph_and_reads_new_scales(dtype):
         with lora_fx.disabled(module):
             torch.testing.assert_close(compiled(x, ENDS), module(x, ENDS))
     torch._dynamo.reset()
+
+
+def test_several_adapters_are_for_linears():
+    model = adapted(LoRAConfig(rank=4, exclude_modules="router", target_parameters=ALL)).eval()
+    assert lora_fx.active_adapter(model) == "default" and lora_fx.adapter_names(model) == ["default"]
+    before = snapshot(model)
+    match = r"layers.0.feed_forward.experts holds adapted experts, which have one adapter"
+    with pytest.raises(ValueError, match=match):
+        lora_fx.add_adapter(model, "other", LoRAConfig(rank=2))
+    with pytest.raises(ValueError, match=match), lora_fx.adapters_per_row(model, ["default", None]):
+        pass
+    with pytest.raises(ValueError, match=r"adapters of experts have no room for others"):
+        lora_fx.install(llama(), CONFIG, max_rank=8)
+    assert_same(before, snapshot(model))

@@ -167,10 +167,19 @@ def test_damaged_files_are_refused_and_change_nothing(tmp_path, change, values, 
 def test_other_adapters_than_the_files_are_refused(tmp_path):
     model = shake(lora_fx.install(llama(), LoRAConfig(rank=3, target_modules=(), target_parameters=["w1", "w2"])))
     lora_fx.save_adapter(model, tmp_path)
-    for parameters, match in (
-        (["w1", "w2", "w3"], r"experts.w3 has an adapter, and .* has none"),
-        (["w1"], r"has an adapter for \S*experts.w2, and the model has none"),
+    for rank, parameters, match in (
+        (3, ["w1"], r"has an adapter for \S*experts.w2, and the model has none"),
+        (4, ["w1", "w2"], r"experts.w1 has rank 4 in the model and rank 3 in"),
     ):
-        other = lora_fx.install(llama(), LoRAConfig(rank=3, target_modules=(), target_parameters=parameters))
+        other = lora_fx.install(llama(), LoRAConfig(rank=rank, target_modules=(), target_parameters=parameters))
         with pytest.raises(ValueError, match=match):
             lora_fx.load_adapter(other, tmp_path)
+
+
+def test_adapters_that_the_files_do_not_name_add_nothing(tmp_path):
+    config = LoRAConfig(rank=3, target_modules=(), target_parameters=["w1", "w2"])
+    model = shake(lora_fx.install(llama(), config))
+    lora_fx.save_adapter(model, tmp_path)
+    wider = LoRAConfig(rank=3, target_modules="wq", target_parameters=["w1", "w2", "w3"])
+    other = shake(lora_fx.install(llama(), wider), seed=7)
+    torch.testing.assert_close(lora_fx.load_adapter(other, tmp_path)(TOKENS), model(TOKENS))
