@@ -115,9 +115,9 @@ def reasons() -> Iterator[list[str]]:
 
 def texts(expression: ast.expr) -> Iterator[list[str]]:
     if isinstance(expression, ast.Constant):
-        yield [expression.value]
+        yield [str(expression.value)]
     elif isinstance(expression, ast.JoinedStr):
-        yield [part.value if isinstance(part, ast.Constant) else "" for part in expression.values]
+        yield [str(part.value) if isinstance(part, ast.Constant) else "" for part in expression.values]
     elif isinstance(expression, ast.IfExp):
         yield from (*texts(expression.body), *texts(expression.orelse))
     else:  # it was made elsewhere, where it is found

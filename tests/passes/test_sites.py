@@ -224,6 +224,10 @@ def frozen(module: nn.Module, name: str) -> nn.Module:
     return module
 
 
+def build_layers(depth: int, dtype: torch.dtype, dropout: float) -> nn.Module:
+    return adapt(Layers(depth).to(dtype), dropout=dropout)
+
+
 def layers(depth: int) -> list[Case]:
     """A Llama in small. Errors in bfloat16 spread through it, so they take more inputs to measure."""
 
@@ -235,10 +239,9 @@ def layers(depth: int) -> list[Case]:
         dropout: float = 0.0,
         **more: Any,
     ) -> Case:
-        counts = ({name: depth * count for name, count in half.items()} for half in (forward, backward))
-        return Case(
-            name, lambda: adapt(Layers(depth).to(cast), dropout=dropout), 7 * depth, *counts, dtype=cast, **more
-        )
+        forward, backward = ({key: depth * count for key, count in half.items()} for half in (forward, backward))
+        build = functools.partial(build_layers, depth, cast, dropout)
+        return Case(name, build, 7 * depth, forward, backward, dtype=cast, **more)
 
     recomputed = LAYER | {"recompute": 7}
     return [
