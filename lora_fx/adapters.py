@@ -44,6 +44,7 @@ def add_adapter(model: Model, name: str, config: LoRAConfig) -> Model:
         ValueError: `model` holds no adapters or one of that name; `config` targets a linear without an adapter, or asks
             for more than `install` left room for; FSDP or DDP wrap the model; it is merged. The text says what to do,
             and `model` is as it was.
+        TypeError: `config` is no `LoRAConfig`.
     """
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}")
@@ -81,6 +82,10 @@ def set_adapter(model: Model, name: str) -> Model:
     switch. Those of adapters that are not active are no parameters of `model` meanwhile; `adapter_parameters` has them
     by name.
 
+    Args:
+        model: holds it.
+        name: of the adapter.
+
     Returns:
         `model`.
 
@@ -96,6 +101,10 @@ def set_adapter(model: Model, name: str) -> Model:
 
 def delete_adapter(model: Model, name: str) -> Model:
     """Take an adapter that is not active out of `model`.
+
+    Args:
+        model: holds it.
+        name: of the adapter.
 
     Returns:
         `model`.

@@ -163,10 +163,14 @@ def freeze(model: Model) -> Model:
 def adapter_parameters(model: nn.Module, adapter_name: str | None = None) -> list[nn.Parameter]:
     """The parameters to give to an optimizer: A and B of every swapped linear, in the order of `model.modules()`.
 
-    Those of the active adapter, or of another one that is named. They stay the same objects when another adapter
-    becomes active (`lora_fx.set_adapter`), so an optimizer goes on with the one that it was made for.
+    They stay the same objects when another adapter becomes active (`lora_fx.set_adapter`), so an optimizer goes on
+    with the one that it was made for.
 
     Warns when a distributed parameter beside them requires gradients, see `thawed`.
+
+    Args:
+        model: holds adapters.
+        adapter_name: of another adapter than the active one.
 
     Raises:
         ValueError: `model` holds no adapters, or none of that name.
@@ -196,7 +200,15 @@ def thawed(model: nn.Module) -> list[str]:
 
 
 def named_adapter_parameters(model: nn.Module, adapter_name: str | None = None) -> list[tuple[str, nn.Parameter]]:
-    """As `adapter_parameters`, with the names that ``model.named_parameters()`` has for the active adapter's."""
+    """As `adapter_parameters`, with the names that ``model.named_parameters()`` has for the active adapter's.
+
+    Args:
+        model: holds adapters.
+        adapter_name: of another adapter than the active one.
+
+    Raises:
+        ValueError: `model` holds no adapters, or none of that name.
+    """
     found = []
     for path, module in adapted(model):
         holder = module.holder(adapter_name)

@@ -69,13 +69,13 @@ class Adapter:
 
 
 class LoRAModule(nn.Linear):
-    """The half of a swapped linear that is not its parent: every `LoRA<Parent>` derives from this and from Parent.
+    """The half of a swapped linear that is not its parent: every ``LoRA<Parent>`` derives from this and from Parent.
 
-    Parameters:
+    The buffers are 0-d, and float32 whatever dtype the module is moved to.
+
+    Attributes:
         lora_a: [R, K], trainable.
         lora_b: [N, R], trainable, zero at first.
-
-    Buffers, 0-d float32 whatever dtype the module is moved to:
         lora_scale: saved in `state_dict`, so that loading a checkpoint restores the function that was saved even where
             this module was installed with another alpha. Change it with ``module.lora_scale.fill_(value)``.
         lora_enabled: 1, or 0 inside `lora_fx.disabled`; not saved.
