@@ -41,6 +41,8 @@ class LoRAConfig:
         dropout: the probability of dropping an input element of the low-rank branch while training, in [0, 1).
         target_modules: ``"all-linear"`` (every `nn.Linear` and subclass), or one pattern or several that name linears.
         exclude_modules: patterns that are not adapted. One that names a container leaves out all linears below it.
+        modules_to_save: patterns that name modules of any kind which are trained whole, with everything below them, and
+            are not adapted: a new head, say. `adapter_parameters` and adapter files hold them too.
         rank_pattern: pattern -> rank, for modules that differ from `rank`.
         alpha_pattern: pattern -> alpha, for modules that differ from `alpha`.
         use_rslora: scale by ``alpha / sqrt(R)``.
@@ -58,6 +60,7 @@ class LoRAConfig:
     dropout: float = 0.0
     target_modules: PatternLike | Sequence[PatternLike] = ALL_LINEAR
     exclude_modules: PatternLike | Sequence[PatternLike] = ()
+    modules_to_save: PatternLike | Sequence[PatternLike] = ()
     # Dictionaries are compared and left out of the hash: equal configurations still hash equal.
     rank_pattern: Ranks = dataclasses.field(default_factory=dict, hash=False)
     alpha_pattern: Alphas = dataclasses.field(default_factory=dict, hash=False)
@@ -74,6 +77,7 @@ class LoRAConfig:
                 raise ValueError(f'target_modules is empty: name at least one module, or pass "{ALL_LINEAR}"')
             self._set("target_modules", targets)
         self._set("exclude_modules", _checked_patterns("exclude_modules", self.exclude_modules))
+        self._set("modules_to_save", _checked_patterns("modules_to_save", self.modules_to_save))
         ranks = _checked_mapping("rank_pattern", self.rank_pattern)
         for pattern, rank in ranks.items():
             _check_rank(f"rank_pattern[{pattern!r}]", rank)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from lora_fx.linear import LoRAModule
+from lora_fx.trained import keep_originals, trained_modules
 
 _NAME = "init_weights"
 
@@ -32,6 +33,7 @@ class InitWeights:
         for module in self.model.modules():
             if isinstance(module, LoRAModule):
                 module.reset_adapters()
+        keep_originals(module for _, module in trained_modules(self.model))
         return result
 
     def _previous(self) -> Any:

@@ -28,7 +28,17 @@ from lora_fx.linear import (
     unswap,
 )
 from lora_fx.placements import is_dtensor
-from lora_fx.targets import Target, clean_path, find_targets
+from lora_fx.targets import Target, clean_path, find_saved, find_targets
+from lora_fx.trained import (
+    check_originals,
+    check_trainable,
+    forget_originals,
+    is_trained,
+    keep_originals,
+    restore_originals,
+    trained_modules,
+    with_originals,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -59,6 +69,9 @@ def install(model: Model, config: LoRAConfig | None = None) -> Model:
     Two linears that share one weight get an adapter each; a linear that is registered under two names gets one. Where
     the model has an `init_weights`, the adapters start afresh whenever it is called.
 
+    What `modules_to_save` names is trained whole, where it stands. A copy of what it held is kept beside it, for
+    `remove` and `disabled`; of a model on the meta device, of what `init_weights` makes of it.
+
     Install before `torch.compile`, and before FSDP or DDP wrap the model.
 
     Args:
@@ -83,6 +96,8 @@ def install(model: Model, config: LoRAConfig | None = None) -> Model:
     for target in targets:
         _check_linear(target.path, target.module)
     check_called(model, [(target.path, target.module) for target in targets])
+    saved = find_saved(model, config)
+    check_trainable(model, saved)
 
     # Tensors made in inference mode would never train. And what can fail comes before the first change.
     with torch.inference_mode(False):
@@ -99,6 +114,7 @@ def install(model: Model, config: LoRAConfig | None = None) -> Model:
             for module, patch in _patched(model, record):
                 setattr(module, patch.name, patch.value)
             record.init_weights = patch_init_weights(model)
+            keep_originals(module for module in saved if module._parameters or module._buffers)
             freeze(model)
         except BaseException:
             _undo(model, record)
@@ -109,26 +125,34 @@ def install(model: Model, config: LoRAConfig | None = None) -> Model:
 def remove(model: Model) -> Model:
     """Take out what `install` put in: classes, parameters, buffers, `requires_grad` and `init_weights` as before.
 
-    The base weights are what they were, so the model computes what it computed before it was installed on; those of a
-    merged model (`lora_fx.merge`) stay merged, so it computes what it computed with adapters. A compiled model stays
-    compiled and recompiles at its next call.
+    The base weights are what they were, and so is what `modules_to_save` trained: the model computes what it computed
+    before it was installed on. A merged model (`lora_fx.merge`) stays merged and trained: it computes what it computed
+    with adapters. A compiled model stays compiled and recompiles at its next call.
 
     Raises:
-        ValueError: `install` was not called on `model`, or a wrapper changed its modules since (FSDP, for instance).
+        ValueError: `install` was not called on `model`, a wrapper changed its modules since (FSDP, for instance), or
+            what a trained module held is not known: it was on the meta device at install.
     """
     record = _record(model)
+    merged = any(isinstance(module, LoRAModule) and module._lora_merged is not None for module in model.modules())
+    if not merged:
+        check_originals(model, "lora_fx.remove")
     for path, module in model.named_modules():
         wrapper = _torch.data_parallel_wrapper(module)
         if wrapper is not None:
             raise ValueError(f"{_shown(path)} is wrapped by {wrapper}: remove the adapters before wrapping")
         if isinstance(module, LoRAModule) and "_lora_parent" not in type(module).__dict__:
             raise ValueError(f"{_shown(path)} became a {type(module).__name__} after install: undo that first")
+    if not merged:
+        restore_originals(module for _, module in trained_modules(model))
     _undo(model, record)
     return model
 
 
 def freeze(model: Model) -> Model:
-    """Make the adapters of `model` the only parameters that require gradients. Repeat it whenever something thawed one.
+    """Make the adapters of `model`, and what `modules_to_save` names, the only parameters that require gradients.
+
+    Repeat it whenever something thawed another one.
 
     Tensor parallelism's `SequenceParallel`, for one, replaces frozen parameters by trainable ones.
 
@@ -146,7 +170,9 @@ def freeze(model: Model) -> Model:
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters to give to an optimizer: A and B of every swapped linear, in the order of `model.modules()`.
+    """The parameters to give to an optimizer, in the order of `model.modules()`.
+
+    They are A and B of every swapped linear, and all parameters of what `modules_to_save` names.
 
     Warns when a distributed parameter beside them requires gradients, see `thawed`.
 
@@ -179,29 +205,36 @@ def thawed(model: nn.Module) -> list[str]:
 
 def named_adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """As `adapter_parameters`, with names as in ``model.named_parameters()``."""
-    return [
-        (f"{path}.{name}".removeprefix("."), module._parameters[name])  # type: ignore[misc]  # never None once swapped
-        for path, module in adapted(model)
-        for name in PARAMETERS
-    ]
+    if not any(is_trained(module) for module in model.modules()):
+        adapted(model)
+    found: dict[nn.Parameter, str] = {}  # a trained one may be shared
+    for path, module in model.named_modules():
+        names = PARAMETERS if isinstance(module, LoRAModule) else module._parameters if is_trained(module) else ()
+        for name in names:
+            if (parameter := module._parameters[name]) is not None:
+                found.setdefault(parameter, f"{path}.{name}".removeprefix("."))
+    return [(name, parameter) for parameter, name in found.items()]
 
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Within this context `model` computes what it would without adapters, compiled or not, without recompiling.
 
-    Contexts nest, and the state from before is restored however the block ends.
+    What `modules_to_save` trains is what it was at first. Contexts nest, and the state from before is restored however
+    the block ends.
 
     Raises:
-        ValueError: `model` holds no adapters, or they are merged.
+        ValueError: `model` holds no adapters, or they are merged; or it has modules that are trained whole and sharded
+            by FSDP, or whose first values are not known.
     """
     check_not_merged(model)
     modules = [module for _, module in adapted(model)]
     before = [module.lora_enabled for module in modules]
     try:
-        for module in modules:
-            module.lora_enabled = module.disabled_buffer()
-        yield
+        with with_originals(model):
+            for module in modules:
+                module.lora_enabled = module.disabled_buffer()
+            yield
     finally:
         for module, enabled in zip(modules, before):
             module.lora_enabled = enabled.to(module.lora_enabled.device)  # the model may have been moved in between
@@ -251,6 +284,7 @@ def _undo(model: nn.Module, record: Installation) -> None:
     for module in list(model.modules()):
         if isinstance(module, LoRAModule):
             unswap(module)
+    forget_originals(module for _, module in trained_modules(model))
     for module, patch in _patched(model, record):
         setattr(module, patch.name, patch.previous)
     if record.init_weights is not None:

@@ -19,6 +19,7 @@ from lora_fx.install import adapted
 from lora_fx.linear import LoRAModule, is_activation_dtype
 from lora_fx.placements import is_dtensor
 from lora_fx.targets import clean_path
+from lora_fx.trained import trained_modules
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -43,9 +44,10 @@ def merge(model: Model, *, keep: bool = True) -> Model:
     """Add every adapter of `model` into the weight that it adapts, in place.
 
     The sum is formed in float32 (float64 for such weights) and rounded once to the weight's dtype. No parameter changes
-    its identity. Until `unmerge` the adapters require no gradients, so that training fails instead of doing nothing (a
-    compiled model has a graph for each of the two states, and compiles each once), and what would mix merged and
-    unmerged numbers is refused: `disabled`, `freeze`, `save_adapter`, `load_adapter`, `load_state_dict`.
+    its identity. Until `unmerge` the adapters, and what `modules_to_save` names, require no gradients, so that
+    training fails instead of doing nothing (a compiled model has a graph for each of the two states, and compiles each
+    once), and what would mix merged and unmerged numbers is refused: `disabled`, `freeze`, `save_adapter`,
+    `load_adapter`, `load_state_dict`.
 
     Dropout is gone with the branch: in training mode, too, a merged model computes what it computes in evaluation.
 
@@ -77,6 +79,8 @@ def merge(model: Model, *, keep: bool = True) -> Model:
         module.lora_scale = torch.zeros_like(module.lora_scale)
         for factor in factors:
             factor.requires_grad_(False)
+    for parameter in _trained_whole(model):
+        parameter.requires_grad_(False)
     return model
 
 
@@ -103,7 +107,13 @@ def unmerge(model: Model) -> Model:
         for factor, trained in zip((module.lora_a, module.lora_b), record.trained):
             factor.requires_grad_(trained)
         module._lora_merged = None
+    for parameter in _trained_whole(model):
+        parameter.requires_grad_(True)
     return model
+
+
+def _trained_whole(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for _, module in trained_modules(model) for parameter in module.parameters(recurse=False)]
 
 
 def _check(where: str, module: LoRAModule, holders: Counter[int]) -> None:

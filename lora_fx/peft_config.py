@@ -28,7 +28,6 @@ _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 _UNSUPPORTED = {
     "use_dora": "DoRA is not supported yet: train without it, or merge the adapter into the base in PEFT",
     "target_parameters": "adapters on expert tensors are not supported yet: adapt linears alone",
-    "modules_to_save": "fully trained modules are not supported yet: copy them yourself and drop them from both files",
     "trainable_token_indices": "trained tokens are not supported: merge the adapter into the base in PEFT",
     "lora_bias": "a bias of the low-rank branch is not supported: train with lora_bias=False",
     "layer_replication": "replicated layers are not supported: load into a model that has them, without this setting",
@@ -53,6 +52,7 @@ class PeftConfig:
     use_rslora: bool
     target_modules: str | tuple[str, ...]
     exclude_modules: str | tuple[str, ...]
+    modules_to_save: tuple[str, ...]
     rank_pattern: Mapping[re.Pattern[str], int]
     alpha_pattern: Mapping[re.Pattern[str], float]
     layers_to_transform: tuple[int, ...]
@@ -74,11 +74,18 @@ class PeftConfig:
         """Whether the linear at `path` gets an adapter."""
         if _named(self.exclude_modules, path):
             return False
+        # As PEFT has it: with what is below a module that is trained whole.
+        if any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save):
+            return False
         if isinstance(self.target_modules, str):
             return self.target_modules == ALL_LINEAR or _named(self.target_modules, path)
         if path in self.target_modules:
             return True
         return _named(self.target_modules, path) and (not self.layers_to_transform or self._in_a_chosen_layer(path))
+
+    def trains(self, path: str) -> bool:
+        """Whether the module at `path` is trained whole. PEFT compares ends of paths, and not of whole segments."""
+        return path.endswith(self.modules_to_save) if self.modules_to_save else False
 
     def _in_a_chosen_layer(self, path: str) -> bool:
         patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in self.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
@@ -109,6 +116,7 @@ def config_values(
     scales: Mapping[str, float],
     *,
     others: Collection[str],
+    trained: Collection[str],
     dropout: float,
     use_rslora: bool,
     base: str | None,
@@ -119,6 +127,7 @@ def config_values(
         ranks: of every adapted linear, by its path.
         scales: likewise; numbers that float32 holds.
         others: paths of the modules that are not adapted.
+        trained: paths of the modules that are trained whole.
         dropout: of all of them.
         use_rslora: whether alphas are to be divided by sqrt(R) and not by R. The scales are the same either way.
         base: the name or path of the base model, where one is known.
@@ -141,7 +150,7 @@ def config_values(
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": list(trained) or None,
     }
 
 
@@ -226,6 +235,7 @@ def _checked(file: Path, values: Any) -> PeftConfig:
         use_rslora=bool(values.get("use_rslora")),
         target_modules=targets,
         exclude_modules=_names(values, "exclude_modules"),
+        modules_to_save=_several(_names(values, "modules_to_save")),
         rank_pattern=_patterns(values, "rank_pattern", _rank),
         alpha_pattern=_patterns(values, "alpha_pattern", _number),
         layers_to_transform=_layers(values.get("layers_to_transform")),
@@ -233,7 +243,12 @@ def _checked(file: Path, values: Any) -> PeftConfig:
     )
     if not 0.0 <= config.dropout < 1.0:
         raise ValueError(f"lora_dropout must be in [0, 1), got {config.dropout!r}")
-    for expression in (config.target_modules, config.exclude_modules, *config.layers_pattern):
+    for expression in (
+        config.target_modules,
+        config.exclude_modules,
+        *config.layers_pattern,
+        *config.modules_to_save,
+    ):
         if isinstance(expression, str):
             re.compile(expression)
     return config

@@ -1,7 +1,8 @@
 """PEFT's two files of an adapter as values: read and checked as far as it can be without a model, and encoded.
 
 adapter_config.json          see `lora_fx.peft_config`
-adapter_model.safetensors    base_model.model.<path>.lora_A.weight [R, K], base_model.model.<path>.lora_B.weight [N, R]
+adapter_model.safetensors    base_model.model.<path>.lora_A.weight [R, K], base_model.model.<path>.lora_B.weight [N, R],
+                             base_model.model.<path>.<name in its state_dict> of modules that are trained whole
 """
 
 import json
@@ -40,11 +41,15 @@ class Factors:
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """What a folder holds: `factors` by the path of their linear, without what wrappers put into paths."""
+    """What a folder holds: `factors` by the path of their linear, without what wrappers put into paths.
+
+    `trained` has, by their full names, the tensors of modules that are trained whole.
+    """
 
     tensors: Path
     config: PeftConfig
     factors: Mapping[str, Factors]
+    trained: Mapping[str, Tensor]
 
 
 def read_files(folder: Path) -> AdapterFiles:
@@ -57,8 +62,16 @@ def read_files(folder: Path) -> AdapterFiles:
     config = read_config(folder / CONFIG)
     file = folder / TENSORS
     halves: dict[str, dict[str, Tensor]] = {}
+    trained: dict[str, Tensor] = {}
     for key, tensor in _read_tensors(file).items():
-        path, name = _split(file, key)
+        path, name = _split(file, key, config)
+        if not name:
+            if path in trained:
+                raise ValueError(f"{file}: {path} is there twice, once with a wrapper's name in its key: drop one")
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{file}: {key} holds NaN or infinity: take an earlier checkpoint")
+            trained[path] = tensor
+            continue
         if name in halves.setdefault(path, {}):
             raise ValueError(f"{file}: {path} has {_KEYS[name]} twice, once with a wrapper's name in its key: drop one")
         if tensor.ndim != 2 or not is_activation_dtype(tensor.dtype):
@@ -69,14 +82,18 @@ def read_files(folder: Path) -> AdapterFiles:
         halves[path][name] = tensor
     if not halves:
         raise ValueError(f"{file} holds no tensors: save the adapter again")
-    return AdapterFiles(file, config, {path: _factors(file, config, path, half) for path, half in halves.items()})
+    factors = {path: _factors(file, config, path, half) for path, half in halves.items()}
+    return AdapterFiles(file, config, factors, trained)
 
 
-def encoded(factors: Mapping[str, Factors], config: Mapping[str, Any]) -> dict[str, bytes]:
+def encoded(
+    factors: Mapping[str, Factors], trained: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> dict[str, bytes]:
     """The content of the two files, by name."""
     tensors = {
         f"{PREFIX}{path}.{key}": getattr(both, name) for path, both in factors.items() for name, key in _KEYS.items()
     }
+    tensors |= {f"{PREFIX}{name}": tensor for name, tensor in trained.items()}
     return {
         TENSORS: save(tensors, metadata={"format": "pt"}),
         CONFIG: (json.dumps(config, indent=2, allow_nan=False) + "\n").encode(),
@@ -95,8 +112,11 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} was cut short or is no safetensors file ({error}): save the adapter again") from error
 
 
-def _split(file: Path, key: str) -> tuple[str, str]:
-    """The path of the linear that a key belongs to, and which factor it is."""
+def _split(file: Path, key: str, config: PeftConfig) -> tuple[str, str]:
+    """The path of the linear that a key belongs to, and which factor it is.
+
+    Of a tensor of a module that is trained whole it is the tensor's full name, and nothing.
+    """
     if not key.startswith(PREFIX):
         raise ValueError(
             f"{file}: {key!r} does not start with {PREFIX!r}, and PEFT would ignore it: rename the tensors, or save "
@@ -109,6 +129,9 @@ def _split(file: Path, key: str) -> tuple[str, str]:
             if linear.endswith(".base_layer"):
                 raise ValueError(f"{file}: {key!r}: adapters on expert tensors are not supported yet")
             return linear, name
+    segments = path.split(".")
+    if any(config.trains(".".join(segments[:end])) for end in range(1, len(segments))):
+        return path, ""
     raise ValueError(f"{file}: {key!r} is {_what(path)}")
 
 
@@ -119,7 +142,10 @@ def _what(path: str) -> str:
         return "an adapter of an embedding, which is not supported: adapt linears alone"
     if named := re.search(r"\.lora_[AB]\.(.+)\.weight$", path):
         return f"a key with the adapter's name in it: drop '.{named[1]}', or save it with PEFT's save_pretrained"
-    return "no factor of a linear (lora_A.weight or lora_B.weight): drop it from the file, and load it by itself"
+    return (
+        "no factor of a linear (lora_A.weight or lora_B.weight), and modules_to_save does not name its module: drop it "
+        "from the file, and load it by itself"
+    )
 
 
 def _factors(file: Path, config: PeftConfig, path: str, half: Mapping[str, Tensor]) -> Factors:

@@ -22,6 +22,14 @@ from lora_fx.peft_config import config_values
 from lora_fx.peft_files import PREFIX, AdapterFiles, Factors, encoded, read_files
 from lora_fx.placements import fill, gathered, like_weight, local
 from lora_fx.targets import clean_path, exactly
+from lora_fx.trained_state import (
+    TrainedEntry,
+    check_same_trained,
+    check_trained,
+    fill_trained,
+    gathered_trained,
+    match_trained,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -60,10 +68,12 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         raise ValueError(f"{type(model).__name__} holds no adapters to save: call lora_fx.install(model, config) first")
     mesh = largest_mesh(model)
     whole = {path: [_whole(module._parameters[name]) for name in PARAMETERS] for path, module in modules.items()}
+    trained = gathered_trained(model)
     with together(mesh):
         factors = {path: _checked(path, modules[path], *both) for path, both in whole.items()}
+        config = _config_values(model, modules, check_trained(model, trained))
         if writes(mesh):
-            write_together(where, encoded(factors, _config_values(model, modules)))
+            write_together(where, encoded(factors, trained, config))
     return where
 
 
@@ -72,9 +82,9 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
 
     A model without adapters gets those of the files (`lora_fx.install`), with the dropout of the configuration, and
     with factors in the file's dtype or the one that `install` gives, whichever is wider. A model that holds adapters
-    must hold the same ones, of the same ranks. It gets the files' values, in the dtype of its own factors, and their
-    scales; its dropout stays. No tensor changes its identity then: compiled code and optimizers go on with the new
-    values, and nothing recompiles.
+    must hold the same ones, of the same ranks, and train the same modules whole. It gets the files' values, in the
+    dtype of its own factors, and their scales; its dropout stays. No tensor changes its identity then: compiled code
+    and optimizers go on with the new values, and nothing recompiles.
 
     On several ranks all ranks of the model's mesh call this together, and every one reads the files.
 
@@ -98,16 +108,17 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
     with torch.inference_mode(False):  # whose tensors would never train
         with together(mesh):
             files = read_files(Path(folder))
-            found = _matched(inner, files)
+            found, trained = _matched(inner, files), match_trained(inner, files)
+            _check_storage([*found, *trained])
             installed = is_installed(inner)
             if installed:
                 values = _fitting(inner, found, files)
-            else:
-                _check_storage(found)
+                check_same_trained(inner, trained, files, _FRESH)
         if installed:
             _fill(found, values)
         else:
-            _install_files(inner, found, files, mesh)
+            _install_files(inner, found, trained, files, mesh)
+        fill_trained(trained)
     return model
 
 
@@ -159,7 +170,7 @@ def _checked(path: str, module: LoRAModule, lora_a: Tensor, lora_b: Tensor) -> F
     return Factors(lora_a, lora_b)
 
 
-def _config_values(model: nn.Module, modules: dict[str, LoRAModule]) -> dict[str, Any]:
+def _config_values(model: nn.Module, modules: dict[str, LoRAModule], trained: list[str]) -> dict[str, Any]:
     dropouts = Counter(module.lora_dropout for module in modules.values())
     dropout = dropouts.most_common(1)[0][0]
     if len(dropouts) > 1:
@@ -173,6 +184,7 @@ def _config_values(model: nn.Module, modules: dict[str, LoRAModule]) -> dict[str
         {path: module.lora_b.shape[1] for path, module in modules.items()},
         {path: local(module.lora_scale).item() for path, module in modules.items()},
         others={clean_path(path) for path, _ in model.named_modules()} - modules.keys(),
+        trained=trained,
         dropout=dropout,
         use_rslora=bool(installed) and all(config.use_rslora for config in installed),
         base=getattr(model, "name_or_path", None) or None,
@@ -253,7 +265,7 @@ def _heads(model: nn.Module, first: dict[nn.Module, str]) -> list[str]:
     return [first[head]] if isinstance(head, nn.Module) and head in first else []
 
 
-def _check_storage(found: list[_Entry]) -> None:
+def _check_storage(found: Iterable[_Entry | TrainedEntry]) -> None:
     for entry in found:
         if any(parameter.is_meta for parameter in entry.module.parameters()):
             raise ValueError(
@@ -267,7 +279,6 @@ _FRESH = "call lora_fx.remove(model) first, and load_adapter installs what the f
 
 def _fitting(model: nn.Module, found: list[_Entry], files: AdapterFiles) -> list[Factors]:
     """The factors of the files in the dtypes of those that `model` holds, which must be the same ones."""
-    _check_storage(found)
     paths = {entry.module: entry.path for entry in found}
     for path, module in model.named_modules():
         if isinstance(module, LoRAModule) and module not in paths:
@@ -306,8 +317,10 @@ def _fill(found: Iterable[_Entry], values: Iterable[Factors]) -> None:
         _set_scale(entry)
 
 
-def _install_files(model: nn.Module, found: list[_Entry], files: AdapterFiles, mesh: Any) -> None:
-    install(model, _lora_config(found, files))
+def _install_files(
+    model: nn.Module, found: list[_Entry], trained: list[TrainedEntry], files: AdapterFiles, mesh: Any
+) -> None:
+    install(model, _lora_config(found, trained, files))
     try:
         with together(mesh):
             values = [_converted(entry, _wider(entry), files) for entry in found]
@@ -339,7 +352,7 @@ def _set_scale(entry: _Entry) -> None:
     entry.swapped._lora_last_scale = entry.scale
 
 
-def _lora_config(found: list[_Entry], files: AdapterFiles) -> LoRAConfig:
+def _lora_config(found: list[_Entry], trained: list[TrainedEntry], files: AdapterFiles) -> LoRAConfig:
     """The configuration that installs the adapters of the files: exact paths, one expression for each number."""
     ranks: dict[int, list[str]] = {}
     alphas: dict[float, list[str]] = {}
@@ -354,6 +367,7 @@ def _lora_config(found: list[_Entry], files: AdapterFiles) -> LoRAConfig:
         alpha=alpha,
         dropout=files.config.dropout,
         target_modules=exactly([entry.path for entry in found]),
+        modules_to_save=exactly(sorted({entry.path for entry in trained})) if trained else (),
         rank_pattern={exactly(paths): value for value, paths in ranks.items() if value != rank},
         alpha_pattern={exactly(paths): value for value, paths in alphas.items() if value != alpha},
         use_rslora=files.config.use_rslora,
