@@ -16,6 +16,7 @@ from lora_fx.install import (
 )
 from lora_fx.linear import LoRAModule
 from lora_fx.merge import merge, unmerge
+from lora_fx.optimizer import parameter_groups
 from lora_fx.state import load_adapter, save_adapter
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "named_adapter_parameters",
+    "parameter_groups",
     "remove",
     "save_adapter",
     "unmerge",
