@@ -4,6 +4,7 @@ from lora_fx import distributed
 from lora_fx.compile import compile
 from lora_fx.config import LoRAConfig
 from lora_fx.converter import Converters, LoRAConverter, ModelConverter, convert
+from lora_fx.dora import DoRAModule
 from lora_fx.explain import Report, explain
 from lora_fx.install import (
     adapter_parameters,
@@ -21,6 +22,7 @@ from lora_fx.state import load_adapter, save_adapter
 
 __all__ = [
     "Converters",
+    "DoRAModule",
     "LoRAConfig",
     "LoRAConverter",
     "LoRAModule",

@@ -46,6 +46,8 @@ class LoRAConfig:
         rank_pattern: pattern -> rank, for modules that differ from `rank`.
         alpha_pattern: pattern -> alpha, for modules that differ from `alpha`.
         use_rslora: scale by ``alpha / sqrt(R)``.
+        use_dora: train the lengths of the adapted weight's rows apart from it (arXiv:2402.09353, see
+            `lora_fx.DoRAModule`): ``y = m / ||W + scale * B A|| * (W x + scale * B A x) + bias``, m [N].
         init: how A starts, B being zero: ``"kaiming"`` (uniform with a = sqrt(5), as `nn.Linear`) or ``"gaussian"``
             (normal with standard deviation 1 / R).
 
@@ -65,6 +67,7 @@ class LoRAConfig:
     rank_pattern: Ranks = dataclasses.field(default_factory=dict, hash=False)
     alpha_pattern: Alphas = dataclasses.field(default_factory=dict, hash=False)
     use_rslora: bool = False
+    use_dora: bool = False
     init: str = "kaiming"
 
     def __post_init__(self) -> None:
@@ -84,8 +87,9 @@ class LoRAConfig:
         self._set("rank_pattern", ranks)
         alphas = _checked_mapping("alpha_pattern", self.alpha_pattern)
         self._set("alpha_pattern", {p: _checked_alpha(f"alpha_pattern[{p!r}]", a) for p, a in alphas.items()})
-        if not isinstance(self.use_rslora, bool):
-            raise TypeError(f"use_rslora must be a bool, got {self.use_rslora!r}")
+        for name, value in (("use_rslora", self.use_rslora), ("use_dora", self.use_dora)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be a bool, got {value!r}")
         if not isinstance(self.init, str):
             raise TypeError(f"init must be a str, got {self.init!r}")
         if self.init not in INITS:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lora_fx import _torch
 from lora_fx.bypass import Patch, check_called, fast_path_patches
 from lora_fx.config import LoRAConfig
+from lora_fx.dora import MAGNITUDE, DoRAModule, check_dora, with_magnitude
 from lora_fx.init_weights import InitWeights, patch_init_weights
 from lora_fx.linear import (
     ATTRIBUTES,
@@ -94,7 +95,7 @@ def install(model: Model, config: LoRAConfig | None = None) -> Model:
     _check_model(model)
     targets = find_targets(model, config)
     for target in targets:
-        _check_linear(target.path, target.module)
+        _check_linear(target.path, target.module, config)
     check_called(model, [(target.path, target.module) for target in targets])
     saved = find_saved(model, config)
     check_trainable(model, saved)
@@ -172,7 +173,7 @@ def freeze(model: Model) -> Model:
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters to give to an optimizer, in the order of `model.modules()`.
 
-    They are A and B of every swapped linear, and all parameters of what `modules_to_save` names.
+    They are A and B of every swapped linear, DoRA's magnitudes, and all parameters of what `modules_to_save` names.
 
     Warns when a distributed parameter beside them requires gradients, see `thawed`.
 
@@ -209,7 +210,9 @@ def named_adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]
         adapted(model)
     found: dict[nn.Parameter, str] = {}  # a trained one may be shared
     for path, module in model.named_modules():
-        names = PARAMETERS if isinstance(module, LoRAModule) else module._parameters if is_trained(module) else ()
+        names = list(module._parameters) if is_trained(module) else []
+        if isinstance(module, LoRAModule):
+            names = list(module.lora_parameters)
         for name in names:
             if (parameter := module._parameters[name]) is not None:
                 found.setdefault(parameter, f"{path}.{name}".removeprefix("."))
@@ -326,7 +329,7 @@ def _check_model(model: nn.Module) -> None:
             )
 
 
-def _check_linear(path: str, module: nn.Linear) -> None:
+def _check_linear(path: str, module: nn.Linear, config: LoRAConfig) -> None:
     """Refuse a linear on which an adapter could not work, or would never run."""
     what = f"{_shown(path)} ({type(module).__name__})"
     fix = f"leave it out with exclude_modules=[{path!r}]"
@@ -339,14 +342,16 @@ def _check_linear(path: str, module: nn.Linear) -> None:
         raise ValueError(f"{what} takes more than its input in `forward` ({', '.join(extra)}): {fix}")
     if type(module).__module__.startswith("torch.ao.nn.intrinsic"):
         raise ValueError(f"{what} applies more than a linear map; an adapter would be added after that: {fix}")
-    taken = [name for name in (*PARAMETERS, *BUFFERS, *ATTRIBUTES) if hasattr(module, name)]
+    if config.use_dora:
+        check_dora(what, module, fix)
+    taken = [name for name in (*PARAMETERS, MAGNITUDE, *BUFFERS, *ATTRIBUTES) if hasattr(module, name)]
     if taken:
         raise ValueError(f"{what} has an attribute called {taken[0]} already: {fix}")
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.dtype.is_complex:
         raise ValueError(f"{what} has a complex weight, for which adapters are not defined here: {fix}")
     try:
-        lora_class(type(module))
+        lora_class(type(module), DoRAModule if config.use_dora else LoRAModule)
     except Exception as error:
         raise ValueError(f"{what} has a class that refuses to be subclassed ({error}): {fix}") from error
 
@@ -365,7 +370,7 @@ def _extra_arguments(cls: type[nn.Linear]) -> list[str]:
 def _new_adapters(model: nn.Module, targets: list[Target], config: LoRAConfig) -> list[Adapter]:
     dtypes = Counter(p.dtype for p in model.parameters() if is_activation_dtype(p.dtype))
     activation_dtype = dtypes.most_common(1)[0][0] if dtypes else torch.get_default_dtype()
-    return [
+    adapters = [
         new_adapter(
             target.module,
             rank=target.rank,
@@ -376,3 +381,6 @@ def _new_adapters(model: nn.Module, targets: list[Target], config: LoRAConfig) -
         )
         for target in targets
     ]
+    if not config.use_dora:
+        return adapters
+    return [with_magnitude(target.module, adapter) for target, adapter in zip(targets, adapters)]

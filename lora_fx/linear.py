@@ -12,8 +12,8 @@ import functools
 import math
 import types
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ class Adapter:
         scale: multiplies the low-rank product.
         dropout: probability of dropping an input element of the low-rank branch in training.
         init: how `lora_a` starts, a name that `LoRAConfig.init` knows.
+        kind: what the class of the swapped linear derives from beside its parent.
+        others: the parameters that this kind has beside `lora_a` and `lora_b`, by name.
     """
 
     lora_a: nn.Parameter
@@ -46,6 +48,8 @@ class Adapter:
     scale: float
     dropout: float
     init: str
+    kind: "type[LoRAModule]"
+    others: Mapping[str, nn.Parameter] = field(default_factory=dict)
 
 
 class LoRAModule(nn.Linear):
@@ -61,6 +65,8 @@ class LoRAModule(nn.Linear):
         lora_enabled: 1, or 0 inside `lora_fx.disabled`; not saved.
     """
 
+    lora_parameters: ClassVar[tuple[str, ...]] = PARAMETERS
+    lora_prefix: ClassVar[str] = "LoRA"
     lora_a: nn.Parameter
     lora_b: nn.Parameter
     lora_scale: Tensor
@@ -77,11 +83,20 @@ class LoRAModule(nn.Linear):
         """[..., K] -> [..., N], in the dtype of the parent's output."""
         base = super().forward(input)
         scale = self.lora_scale * self.lora_enabled
-        factors: tuple[Tensor, Tensor] = self.lora_a, self.lora_b
-        if self._lora_deferred:
-            factors = deferred(self.lora_a), deferred(self.lora_b)
-        update = low_rank(input, *factors, scale, self.lora_dropout, self.training)
+        update = low_rank(input, *self._lora_factors(), scale, self.lora_dropout, self.training)
         return base + update.to(base.dtype)
+
+    def _lora_factors(self) -> tuple[Tensor, Tensor]:
+        """A and B as the forward reads them."""
+        if self._lora_deferred:
+            return deferred(self.lora_a), deferred(self.lora_b)
+        return self.lora_a, self.lora_b
+
+    def effective_weight(self) -> Tensor:
+        """``W + s B A`` [N, K] in float32 (float64 for such weights)."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        update = self.lora_b.to(wide) @ self.lora_a.to(wide)
+        return torch.add(self.weight.to(wide), update * self.lora_scale.to(wide))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As any module's, except that distributed factors go where the distributed weight wants them.
@@ -89,11 +104,11 @@ class LoRAModule(nn.Linear):
         `parallelize_module` registers every parameter of a linear anew, with placements that are meant for the weight.
         """
         weight = self._parameters.get("weight")
-        super().register_parameter(
-            name, placed(name, param, weight) if name in PARAMETERS and param is not None else param
-        )
+        if param is not None and name in self.lora_parameters:
+            param = placed(name, param, weight)
+        super().register_parameter(name, param)
         if name == "weight":  # after the factors, where a parent registers it last
-            for factor in PARAMETERS:
+            for factor in self.lora_parameters:
                 if (held := self._parameters.get(factor)) is not None:
                     self._parameters[factor] = placed(factor, held, param)
 
@@ -185,11 +200,11 @@ class LoRAModule(nn.Linear):
             return reduced
         if not isinstance(reduced, tuple) or reduced[0].__name__ != "__newobj__" or reduced[1] != (cls,):
             raise TypeError(f"{cls.__name__} cannot be pickled: {parent_class(cls).__name__} pickles in its own way")
-        return (_new, (parent_class(cls),), *reduced[2:])
+        return (_new, (parent_class(cls), cls.__dict__["_lora_kind"]), *reduced[2:])
 
 
-def _new(parent: type[nn.Linear]) -> LoRAModule:
-    cls = lora_class(parent)
+def _new(parent: type[nn.Linear], kind: type[LoRAModule]) -> LoRAModule:
+    cls = lora_class(parent, kind)
     return cls.__new__(cls)
 
 
@@ -199,30 +214,29 @@ def _value(number: Tensor) -> float | None:
     return None if type(number) is not Tensor or number.is_meta else number.item()
 
 
-def lora_class(parent: type[nn.Linear]) -> type[LoRAModule]:
-    """The subclass ``LoRA<Parent>`` of `parent`: always the same class for the same parent.
+def lora_class(parent: type[nn.Linear], kind: type[LoRAModule] = LoRAModule) -> type[LoRAModule]:
+    """The subclass ``LoRA<Parent>`` of `parent`: always the same class for the same parent and kind.
 
     Raises:
         TypeError: `parent` is no subclass of `nn.Linear`, or is a swapped class already.
     """
     if not issubclass(parent, nn.Linear) or issubclass(parent, LoRAModule):
         raise TypeError(f"{parent.__name__} must be nn.Linear or a subclass that is not swapped yet")
-    return _lora_class(cast(Hashable, parent))
+    return _lora_class(cast(Hashable, parent), cast(Hashable, kind))
 
 
 @functools.cache
-def _lora_class(parent: Any) -> type[LoRAModule]:
-    name = f"LoRA{parent.__name__}"
+def _lora_class(parent: Any, kind: Any) -> type[LoRAModule]:
+    name = f"{kind.lora_prefix}{parent.__name__}"
     namespace = {
         # The parent's: torch.fx traces through a module or calls it, depending on where its class is from.
         "__module__": parent.__module__,
         "__qualname__": name,
-        "__doc__": f"`{parent.__module__}.{parent.__qualname__}` with a low-rank adapter; see `lora_fx.LoRAModule`.",
+        "__doc__": f"`{parent.__module__}.{parent.__qualname__}` with an adapter; see `lora_fx.{kind.__name__}`.",
         "_lora_parent": parent,
+        "_lora_kind": kind,
     }
-    return cast(
-        type[LoRAModule], types.new_class(name, (LoRAModule, parent), exec_body=lambda ns: ns.update(namespace))
-    )
+    return cast(type[LoRAModule], types.new_class(name, (kind, parent), exec_body=lambda ns: ns.update(namespace)))
 
 
 def parent_class(cls: type) -> type[nn.Linear]:
@@ -262,7 +276,7 @@ def new_adapter(
     reset_a(a, init)
     b = torch.zeros(module.out_features, rank, dtype=dtype, device=device)
     a, b = like_weight("lora_a", a, weight), like_weight("lora_b", b, weight)
-    return Adapter(nn.Parameter(a), nn.Parameter(b), scale, dropout, init)
+    return Adapter(nn.Parameter(a), nn.Parameter(b), scale, dropout, init, LoRAModule)
 
 
 @torch.no_grad()
@@ -285,11 +299,13 @@ def reset_a(lora_a: Tensor, init: str) -> None:
 
 def swap(module: nn.Linear, adapter: Adapter) -> None:
     """Make `module` a `LoRA<Parent>` that holds `adapter`. Undone by `unswap`."""
-    module.__class__ = lora_class(type(module))
+    module.__class__ = lora_class(type(module), adapter.kind)
     swapped = cast(LoRAModule, module)
     device, weight = adapter.lora_a.device, getattr(module, "weight", None)
     swapped.register_parameter("lora_a", adapter.lora_a)
     swapped.register_parameter("lora_b", adapter.lora_b)
+    for name, parameter in adapter.others.items():
+        swapped.register_parameter(name, parameter)
     scale = torch.full((), adapter.scale, dtype=torch.float32, device=device)
     enabled = torch.ones((), dtype=torch.float32, device=device)
     swapped.register_buffer(SCALE, replicated_like(scale, weight))
@@ -304,7 +320,7 @@ def swap(module: nn.Linear, adapter: Adapter) -> None:
 
 def unswap(module: nn.Linear) -> None:
     """Give `module` its parent's class back and take away all that `swap` added, or as much of it as is there."""
-    for name in (*PARAMETERS, *BUFFERS, *ATTRIBUTES):
+    for name in (*cast(LoRAModule, module).lora_parameters, *BUFFERS, *ATTRIBUTES):
         if name in module._parameters or name in module._buffers or name in module.__dict__:
             delattr(module, name)
     module.__class__ = parent_class(type(module))

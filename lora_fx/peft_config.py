@@ -26,7 +26,6 @@ _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 # Settings that make an adapter something else than ``scale * B A`` on a linear, with what a user can do.
 _UNSUPPORTED = {
-    "use_dora": "DoRA is not supported yet: train without it, or merge the adapter into the base in PEFT",
     "target_parameters": "adapters on expert tensors are not supported yet: adapt linears alone",
     "trainable_token_indices": "trained tokens are not supported: merge the adapter into the base in PEFT",
     "lora_bias": "a bias of the low-rank branch is not supported: train with lora_bias=False",
@@ -50,6 +49,7 @@ class PeftConfig:
     alpha: float
     dropout: float
     use_rslora: bool
+    use_dora: bool
     target_modules: str | tuple[str, ...]
     exclude_modules: str | tuple[str, ...]
     modules_to_save: tuple[str, ...]
@@ -119,6 +119,7 @@ def config_values(
     trained: Collection[str],
     dropout: float,
     use_rslora: bool,
+    use_dora: bool,
     base: str | None,
 ) -> dict[str, Any]:
     """The content of an `adapter_config.json` from which PEFT computes exactly these ranks and scales.
@@ -130,6 +131,7 @@ def config_values(
         trained: paths of the modules that are trained whole.
         dropout: of all of them.
         use_rslora: whether alphas are to be divided by sqrt(R) and not by R. The scales are the same either way.
+        use_dora: whether they have magnitudes.
         base: the name or path of the base model, where one is known.
     """
     alphas = {path: _alpha(scale, ranks[path], use_rslora) for path, scale in scales.items()}
@@ -146,7 +148,7 @@ def config_values(
         "rank_pattern": {_exactly(path): other for path, other in ranks.items() if other != rank},
         "alpha_pattern": {_exactly(path): other for path, other in alphas.items() if other != alpha},
         "use_rslora": use_rslora,
-        "use_dora": False,
+        "use_dora": use_dora,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -233,6 +235,7 @@ def _checked(file: Path, values: Any) -> PeftConfig:
         alpha=_number("lora_alpha", values.get("lora_alpha", 8)),
         dropout=_number("lora_dropout", values.get("lora_dropout", 0.0)),
         use_rslora=bool(values.get("use_rslora")),
+        use_dora=bool(values.get("use_dora")),
         target_modules=targets,
         exclude_modules=_names(values, "exclude_modules"),
         modules_to_save=_several(_names(values, "modules_to_save")),

@@ -2,6 +2,7 @@
 
 adapter_config.json          see `lora_fx.peft_config`
 adapter_model.safetensors    base_model.model.<path>.lora_A.weight [R, K], base_model.model.<path>.lora_B.weight [N, R],
+                             base_model.model.<path>.lora_magnitude_vector [N] (DoRA),
                              base_model.model.<path>.<name in its state_dict> of modules that are trained whole
 """
 
@@ -23,20 +24,26 @@ from lora_fx.targets import clean_path
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-_KEYS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
+_KEYS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector"}
 
 
 @dataclass(frozen=True)
 class Factors:
-    """A [R, K] and B [N, R] of one linear, on the CPU."""
+    """A [R, K] and B [N, R] of one linear, and DoRA's magnitudes [N], on the CPU."""
 
     lora_a: Tensor
     lora_b: Tensor
+    lora_magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:
         """R."""
         return self.lora_a.shape[0]
+
+    def named(self) -> dict[str, Tensor]:
+        """The tensors by the names that they have as parameters."""
+        held = {name: getattr(self, name) for name in _KEYS}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
 
 
 @dataclass(frozen=True)
@@ -74,10 +81,11 @@ def read_files(folder: Path) -> AdapterFiles:
             continue
         if name in halves.setdefault(path, {}):
             raise ValueError(f"{file}: {path} has {_KEYS[name]} twice, once with a wrapper's name in its key: drop one")
-        if tensor.ndim != 2 or not is_activation_dtype(tensor.dtype):
+        if tensor.ndim != (1 if name == "lora_magnitude" else 2) or not is_activation_dtype(tensor.dtype):
             raise ValueError(
-                f"{file}: {key} is {tensor.dtype} {list(tensor.shape)}, and must be a matrix of floating point numbers "
-                f"of 16 bits or more: save the adapter again"
+                f"{file}: {key} is {tensor.dtype} {list(tensor.shape)}, and must be a "
+                f"{'vector' if name == 'lora_magnitude' else 'matrix'} of floating point numbers of 16 bits or more: "
+                f"save the adapter again"
             )
         halves[path][name] = tensor
     if not halves:
@@ -91,7 +99,9 @@ def encoded(
 ) -> dict[str, bytes]:
     """The content of the two files, by name."""
     tensors = {
-        f"{PREFIX}{path}.{key}": getattr(both, name) for path, both in factors.items() for name, key in _KEYS.items()
+        f"{PREFIX}{path}.{_KEYS[name]}": tensor
+        for path, held in factors.items()
+        for name, tensor in held.named().items()
     }
     tensors |= {f"{PREFIX}{name}": tensor for name, tensor in trained.items()}
     return {
@@ -136,8 +146,6 @@ def _split(file: Path, key: str, config: PeftConfig) -> tuple[str, str]:
 
 
 def _what(path: str) -> str:
-    if "lora_magnitude_vector" in path:
-        return "a magnitude of DoRA, which is not supported yet: train without it, or merge it into the base in PEFT"
     if "lora_embedding_" in path:
         return "an adapter of an embedding, which is not supported: adapt linears alone"
     if named := re.search(r"\.lora_[AB]\.(.+)\.weight$", path):
@@ -150,13 +158,23 @@ def _what(path: str) -> str:
 
 def _factors(file: Path, config: PeftConfig, path: str, half: Mapping[str, Tensor]) -> Factors:
     for name, key in _KEYS.items():
-        if name not in half:
+        if name not in half and (name != "lora_magnitude" or config.use_dora):
             raise ValueError(f"{file}: {PREFIX}{path}.{key} is missing: save the adapter again")
-    factors = Factors(half["lora_a"], half["lora_b"])
+    if "lora_magnitude" in half and not config.use_dora:
+        raise ValueError(
+            f"{file} has magnitudes of DoRA ({path}), and use_dora in {config.file} is not set: the two files are not "
+            f"of one adapter; PEFT would ignore the magnitudes"
+        )
+    factors = Factors(half["lora_a"], half["lora_b"], half.get("lora_magnitude"))
     if factors.lora_b.shape[1] != factors.rank:
         raise ValueError(
             f"{file}: {path} has lora_A {list(factors.lora_a.shape)} and lora_B {list(factors.lora_b.shape)}, whose "
             f"ranks are not equal: save the adapter again"
+        )
+    if (magnitude := factors.lora_magnitude) is not None and len(magnitude) != len(factors.lora_b):
+        raise ValueError(
+            f"{file}: {path} has lora_B {list(factors.lora_b.shape)} and lora_magnitude_vector "
+            f"{list(magnitude.shape)}, which do not belong together: save the adapter again"
         )
     if factors.rank != config.rank_of(path):
         raise ValueError(

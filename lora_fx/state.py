@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from lora_fx import _torch
 from lora_fx.config import ALL_LINEAR, LoRAConfig
 from lora_fx.distributed import largest_mesh, together, writes
+from lora_fx.dora import DoRAModule
 from lora_fx.files import write_together
 from lora_fx.install import check_not_merged, configs, install, is_installed, remove
-from lora_fx.linear import PARAMETERS, LoRAModule
+from lora_fx.linear import LoRAModule
 from lora_fx.peft_config import config_values
 from lora_fx.peft_files import PREFIX, AdapterFiles, Factors, encoded, read_files
 from lora_fx.placements import fill, gathered, like_weight, local
@@ -67,10 +68,13 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     if not modules:
         raise ValueError(f"{type(model).__name__} holds no adapters to save: call lora_fx.install(model, config) first")
     mesh = largest_mesh(model)
-    whole = {path: [_whole(module._parameters[name]) for name in PARAMETERS] for path, module in modules.items()}
+    whole = {
+        path: {name: _whole(module._parameters[name]) for name in module.lora_parameters}
+        for path, module in modules.items()
+    }
     trained = gathered_trained(model)
     with together(mesh):
-        factors = {path: _checked(path, modules[path], *both) for path, both in whole.items()}
+        factors = {path: _checked(path, modules[path], Factors(**held)) for path, held in whole.items()}
         config = _config_values(model, modules, check_trained(model, trained))
         if writes(mesh):
             write_together(where, encoded(factors, trained, config))
@@ -149,7 +153,8 @@ def _whole(factor: nn.Parameter | None) -> Tensor:
     return full if full.is_meta else full.to("cpu", copy=True).contiguous()
 
 
-def _checked(path: str, module: LoRAModule, lora_a: Tensor, lora_b: Tensor) -> Factors:
+def _checked(path: str, module: LoRAModule, factors: Factors) -> Factors:
+    lora_a, lora_b = factors.lora_a, factors.lora_b
     if not path:
         raise ValueError(
             "the model is itself the adapted linear, and PEFT's format has no name for that: save the module that "
@@ -165,9 +170,9 @@ def _checked(path: str, module: LoRAModule, lora_a: Tensor, lora_b: Tensor) -> F
     scale = local(module.lora_scale)
     if lora_a.is_meta or scale.is_meta:
         raise ValueError(f"{path} is on the meta device: there are no values to save yet")
-    if not all(torch.isfinite(tensor).all() for tensor in (lora_a, lora_b, scale)):
+    if not all(torch.isfinite(tensor).all() for tensor in (*factors.named().values(), scale)):
         raise ValueError(f"{path} holds NaN or infinity: nothing was written, so that the last good files stay")
-    return Factors(lora_a, lora_b)
+    return factors
 
 
 def _config_values(model: nn.Module, modules: dict[str, LoRAModule], trained: list[str]) -> dict[str, Any]:
@@ -179,6 +184,13 @@ def _config_values(model: nn.Module, modules: dict[str, LoRAModule], trained: li
             f"{', '.join(f'{value:g}' for value in sorted(dropouts))}",
             stacklevel=3,
         )
+    dora = {path: isinstance(module, DoRAModule) for path, module in modules.items()}
+    if len(set(dora.values())) > 1:
+        ours, other = (next(path for path, value in dora.items() if value is kind) for kind in (True, False))
+        raise ValueError(
+            f"{ours} has DoRA's magnitudes and {other} has none, which PEFT's format cannot say: save each part by "
+            f"itself"
+        )
     installed = configs(model)
     return config_values(
         {path: module.lora_b.shape[1] for path, module in modules.items()},
@@ -187,6 +199,7 @@ def _config_values(model: nn.Module, modules: dict[str, LoRAModule], trained: li
         trained=trained,
         dropout=dropout,
         use_rslora=bool(installed) and all(config.use_rslora for config in installed),
+        use_dora=any(dora.values()),
         base=getattr(model, "name_or_path", None) or None,
     )
 
@@ -296,24 +309,29 @@ def _fitting(model: nn.Module, found: list[_Entry], files: AdapterFiles) -> list
             raise ValueError(
                 f"{entry.path} has rank {rank} in the model and rank {entry.factors.rank} in {files.tensors}: {_FRESH}"
             )
+        if isinstance(entry.module, DoRAModule) != files.config.use_dora:
+            raise ValueError(
+                f"{entry.path} is a {type(entry.module).__name__}, and use_dora in {files.config.file} is "
+                f"{files.config.use_dora}: {_FRESH}"
+            )
         values.append(_converted(entry, entry.module.lora_a.dtype, files))
     return values
 
 
 def _converted(entry: _Entry, dtype: torch.dtype, files: AdapterFiles) -> Factors:
-    both = [tensor.to(dtype) for tensor in (entry.factors.lora_a, entry.factors.lora_b)]
-    if not all(torch.isfinite(tensor).all() for tensor in both):
+    held = {name: tensor.to(dtype) for name, tensor in entry.factors.named().items()}
+    if not all(torch.isfinite(tensor).all() for tensor in held.values()):
         raise ValueError(f"{entry.path}: values of {files.tensors} are too large for {dtype}: use a wider dtype")
-    return Factors(*both)
+    return Factors(**held)
 
 
 def _fill(found: Iterable[_Entry], values: Iterable[Factors]) -> None:
     for entry, factors in zip(found, values):
-        for name in PARAMETERS:
+        for name, value in factors.named().items():
             factor = entry.swapped._parameters[name]
             assert factor is not None
             with torch.no_grad():
-                fill(factor, getattr(factors, name).to(factor.device))
+                fill(factor, value.to(factor.device))
         _set_scale(entry)
 
 
@@ -333,15 +351,15 @@ def _install_files(
 
 def _wider(entry: _Entry) -> torch.dtype:
     dtype: torch.dtype = entry.swapped.lora_a.dtype
-    for tensor in (entry.factors.lora_a, entry.factors.lora_b):
+    for tensor in entry.factors.named().values():
         dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
 
 
 def _set_factors(entry: _Entry, factors: Factors) -> None:
     module = entry.swapped
-    for name in PARAMETERS:
-        new = getattr(factors, name).to(module.lora_scale.device)
+    for name, value in factors.named().items():
+        new = value.to(module.lora_scale.device)
         module.register_parameter(name, nn.Parameter(like_weight(name, new, getattr(module, "weight", None))))
     _set_scale(entry)
 
@@ -371,4 +389,5 @@ def _lora_config(found: list[_Entry], trained: list[TrainedEntry], files: Adapte
         rank_pattern={exactly(paths): value for value, paths in ranks.items() if value != rank},
         alpha_pattern={exactly(paths): value for value, paths in alphas.items() if value != alpha},
         use_rslora=files.config.use_rslora,
+        use_dora=files.config.use_dora,
     )

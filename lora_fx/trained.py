@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx import _torch
+from lora_fx.dora import quantised
 from lora_fx.linear import is_activation_dtype
 from lora_fx.placements import distributed, fill, is_dtensor
 from lora_fx.targets import clean_path
@@ -66,7 +67,7 @@ def check_trainable(model: nn.Module, modules: Mapping[nn.Module, str]) -> None:
             what = f"{path} ({type(module).__name__})"
             if isinstance(parameter, nn.UninitializedParameter):
                 raise ValueError(f"{what} is lazy and has no shape yet: run the model once before install")
-            if not is_activation_dtype(parameter.dtype) or _is_quantised(parameter):
+            if not is_activation_dtype(parameter.dtype) or quantised(parameter):
                 raise ValueError(
                     f"{what} cannot be trained whole: its {name} is quantised ({type(parameter.data).__name__}, "
                     f"{parameter.dtype}). Leave it out of modules_to_save, or out of the quantisation"
@@ -79,12 +80,6 @@ def check_trainable(model: nn.Module, modules: Mapping[nn.Module, str]) -> None:
                     f"{trained[id(parameter)]} shares a parameter with {clean_path(path) or 'the model itself'}, which "
                     f"would be trained as well: name both in modules_to_save, or give it a parameter of its own"
                 )
-
-
-def _is_quantised(parameter: nn.Parameter) -> bool:
-    """Whether the class of a parameter's tensor says how to dequantise it."""
-    classes = type(parameter.data).__mro__
-    return any("dequantize" in vars(cls) for cls in classes[: classes.index(Tensor)])
 
 
 @torch.no_grad()

@@ -188,7 +188,6 @@ def test_a_compiled_model_that_got_its_adapters_in_peft(tmp_path):
 
 
 REFUSED = {
-    "dora": ({"target_modules": ["wq"], "use_dora": True}, "DoRA is not supported yet"),
     "embedding": ({"target_modules": ["tokens", "wq"]}, "adapter of an embedding"),
     "biases": ({"target_modules": ["w1"], "lora_bias": True}, "lora_bias is True"),
     "pissa": ({"target_modules": ["w1"], "init_lora_weights": "pissa"}, "changed the base weights"),
