@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 ALL_LINEAR = "all-linear"
-INITS = ("kaiming", "gaussian")
+# Those that put a part of the base weight into the factors, and what they leave of it in its place.
+CHANGES_BASE = ("pissa", "olora")
+INITS = ("kaiming", "gaussian", "orthogonal", *CHANGES_BASE)
 
 # A pattern as a user writes it: a module name, "re:<regular expression>", or a compiled regular expression.
 PatternLike = str | re.Pattern[str]
@@ -49,7 +51,10 @@ class LoRAConfig:
         use_dora: train the lengths of the adapted weight's rows apart from it (arXiv:2402.09353, see
             `lora_fx.DoRAModule`): ``y = m / ||W + scale * B A|| * (W x + scale * B A x) + bias``, m [N].
         init: how A starts, B being zero: ``"kaiming"`` (uniform with a = sqrt(5), as `nn.Linear`) or ``"gaussian"``
-            (normal with standard deviation 1 / R).
+            (normal with standard deviation 1 / R). Or how both start: ``"orthogonal"`` (to one another, so that B A is
+            zero, as in PEFT; ranks must be even), ``"pissa"`` (from the largest singular vectors of the weight,
+            arXiv:2404.02948) or ``"olora"`` (from its QR decomposition, arXiv:2406.01775). The last two leave a
+            residual in the weight's place, so that the sum is what it was; see `lora_fx.install`.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -96,6 +101,10 @@ class LoRAConfig:
             raise ValueError(
                 f"init must be one of {', '.join(INITS)}; got {self.init!r}{_did_you_mean(self.init, INITS)}"
             )
+        if self.init == "orthogonal" and (odd := [rank for rank in (self.rank, *ranks.values()) if rank % 2]):
+            raise ValueError(f"init='orthogonal' needs even ranks, got {odd[0]}")
+        if self.use_dora and self.init in CHANGES_BASE:
+            raise ValueError(f"use_dora with init={self.init!r} is not supported: use one of the two")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

@@ -29,6 +29,9 @@ class InitWeights:
         self.instance_attribute: tuple[Any, ...] = (model.__dict__[_NAME],) if _NAME in model.__dict__ else ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for module in self.model.modules():
+            if isinstance(module, LoRAModule):
+                module.put_base_back()  # what is not initialised stays as it was, and what is, starts afresh
         result = self._previous()(*args, **kwargs)
         for module in self.model.modules():
             if isinstance(module, LoRAModule):

@@ -1,7 +1,6 @@
 """Putting adapters into a model, taking them out again, and what one does with them while they are there."""
 
 import contextlib
-import inspect
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -9,26 +8,25 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_fx import _torch
 from lora_fx.bypass import Patch, check_called, fast_path_patches
-from lora_fx.config import LoRAConfig
-from lora_fx.dora import MAGNITUDE, DoRAModule, check_dora, with_magnitude
+from lora_fx.config import CHANGES_BASE, LoRAConfig
+from lora_fx.dora import with_magnitude
+from lora_fx.first_factors import with_first_factors
 from lora_fx.init_weights import InitWeights, patch_init_weights
+from lora_fx.inits import check_bases
 from lora_fx.linear import (
-    ATTRIBUTES,
-    BUFFERS,
-    PARAMETERS,
     Adapter,
     LoRAModule,
     is_activation_dtype,
-    lora_class,
     new_adapter,
     swap,
     unswap,
 )
 from lora_fx.placements import is_dtensor
+from lora_fx.refusals import check_linear, check_model, shown
 from lora_fx.targets import Target, clean_path, find_saved, find_targets
 from lora_fx.trained import (
     check_originals,
@@ -73,6 +71,11 @@ def install(model: Model, config: LoRAConfig | None = None) -> Model:
     What `modules_to_save` names is trained whole, where it stands. A copy of what it held is kept beside it, for
     `remove` and `disabled`; of a model on the meta device, of what `init_weights` makes of it.
 
+    With ``init="pissa"`` or ``"olora"`` a base weight W becomes the residual ``W - s B A``, and is kept on the CPU:
+    `remove` gives it back to the bit. `state_dict` holds the residual, and is meant for a model that was installed
+    likewise on the same base; `save_adapter` writes an adapter for W, of twice the rank. Outputs stay what they were,
+    up to rounding; so they do with ``init="orthogonal"``.
+
     Install before `torch.compile`, and before FSDP or DDP wrap the model.
 
     Args:
@@ -92,13 +95,15 @@ def install(model: Model, config: LoRAConfig | None = None) -> Model:
     config = LoRAConfig() if config is None else config
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}")
-    _check_model(model)
+    check_model(model, _RECORD)
     targets = find_targets(model, config)
     for target in targets:
-        _check_linear(target.path, target.module, config)
+        check_linear(target.path, target.module, config)
     check_called(model, [(target.path, target.module) for target in targets])
     saved = find_saved(model, config)
     check_trainable(model, saved)
+    if config.init in CHANGES_BASE:
+        check_bases({target.path: (target.module, target.rank) for target in targets}, config.init, model)
 
     # Tensors made in inference mode would never train. And what can fail comes before the first change.
     with torch.inference_mode(False):
@@ -141,9 +146,9 @@ def remove(model: Model) -> Model:
     for path, module in model.named_modules():
         wrapper = _torch.data_parallel_wrapper(module)
         if wrapper is not None:
-            raise ValueError(f"{_shown(path)} is wrapped by {wrapper}: remove the adapters before wrapping")
+            raise ValueError(f"{shown(path)} is wrapped by {wrapper}: remove the adapters before wrapping")
         if isinstance(module, LoRAModule) and "_lora_parent" not in type(module).__dict__:
-            raise ValueError(f"{_shown(path)} became a {type(module).__name__} after install: undo that first")
+            raise ValueError(f"{shown(path)} became a {type(module).__name__} after install: undo that first")
     if not merged:
         restore_originals(module for _, module in trained_modules(model))
     _undo(model, record)
@@ -227,14 +232,15 @@ def disabled(model: nn.Module) -> Iterator[None]:
     the block ends.
 
     Raises:
-        ValueError: `model` holds no adapters, or they are merged; or it has modules that are trained whole and sharded
-            by FSDP, or whose first values are not known.
+        ValueError: `model` holds no adapters, or they are merged; FSDP shards modules that are trained whole, or whose
+            base weight `init` changed; or the first values of a trained module are not known.
     """
     check_not_merged(model)
-    modules = [module for _, module in adapted(model)]
+    changed = [(path, module) for path, module in adapted(model) if module._lora_base is not None]
+    modules = [module for _, module in adapted(model) if module._lora_base is None]
     before = [module.lora_enabled for module in modules]
     try:
-        with with_originals(model):
+        with with_originals(model), with_first_factors(changed):
             for module in modules:
                 module.lora_enabled = module.disabled_buffer()
             yield
@@ -266,11 +272,21 @@ def adapted(model: nn.Module) -> list[tuple[str, LoRAModule]]:
     return found
 
 
+def check_not_disabled(model: nn.Module) -> None:
+    """Raise ValueError where `disabled` shows first values in the place of those that were trained."""
+    trained = bool(trained_modules(model))
+    for path, module in model.named_modules():
+        if isinstance(module, LoRAModule):
+            off = trained and module.lora_enabled is module._lora_disabled
+            if off or (module._lora_base is not None and module._lora_base.shown):
+                raise ValueError(f"{shown(path)} is disabled: leave lora_fx.disabled first")
+
+
 def check_not_merged(model: nn.Module) -> None:
     """Raise ValueError if an adapter of `model` is merged into its weight."""
     for path, module in model.named_modules():
         if isinstance(module, LoRAModule) and module._lora_merged is not None:
-            raise ValueError(f"{_shown(path)} is merged: call lora_fx.unmerge(model) first")
+            raise ValueError(f"{shown(path)} is merged: call lora_fx.unmerge(model) first")
 
 
 def _record(model: nn.Module) -> Installation:
@@ -279,7 +295,7 @@ def _record(model: nn.Module) -> Installation:
         return record
     for path, module in model.named_modules():
         if _RECORD in module.__dict__:
-            raise ValueError(f"adapters were installed on {_shown(path)}, not on the module given: pass that one")
+            raise ValueError(f"adapters were installed on {shown(path)}, not on the module given: pass that one")
     raise ValueError("this module is not the one that lora_fx.install was called on")
 
 
@@ -305,66 +321,6 @@ def _patched(model: nn.Module, record: Installation) -> list[tuple[nn.Module, Pa
 
 def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return model.named_parameters(remove_duplicate=False)
-
-
-def _shown(path: str) -> str:
-    return path or "the model itself"
-
-
-def _check_model(model: nn.Module) -> None:
-    """Refuse models in a state in which adapters would be missed, whatever the configuration says."""
-    for path, module in model.named_modules():
-        if isinstance(module, LoRAModule) or _RECORD in module.__dict__:
-            raise ValueError(f"{_shown(path)} holds adapters already: call lora_fx.remove(model) before a new install")
-        if _torch.is_compiled(module):
-            raise ValueError(
-                f"{_shown(path)} is compiled already: install on the model as it was before torch.compile, and compile "
-                f"after; lora_fx.compile(model, config) does both"
-            )
-        wrapper = _torch.data_parallel_wrapper(module)
-        if wrapper is not None:
-            raise ValueError(
-                f"{_shown(path)} is wrapped by {wrapper} already: install first, then wrap "
-                f"(the order is: quantise, install, parallelise, shard, compile)"
-            )
-
-
-def _check_linear(path: str, module: nn.Linear, config: LoRAConfig) -> None:
-    """Refuse a linear on which an adapter could not work, or would never run."""
-    what = f"{_shown(path)} ({type(module).__name__})"
-    fix = f"leave it out with exclude_modules=[{path!r}]"
-    if any(isinstance(parameter, nn.UninitializedParameter) for parameter in module.parameters()):
-        raise ValueError(f"{what} is lazy and has no shape yet: run the model once before install, or {fix}")
-    if _torch.has_instance_forward(module):
-        raise ValueError(f"{what} has a `forward` of its own on the instance, which would hide the adapter's: {fix}")
-    extra = _extra_arguments(type(module))
-    if extra:
-        raise ValueError(f"{what} takes more than its input in `forward` ({', '.join(extra)}): {fix}")
-    if type(module).__module__.startswith("torch.ao.nn.intrinsic"):
-        raise ValueError(f"{what} applies more than a linear map; an adapter would be added after that: {fix}")
-    if config.use_dora:
-        check_dora(what, module, fix)
-    taken = [name for name in (*PARAMETERS, MAGNITUDE, *BUFFERS, *ATTRIBUTES) if hasattr(module, name)]
-    if taken:
-        raise ValueError(f"{what} has an attribute called {taken[0]} already: {fix}")
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor) and weight.dtype.is_complex:
-        raise ValueError(f"{what} has a complex weight, for which adapters are not defined here: {fix}")
-    try:
-        lora_class(type(module), DoRAModule if config.use_dora else LoRAModule)
-    except Exception as error:
-        raise ValueError(f"{what} has a class that refuses to be subclassed ({error}): {fix}") from error
-
-
-def _extra_arguments(cls: type[nn.Linear]) -> list[str]:
-    """The names of the parameters of ``cls.forward`` beside self and the input."""
-    try:
-        signature = inspect.signature(cls.forward)
-    except ValueError:  # compiled code does not say
-        return []
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    named = [name for name, parameter in signature.parameters.items() if parameter.kind not in variadic]
-    return named[2:]
 
 
 def _new_adapters(model: nn.Module, targets: list[Target], config: LoRAConfig) -> list[Adapter]:

@@ -9,7 +9,6 @@ modules of equal shape share one graph, and changing a number takes effect witho
 """
 
 import functools
-import math
 import types
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
@@ -18,15 +17,25 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from lora_fx.config import CHANGES_BASE
+from lora_fx.inits import ChangedBase, decomposed, put_back, put_residual, reset_factors
 from lora_fx.passes.low_rank import low_rank
-from lora_fx.placements import deferred, fill, is_dtensor, like_weight, local, placed, replicated_like
+from lora_fx.placements import deferred, is_dtensor, like_weight, local, placed, replicated_like
 
 # The 0-d float32 buffers of a swapped module.
 SCALE, ENABLED = "lora_scale", "lora_enabled"
 # Everything that the swap adds to a module, in the order in which it is added.
 PARAMETERS = ("lora_a", "lora_b")
 BUFFERS = (SCALE, ENABLED)
-ATTRIBUTES = ("lora_dropout", "lora_init", "_lora_last_scale", "_lora_disabled", "_lora_deferred", "_lora_merged")
+ATTRIBUTES = (
+    "lora_dropout",
+    "lora_init",
+    "_lora_last_scale",
+    "_lora_disabled",
+    "_lora_deferred",
+    "_lora_merged",
+    "_lora_base",
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,7 @@ class Adapter:
         init: how `lora_a` starts, a name that `LoRAConfig.init` knows.
         kind: what the class of the swapped linear derives from beside its parent.
         others: the parameters that this kind has beside `lora_a` and `lora_b`, by name.
+        base: what the weight is, where `init` puts a residual in its place.
     """
 
     lora_a: nn.Parameter
@@ -50,6 +60,7 @@ class Adapter:
     init: str
     kind: "type[LoRAModule]"
     others: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    base: ChangedBase | None = None
 
 
 class LoRAModule(nn.Linear):
@@ -77,6 +88,7 @@ class LoRAModule(nn.Linear):
     _lora_disabled: Tensor | None
     _lora_deferred: bool
     _lora_merged: Any  # a lora_fx.merge.Merged, or None
+    _lora_base: ChangedBase | None
 
     # The parameter is called `input` because `nn.Linear.forward`'s is, and callers may name it.
     def forward(self, input: Tensor) -> Tensor:
@@ -128,21 +140,37 @@ class LoRAModule(nn.Linear):
 
     @torch.no_grad()
     def reset_adapters(self) -> None:
-        """Start the adapters afresh: A as `lora_init` says, B zero, the last scale that was installed or loaded.
+        """Start the adapters afresh, as `lora_init` says, with the last scale that was installed or loaded.
 
         Raises:
-            ValueError: the adapter is merged.
+            ValueError: the adapter is merged; or `lora_init` takes the weight apart, which is sharded by now.
         """
         if self._lora_merged is not None:
             raise ValueError("an adapter that is merged cannot start afresh: call lora_fx.unmerge(model) first")
-        reset_a(self.lora_a, self.lora_init)
-        self.lora_b.zero_()
+        if self.lora_init in CHANGES_BASE:
+            if is_dtensor(self.weight):
+                raise ValueError(f"init={self.lora_init!r} takes the weight apart, which is sharded: start before that")
+            self.put_base_back()
+            scale, rank = self._lora_last_scale, self.lora_a.shape[0]
+            self._lora_base = decomposed(self.weight, self.lora_init, rank, scale, self.lora_a.dtype)
+            self.lora_a.copy_(self._lora_base.lora_a)
+            self.lora_b.copy_(self._lora_base.lora_b)
+            put_residual(self.weight, self._lora_base)
+        else:
+            reset_factors(self.lora_a, self.lora_b, self.lora_init)
         self.lora_scale.fill_(self._lora_last_scale)
         if self.lora_enabled is not self._lora_disabled:
             self.lora_enabled.fill_(1.0)
 
+    def put_base_back(self) -> None:
+        """Give the weight back, to the bit, what `lora_init` took out of it; nothing is done where that is nothing."""
+        if self._lora_base is not None:
+            put_back(self.weight, self._lora_base)
+            self._lora_base = None
+
     def reset_parameters(self) -> None:
         """The parent's `reset_parameters`, then `reset_adapters`."""
+        self.put_base_back()
         super().reset_parameters()
         self.reset_adapters()
 
@@ -183,6 +211,11 @@ class LoRAModule(nn.Linear):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         if self._lora_merged is not None and any(name.startswith(prefix) for name in state_dict):
             raise ValueError(f"{prefix.rstrip('.') or 'the model'} is merged: call lora_fx.unmerge(model) first")
+        if self._lora_base is not None and f"{prefix}weight" in state_dict and f"{prefix}lora_a" not in state_dict:
+            raise ValueError(
+                f"{prefix.rstrip('.') or 'the model'} holds the residual that init={self.lora_init!r} left of its "
+                f"weight, and a weight without adapters is no residual: load the base before lora_fx.install"
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.lora_scale.dtype != torch.float32:  # load_state_dict(assign=True) of a checkpoint that was cast
             self.lora_scale = self.lora_scale.float()
@@ -272,29 +305,19 @@ def new_adapter(
     weight = getattr(module, "weight", None)
     device = weight.device if isinstance(weight, Tensor) else next(iter(module.parameters())).device
     dtype = adapter_dtype(module, activation_dtype)
-    a = torch.empty(rank, module.in_features, dtype=dtype, device=device)
-    reset_a(a, init)
-    b = torch.zeros(module.out_features, rank, dtype=dtype, device=device)
-    a, b = like_weight("lora_a", a, weight), like_weight("lora_b", b, weight)
-    return Adapter(nn.Parameter(a), nn.Parameter(b), scale, dropout, init, LoRAModule)
-
-
-@torch.no_grad()
-def reset_a(lora_a: Tensor, init: str) -> None:
-    """Start A [R, K] as `init` says: kaiming-uniform as `nn.Linear`'s weight, or normal with deviation 1 / R.
-
-    A distributed A is drawn whole on every rank and cut from the first one's: the draw is that of a single process,
-    and replicas agree on devices where distributed random numbers do not.
-    """
-    whole = lora_a
-    if is_dtensor(lora_a):
-        whole = torch.empty(lora_a.shape, dtype=lora_a.dtype, device=lora_a.device)
-    if init == "kaiming":
-        nn.init.kaiming_uniform_(whole, a=math.sqrt(5))
+    base = None
+    if init in CHANGES_BASE:
+        assert isinstance(weight, Tensor)
+        base = decomposed(weight, init, rank, scale, dtype)
+        # Copies: the first factors are kept, and training changes the others.
+        factors = base.lora_a.clone(), base.lora_b.clone()
     else:
-        nn.init.normal_(whole, std=1.0 / lora_a.shape[0])
-    if whole is not lora_a:
-        fill(lora_a, whole)
+        a = torch.empty(rank, module.in_features, dtype=dtype, device=device)
+        b = torch.zeros(module.out_features, rank, dtype=dtype, device=device)
+        reset_factors(a, b, init)
+        factors = like_weight("lora_a", a, weight), like_weight("lora_b", b, weight)
+    lora_a, lora_b = map(nn.Parameter, factors)
+    return Adapter(lora_a, lora_b, scale, dropout, init, LoRAModule, base=base)
 
 
 def swap(module: nn.Linear, adapter: Adapter) -> None:
@@ -316,10 +339,19 @@ def swap(module: nn.Linear, adapter: Adapter) -> None:
     swapped._lora_disabled = None
     swapped._lora_deferred = False
     swapped._lora_merged = None
+    swapped._lora_base = adapter.base
+    if adapter.base is not None:
+        put_residual(swapped.weight, adapter.base)
 
 
 def unswap(module: nn.Linear) -> None:
-    """Give `module` its parent's class back and take away all that `swap` added, or as much of it as is there."""
+    """Give `module` its parent's class back and take away all that `swap` added, or as much of it as is there.
+
+    A base that `swap` changed is what it was; a merged one stays as it is.
+    """
+    base = module.__dict__.get("_lora_base")
+    if base is not None and module.__dict__.get("_lora_merged") is None:
+        put_back(module.weight, base)
     for name in (*cast(LoRAModule, module).lora_parameters, *BUFFERS, *ATTRIBUTES):
         if name in module._parameters or name in module._buffers or name in module.__dict__:
             delattr(module, name)

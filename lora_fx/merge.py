@@ -135,7 +135,7 @@ def _check(where: str, module: LoRAModule, holders: Counter[int]) -> None:
     weight = module.weight
     if module._lora_merged is not None:
         raise ValueError(f"{where} is merged already")
-    if module.lora_enabled is module._lora_disabled:
+    if module.lora_enabled is module._lora_disabled or (module._lora_base is not None and module._lora_base.shown):
         raise ValueError(f"{where} is disabled: merge outside of lora_fx.disabled, where its adapter counts")
     if is_dtensor(weight) or is_dtensor(module.lora_a):
         raise ValueError(f"{where} is sharded: save the adapter, load it in one process, and merge there")

@@ -20,9 +20,16 @@ from lora_fx.targets import WRAPPER_SEGMENTS, clean_path
 
 Value = TypeVar("Value", int, float)
 
-# Initialisations that leave the base weights alone. Others (PiSSA, OLoRA, LoftQ, ...) change the base, and their
-# tensors mean nothing beside the base that everybody has.
-_PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+# Initialisations that leave the base weights alone, with our names for them. Others (PiSSA, OLoRA, LoftQ, ...) change
+# the base, and their tensors mean nothing beside the base that everybody has.
+_PLAIN_INITS = {
+    True: "kaiming",
+    False: "kaiming",
+    None: "kaiming",
+    "eva": "kaiming",  # it looks at data, and cannot be repeated without
+    "gaussian": "gaussian",
+    "orthogonal": "orthogonal",
+}
 
 # Settings that make an adapter something else than ``scale * B A`` on a linear, with what a user can do.
 _UNSUPPORTED = {
@@ -50,6 +57,7 @@ class PeftConfig:
     dropout: float
     use_rslora: bool
     use_dora: bool
+    init: str
     target_modules: str | tuple[str, ...]
     exclude_modules: str | tuple[str, ...]
     modules_to_save: tuple[str, ...]
@@ -120,6 +128,7 @@ def config_values(
     dropout: float,
     use_rslora: bool,
     use_dora: bool,
+    inits: Collection[str],
     base: str | None,
 ) -> dict[str, Any]:
     """The content of an `adapter_config.json` from which PEFT computes exactly these ranks and scales.
@@ -132,6 +141,7 @@ def config_values(
         dropout: of all of them.
         use_rslora: whether alphas are to be divided by sqrt(R) and not by R. The scales are the same either way.
         use_dora: whether they have magnitudes.
+        inits: how they started; PEFT's default where there are several, or where that changed the base.
         base: the name or path of the base model, where one is known.
     """
     alphas = {path: _alpha(scale, ranks[path], use_rslora) for path, scale in scales.items()}
@@ -151,7 +161,7 @@ def config_values(
         "use_dora": use_dora,
         "bias": "none",
         "fan_in_fan_out": False,
-        "init_lora_weights": True,
+        "init_lora_weights": init if (init := "".join(inits)) in ("gaussian", "orthogonal") else True,
         "modules_to_save": list(trained) or None,
     }
 
@@ -217,7 +227,8 @@ def _checked(file: Path, values: Any) -> PeftConfig:
     for name, fix in _UNSUPPORTED.items():
         if values.get(name):
             raise ValueError(f"{name} is {values[name]!r}: {fix}")
-    if (init := values.get("init_lora_weights")) not in _PLAIN_INITS:
+    init = values.get("init_lora_weights")
+    if isinstance(init, (list, dict)) or init not in _PLAIN_INITS:
         raise ValueError(
             f"init_lora_weights is {init!r}, which changed the base weights: save in PEFT with "
             f"path_initial_model_for_weight_conversion, which makes an ordinary adapter of it"
@@ -236,6 +247,7 @@ def _checked(file: Path, values: Any) -> PeftConfig:
         dropout=_number("lora_dropout", values.get("lora_dropout", 0.0)),
         use_rslora=bool(values.get("use_rslora")),
         use_dora=bool(values.get("use_dora")),
+        init=_PLAIN_INITS[init],
         target_modules=targets,
         exclude_modules=_names(values, "exclude_modules"),
         modules_to_save=_several(_names(values, "modules_to_save")),

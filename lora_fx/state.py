@@ -2,26 +2,24 @@
 
 import difflib
 import os
-import warnings
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_fx import _torch
 from lora_fx.config import ALL_LINEAR, LoRAConfig
 from lora_fx.distributed import largest_mesh, together, writes
 from lora_fx.dora import DoRAModule
 from lora_fx.files import write_together
-from lora_fx.install import check_not_merged, configs, install, is_installed, remove
+from lora_fx.install import check_not_disabled, check_not_merged, install, is_installed, remove
 from lora_fx.linear import LoRAModule
-from lora_fx.peft_config import config_values
 from lora_fx.peft_files import PREFIX, AdapterFiles, Factors, encoded, read_files
-from lora_fx.placements import fill, gathered, like_weight, local
+from lora_fx.placements import fill, like_weight
+from lora_fx.saved import checked_adapter, gathered_factor, plain_adapter, written_config
 from lora_fx.targets import clean_path, exactly
 from lora_fx.trained_state import (
     TrainedEntry,
@@ -40,7 +38,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
 
     PEFT computes from them what `model` computes: the scales that are written are those of the buffers `lora_scale`,
     whatever `model` was installed with. Paths are written without what activation checkpointing, FSDP, DDP and
-    ``torch.compile(model)`` put into them. Factors keep their dtype. What else `folder` holds stays there.
+    ``torch.compile(model)`` put into them. Of linears whose base an initialisation changed (PiSSA, OLoRA) it is an
+    ordinary adapter of twice the rank, for the base as it was. Factors keep their dtype. What else `folder` holds stays
+    there.
 
     A kill at any moment leaves the adapter that was there before or the new one. Nothing is pickled.
 
@@ -63,20 +63,25 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """
     where, model = Path(folder), _unwrapped(model)
     check_not_merged(model)
+    check_not_disabled(model)
     _torch.reshard(model)
     modules = {clean_path(path): module for path, module in model.named_modules() if isinstance(module, LoRAModule)}
     if not modules:
         raise ValueError(f"{type(model).__name__} holds no adapters to save: call lora_fx.install(model, config) first")
     mesh = largest_mesh(model)
     whole = {
-        path: {name: _whole(module._parameters[name]) for name in module.lora_parameters}
+        path: {name: gathered_factor(module._parameters[name]) for name in module.lora_parameters}
         for path, module in modules.items()
     }
     trained = gathered_trained(model)
     with together(mesh):
-        factors = {path: _checked(path, modules[path], Factors(**held)) for path, held in whole.items()}
-        config = _config_values(model, modules, check_trained(model, trained))
+        plain = {
+            path: plain_adapter(modules[path], checked_adapter(path, modules[path], Factors(**held)))
+            for path, held in whole.items()
+        }
+        config = written_config(model, modules, plain, check_trained(model, trained))
         if writes(mesh):
+            factors = {path: factors for path, (factors, _) in plain.items()}
             write_together(where, encoded(factors, trained, config))
     return where
 
@@ -107,6 +112,7 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
     """
     inner = _unwrapped(model)
     check_not_merged(inner)
+    check_not_disabled(inner)
     _torch.reshard(inner)
     mesh = largest_mesh(inner)
     with torch.inference_mode(False):  # whose tensors would never train
@@ -141,67 +147,6 @@ class _Entry:
         """The linear, which holds an adapter by now."""
         assert isinstance(self.module, LoRAModule)
         return self.module
-
-
-# ---- saving ----------------------------------------------------------------------------------------------------------
-
-
-def _whole(factor: nn.Parameter | None) -> Tensor:
-    """The global values of a factor, on the CPU, in memory of their own."""
-    assert factor is not None
-    full = gathered(factor.detach())
-    return full if full.is_meta else full.to("cpu", copy=True).contiguous()
-
-
-def _checked(path: str, module: LoRAModule, factors: Factors) -> Factors:
-    lora_a, lora_b = factors.lora_a, factors.lora_b
-    if not path:
-        raise ValueError(
-            "the model is itself the adapted linear, and PEFT's format has no name for that: save the module that "
-            "holds it"
-        )
-    rank = lora_b.shape[-1]
-    wanted = [[rank, module.in_features], [module.out_features, rank]]
-    if [list(lora_a.shape), list(lora_b.shape)] != wanted:
-        raise ValueError(
-            f"{path} has factors of shapes {list(lora_a.shape)} and {list(lora_b.shape)}, not {wanted}: inside "
-            f"FullyShardedDataParallel, save within FullyShardedDataParallel.summon_full_params(model)"
-        )
-    scale = local(module.lora_scale)
-    if lora_a.is_meta or scale.is_meta:
-        raise ValueError(f"{path} is on the meta device: there are no values to save yet")
-    if not all(torch.isfinite(tensor).all() for tensor in (*factors.named().values(), scale)):
-        raise ValueError(f"{path} holds NaN or infinity: nothing was written, so that the last good files stay")
-    return factors
-
-
-def _config_values(model: nn.Module, modules: dict[str, LoRAModule], trained: list[str]) -> dict[str, Any]:
-    dropouts = Counter(module.lora_dropout for module in modules.values())
-    dropout = dropouts.most_common(1)[0][0]
-    if len(dropouts) > 1:
-        warnings.warn(
-            f"PEFT's format has one dropout for all modules: wrote {dropout:g}, the most frequent of "
-            f"{', '.join(f'{value:g}' for value in sorted(dropouts))}",
-            stacklevel=3,
-        )
-    dora = {path: isinstance(module, DoRAModule) for path, module in modules.items()}
-    if len(set(dora.values())) > 1:
-        ours, other = (next(path for path, value in dora.items() if value is kind) for kind in (True, False))
-        raise ValueError(
-            f"{ours} has DoRA's magnitudes and {other} has none, which PEFT's format cannot say: save each part by "
-            f"itself"
-        )
-    installed = configs(model)
-    return config_values(
-        {path: module.lora_b.shape[1] for path, module in modules.items()},
-        {path: local(module.lora_scale).item() for path, module in modules.items()},
-        others={clean_path(path) for path, _ in model.named_modules()} - modules.keys(),
-        trained=trained,
-        dropout=dropout,
-        use_rslora=bool(installed) and all(config.use_rslora for config in installed),
-        use_dora=any(dora.values()),
-        base=getattr(model, "name_or_path", None) or None,
-    )
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
@@ -390,4 +335,5 @@ def _lora_config(found: list[_Entry], trained: list[TrainedEntry], files: Adapte
         alpha_pattern={exactly(paths): value for value, paths in alphas.items() if value != alpha},
         use_rslora=files.config.use_rslora,
         use_dora=files.config.use_dora,
+        init=files.config.init,
     )

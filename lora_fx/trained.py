@@ -21,7 +21,7 @@ from lora_fx.targets import clean_path
 # Where a module that is trained whole keeps its `Original`.
 ATTRIBUTE = "_lora_original"
 # Wrappers that replace parameters behind the modules' back.
-_OWNERS = ("fully_shard", "a parent's fully_shard", "FullyShardedDataParallel")
+OWNERS = ("fully_shard", "a parent's fully_shard", "FullyShardedDataParallel")
 
 
 @dataclass
@@ -112,7 +112,7 @@ def check_originals(model: nn.Module, purpose: str) -> None:
                 f"(lora_fx.remove(lora_fx.merge(model)) keeps what was trained)"
             )
         wrapper = _torch.data_parallel_wrapper(module)
-        if wrapper in _OWNERS:
+        if wrapper in OWNERS:
             raise ValueError(
                 f"{where} is trained whole (modules_to_save) and sharded by {wrapper}, which owns its parameters: "
                 f"{purpose} needs the first ones back. Use a model that is not sharded for that"
