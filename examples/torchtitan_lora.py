@@ -25,22 +25,24 @@ from typing import Any
 
 import spmd_types as spmd
 from torch import nn
-from torchtitan.components.quantization import QuantizationConverter
+from torchtitan.components.lora import LoRAConverter
 from torchtitan.models.common.decoder_sharding import dense_param_placement
 from torchtitan.models.common.param_init import skip_param_init
-from torchtitan.protocols.model import ModelConfigConverter
 
 import lora_fx
 from lora_fx.init_weights import InitWeights
 from lora_fx.linear import BUFFERS, LoRAModule
 
 
-class LoRAFxConverter(ModelConfigConverter):
-    """`lora_fx.LoRAConverter` among torchtitan's converters."""
+class LoRAFxConverter(LoRAConverter):
+    """`lora_fx.LoRAConverter` among torchtitan's converters.
+
+    A subclass of torchtitan's own, so that its check of the order (quantisation comes first) holds for this one too.
+    """
 
     @dataclass(kw_only=True, slots=True)
-    class Config(ModelConfigConverter.Config):
-        """What to adapt; see `lora_fx.LoRAConfig`."""
+    class Config(LoRAConverter.Config):
+        """What to adapt; see `lora_fx.LoRAConfig`. The fields that torchtitan's own converter has are not read."""
 
         lora: lora_fx.LoRAConfig = field(default_factory=lora_fx.LoRAConfig)
 
@@ -58,19 +60,6 @@ class LoRAFxConverter(ModelConfigConverter):
         AdaptedConfig.__name__, AdaptedConfig.__qualname__ = f"Adapted{parent.__name__}", parent.__qualname__
         values = {f.name: getattr(model_config, f.name) for f in dataclasses.fields(model_config) if f.init}
         return AdaptedConfig(**values)
-
-
-def check_order(converters: list[Any]) -> None:
-    """Raise ValueError if quantisation comes after LoRA in a list of torchtitan's configurations.
-
-    torchtitan looks for its own LoRA only. (Here the order changes nothing, because adapters are installed on what was
-    built in the end; it is refused because a reader would think that the adapters are quantised.)
-    """
-    seen = False
-    for config in converters:
-        seen = seen or isinstance(config, LoRAFxConverter.Config)
-        if seen and isinstance(config, QuantizationConverter.Config):
-            raise ValueError(f"{type(config).__qualname__} comes after LoRAFxConverter: quantisation comes first")
 
 
 def adapted(model: nn.Module, converter: lora_fx.LoRAConverter) -> nn.Module:

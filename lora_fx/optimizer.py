@@ -15,16 +15,15 @@ def parameter_groups(
 
         torch.optim.AdamW(lora_fx.parameter_groups(model, lr=2e-4))
 
-    A learns with `lr`, B with ``lr * lr_ratio``: at a rate that suits A, B learns too slowly in wide models (section 4
-    there). With what else may be trained it is as in PEFT's `create_loraplus_optimizer`: matrices that
-    `modules_to_save` names learn with `lr`, vectors with the higher rate, and the biases and norms among them do not
-    decay.
+    A learns with `lr`, B and DoRA's magnitudes with ``lr * lr_ratio``: at a rate that suits A, B learns too slowly in
+    wide models (section 4 there). What `modules_to_save` names is grouped as by PEFT's `create_loraplus_optimizer`:
+    matrices learn with `lr`, vectors (biases, norms) with the higher rate and without decay.
 
     Args:
         model: holds adapters; the groups are `lora_fx.adapter_parameters`, each parameter in one of them.
         lr: learning rate of A, above 0.
         lr_ratio: learning rate of B over that of A, above 0; the paper finds about 16 good. 1 is plain LoRA.
-        weight_decay: of all groups but the one of biases and norms, at least 0.
+        weight_decay: of all groups but that of vectors, at least 0.
 
     Returns:
         Dictionaries with ``params``, ``lr`` and ``weight_decay``, empty groups left out.
@@ -41,19 +40,13 @@ def parameter_groups(
     slow: list[nn.Parameter] = []
     fast: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
-    norms = {
-        id(p)
-        for m in model.modules()
-        if isinstance(m, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm)
-        for p in m.parameters()
-    }
     for path, parameter in named_adapter_parameters(model):
         name = path.rpartition(".")[2]
-        if name != "lora_b" and parameter.ndim != 1:
-            slow.append(parameter)
-        elif id(parameter) in norms or "bias" in name:
+        if name in ("lora_b", "lora_magnitude"):
+            fast.append(parameter)
+        elif parameter.ndim == 1:
             undecayed.append(parameter)
         else:
-            fast.append(parameter)
+            slow.append(parameter)
     groups = ((slow, lr, weight_decay), (fast, lr * lr_ratio, weight_decay), (undecayed, lr * lr_ratio, 0.0))
     return [{"params": params, "lr": rate, "weight_decay": decay} for params, rate, decay in groups if params]

@@ -78,12 +78,11 @@ class PeftConfig:
         """What multiplies the low-rank product of the module at `path`."""
         return self.alpha_of(path) / _divisor(self.rank_of(path), self.use_rslora)
 
-    def targets(self, path: str) -> bool:
-        """Whether the linear at `path` gets an adapter."""
+    def targets(self, path: str, *, hidden: bool = False) -> bool:
+        """Whether the linear at `path` gets an adapter; with `hidden`, also where `modules_to_save` hides it."""
         if _named(self.exclude_modules, path):
             return False
-        # As PEFT has it: with what is below a module that is trained whole.
-        if any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save):
+        if not hidden and hides(self.modules_to_save, path):
             return False
         if isinstance(self.target_modules, str):
             return self.target_modules == ALL_LINEAR or _named(self.target_modules, path)
@@ -99,6 +98,11 @@ class PeftConfig:
         patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in self.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
         found = next(filter(None, (re.match(pattern, path) for pattern in patterns)), None)
         return found is not None and int(found[1]) in self.layers_to_transform
+
+
+def hides(modules_to_save: Collection[str], path: str) -> bool:
+    """Whether PEFT leaves the linear at `path` out: one of the names is among the segments of its path."""
+    return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in modules_to_save)
 
 
 def read_config(file: Path) -> PeftConfig:

@@ -11,7 +11,7 @@ from lora_fx.dora import DoRAModule
 from lora_fx.inits import plain_factors
 from lora_fx.install import configs
 from lora_fx.linear import LoRAModule
-from lora_fx.peft_config import config_values
+from lora_fx.peft_config import config_values, hides
 from lora_fx.peft_files import Factors
 from lora_fx.placements import gathered, local
 from lora_fx.targets import clean_path
@@ -80,6 +80,12 @@ def written_config(
         warnings.warn(
             f"PEFT's format has one dropout for all modules: wrote {dropout:g}, the most frequent of "
             f"{', '.join(f'{value:g}' for value in sorted(dropouts))}",
+            stacklevel=3,
+        )
+    if hidden := [path for path in modules if hides(trained, path)]:
+        warnings.warn(
+            f"PEFT leaves out every linear whose path holds a name of modules_to_save ({', '.join(trained)}), and so "
+            f"the adapter of {hidden[0]} ({len(hidden)} in all); load_adapter reads it",
             stacklevel=3,
         )
     dora = {path: isinstance(module, DoRAModule) for path, module in modules.items()}

@@ -192,7 +192,7 @@ def _matched(model: nn.Module, files: AdapterFiles) -> list[_Entry]:
                 f"{files.tensors} lacks {PREFIX}{path}.lora_A.weight and lora_B.weight, and target_modules in "
                 f"{files.config.file} names that module: save the adapter again, or name full paths"
             )
-        if path in entries and not any(files.config.targets(name) for name in (path, entries[path].path)):
+        if path in entries and not any(files.config.targets(name, hidden=True) for name in (path, entries[path].path)):
             raise ValueError(
                 f"{files.tensors} has tensors for {path}, which target_modules in {files.config.file} does not name: "
                 f"the two files are not of one adapter; PEFT would ignore these tensors"

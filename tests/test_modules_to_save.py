@@ -249,15 +249,26 @@ def test_files_that_do_not_fit(tmp_path):
     check("output is trained whole, and .* has no values for it", toy(HEAD), modules_to_save=None)
 
 
-def test_a_path_that_ends_others(tmp_path):
-    model = toy(LoRAConfig(rank=2, modules_to_save="layers.0.attention.wo", target_modules="w1"))
-    nested = nn.Module()
-    nested.wo, nested.inner = nn.Linear(4, 4), nn.Sequential()
-    nested.inner.add_module("wo", nn.Linear(4, 4))
-    nested.inner.add_module("w1", nn.Linear(4, 4))
-    other = copy.deepcopy(nested)
-    shake(lora_fx.install(nested, LoRAConfig(rank=2, modules_to_save="re:wo", target_modules="w1")))
-    lora_fx.save_adapter(nested, tmp_path)
-    lora_fx.load_adapter(other, tmp_path)
-    assert torch.equal(other.wo.weight, nested.wo.weight) and not other.inner.wo.weight.requires_grad
-    assert adapted(model) == ["layers.0.w1", "layers.1.w1"]
+def test_names_that_peft_finds_in_other_paths(tmp_path):
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Module()
+            self.inner.wo = nn.Module()
+            self.inner.wo.w1 = nn.Linear(4, 4)
+            self.wo = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.wo(self.inner.wo.w1(x))
+
+    torch.manual_seed(0)
+    plain = Nested()
+    model = shake(lora_fx.install(copy.deepcopy(plain), LoRAConfig(rank=2, modules_to_save="re:wo")))
+    with pytest.warns(
+        UserWarning, match=r"\(wo\), and so the adapter of inner\.wo\.w1 \(1 in all\); load_adapter reads it"
+    ):
+        lora_fx.save_adapter(model, tmp_path)
+    x = torch.randn(3, 4)
+    other = lora_fx.load_adapter(plain, tmp_path)
+    assert torch.equal(other(x), model(x)) and adapted(other) == ["inner.wo.w1"]
+    assert not other.inner.wo.w1.weight.requires_grad

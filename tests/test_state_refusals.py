@@ -86,7 +86,7 @@ BAD_CONFIGS = {
     "no type": ({"peft_type": None}, r"peft_type is None"),
     "dora": ({"use_dora": True}, r"layers\.0\.attention\.\w+\.lora_magnitude_vector is missing"),
     "experts": ({"target_parameters": ["experts.w1"]}, r"expert tensors are not supported yet"),
-    "head": ({"modules_to_save": ["output"]}, r"has tensors for output, which target_modules in"),
+    "head": ({"modules_to_save": ["output"]}, r"lacks base_model\.model\.output\.weight, and modules_to_save"),
     "pissa": ({"init_lora_weights": "pissa"}, r"'pissa', which changed the base weights: .*path_initial_model"),
     "bias": ({"bias": "all"}, r"bias is 'all'"),
     "rank": ({"r": 8}, r"rank 8, and its tensors .* have rank 4"),
