@@ -17,6 +17,13 @@ Converters of torchtitan 0.3 rewrite the configuration of a model before it is b
 as it is, and has what is built from it adapted by `lora_fx.LoRAConverter`: on the meta device, before anything is
 parallelised. Then it tells torchtitan what it wants to know of every parameter: how it starts (`init_states` starts
 adapters after the base) and where it is placed (factors follow their weight).
+
+With FlexAttention, its default, torchtitan 0.3 takes no backend but Inductor's own: the adapters train there, without
+the rewrite. Use ``model_registry(..., attn_backend="varlen")`` with the backend ``lora_fx``.
+
+What was run: torchtitan 0.3.0's `Trainer` on CPUs (torch 2.13, reference attention, its device queries stubbed), eager
+and compiled, and with a tensor parallel degree of 2 and ``spmd_backend="partial_dtensor"``. The default, "spmd_types",
+does not start there on two ranks, adapters or not.
 """
 
 import dataclasses

@@ -32,13 +32,14 @@ class InitWeights:
         self.instance_attribute: tuple[Any, ...] = (model.__dict__[self.name],) if self.name in model.__dict__ else ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        for module in self.model.modules():
-            if isinstance(module, LoRAModule):
-                module.put_base_back()  # what is not initialised stays as it was, and what is, starts afresh
+        modules = [module for module in self.model.modules() if isinstance(module, LoRAModule)]
+        for module in modules:
+            module.check_start()
+        for module in modules:
+            module.put_base_back()  # what is not initialised stays as it was, and what is, starts afresh
         result = self._previous()(*args, **kwargs)
-        for module in self.model.modules():
-            if isinstance(module, LoRAModule):
-                module.reset_adapters()
+        for module in modules:
+            module.reset_adapters()
         keep_originals(module for _, module in trained_modules(self.model))
         return result
 

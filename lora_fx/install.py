@@ -59,10 +59,11 @@ def install(model: Model, config: LoRAConfig | None = None) -> Model:
     """Give every linear of `model` that `config` targets a low-rank adapter, in place, and freeze everything else.
 
     Each linear's class becomes ``LoRA<its class>``, with the parameters ``lora_a`` [R, K] and ``lora_b`` [N, R]; see
-    `LoRAModule`. Module structure, base parameters and their names stay as they are. The outputs stay too, until the
-    first training step, because B starts at zero. Adapters take the device and dtype of the weight; beside a packed
-    weight (integers, float8) they take the activation dtype: the bias's if it is floating point, or else the most
-    frequent floating point dtype of 16 bits or more among the model's parameters, or else torch's default dtype.
+    `LoRAModule` (with `use_dora` ``DoRA<its class>``, see `DoRAModule`). Module structure, base parameters and their
+    names stay as they are. The outputs stay too, until the first training step, because B starts at zero. Adapters take
+    the device and dtype of the weight; beside a packed weight (integers, float8) they take the activation dtype: the
+    bias's if it is floating point, or else the most frequent floating point dtype of 16 bits or more among the model's
+    parameters, or else torch's default dtype.
 
     `nn.TransformerEncoderLayer`s that hold a target leave their inference fast path, which would go past the adapters.
     Two linears that share one weight get an adapter each; a linear that is registered under two names gets one. Where

@@ -145,11 +145,8 @@ class LoRAModule(nn.Linear):
         Raises:
             ValueError: the adapter is merged; or `lora_init` takes the weight apart, which is sharded by now.
         """
-        if self._lora_merged is not None:
-            raise ValueError("an adapter that is merged cannot start afresh: call lora_fx.unmerge(model) first")
+        self.check_start()
         if self.lora_init in CHANGES_BASE:
-            if is_dtensor(self.weight):
-                raise ValueError(f"init={self.lora_init!r} takes the weight apart, which is sharded: start before that")
             self.put_base_back()
             scale, rank = self._lora_last_scale, self.lora_a.shape[0]
             self._lora_base = decomposed(self.weight, self.lora_init, rank, scale, self.lora_a.dtype)
@@ -161,6 +158,13 @@ class LoRAModule(nn.Linear):
         self.lora_scale.fill_(self._lora_last_scale)
         if self.lora_enabled is not self._lora_disabled:
             self.lora_enabled.fill_(1.0)
+
+    def check_start(self) -> None:
+        """Raise ValueError if `reset_adapters` would."""
+        if self._lora_merged is not None:
+            raise ValueError("an adapter that is merged cannot start afresh: call lora_fx.unmerge(model) first")
+        if self.lora_init in CHANGES_BASE and is_dtensor(self.weight):
+            raise ValueError(f"init={self.lora_init!r} takes the weight apart, which is sharded: start before that")
 
     def put_base_back(self) -> None:
         """Give the weight back, to the bit, what `lora_init` took out of it; nothing is done where that is nothing."""
