@@ -89,7 +89,7 @@ def read_files(folder: Path) -> AdapterFiles:
             )
         halves[path][name] = tensor
     if not halves:
-        raise ValueError(f"{file} holds no tensors: save the adapter again")
+        raise ValueError(f"{file} holds no tensors of adapters: save the adapter again")
     factors = {path: _factors(file, config, path, half) for path, half in halves.items()}
     return AdapterFiles(file, config, factors, trained)
 

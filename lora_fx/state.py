@@ -250,6 +250,11 @@ def _fitting(model: nn.Module, found: list[_Entry], files: AdapterFiles) -> list
                 f"{entry.path} is a flat shard of FullyShardedDataParallel: load within "
                 f"FullyShardedDataParallel.summon_full_params(model)"
             )
+        if entry.module._lora_base is not None:
+            raise ValueError(
+                f"{entry.path} holds the residual that init={entry.module.lora_init!r} left of its weight, and "
+                f"{files.tensors} is for the weight as it was: {_FRESH}"
+            )
         if (rank := entry.module.lora_b.shape[1]) != entry.factors.rank:
             raise ValueError(
                 f"{entry.path} has rank {rank} in the model and rank {entry.factors.rank} in {files.tensors}: {_FRESH}"

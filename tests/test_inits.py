@@ -242,8 +242,14 @@ def test_files_are_for_the_untouched_base(tmp_path, init, scale):
     assert other.output.lora_a.shape[0] == 8 and other.layers["0"].attention.wq.lora_a.shape[0] == 6
     torch.testing.assert_close(in_peft(toy(), tmp_path)(TOKENS), model(TOKENS), **room)
     assert json.loads((tmp_path / CONFIG).read_text())["init_lora_weights"] is True
-    with pytest.raises(ValueError, match=r"has rank [34] in the model and rank [68] in"):
-        lora_fx.load_adapter(model, tmp_path)
+    for rank in (4, 8):  # also where the ranks are equal: the file is for another weight
+        holder = toy(init, rank=rank, rank_pattern={"wq": rank - 2})
+        before = snapshot(holder)
+        with pytest.raises(
+            ValueError, match=rf"holds the residual that init='{init}' left .* for the weight as it was"
+        ):
+            lora_fx.load_adapter(holder, tmp_path)
+        assert_same(before, snapshot(holder))
 
 
 def test_converted_as_peft_converts(tmp_path):
