@@ -1,6 +1,7 @@
 """LoRA fine-tuning at the cost of the frozen model: a class swap, and graph rewrites under `torch.compile`."""
 
 from lora_fx import distributed
+from lora_fx.adapters import active_adapter, adapter_names, add_adapter, delete_adapter, set_adapter
 from lora_fx.compile import compile
 from lora_fx.config import LoRAConfig
 from lora_fx.converter import Converters, LoRAConverter, ModelConverter, convert
@@ -18,6 +19,7 @@ from lora_fx.install import (
 from lora_fx.linear import LoRAModule
 from lora_fx.merge import merge, unmerge
 from lora_fx.optimizer import parameter_groups
+from lora_fx.rows import adapters_per_row
 from lora_fx.state import load_adapter, save_adapter
 
 __all__ = [
@@ -28,9 +30,14 @@ __all__ = [
     "LoRAModule",
     "ModelConverter",
     "Report",
+    "active_adapter",
+    "adapter_names",
     "adapter_parameters",
+    "adapters_per_row",
+    "add_adapter",
     "compile",
     "convert",
+    "delete_adapter",
     "disabled",
     "distributed",
     "explain",
@@ -43,5 +50,6 @@ __all__ = [
     "parameter_groups",
     "remove",
     "save_adapter",
+    "set_adapter",
     "unmerge",
 ]

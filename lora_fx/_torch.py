@@ -7,6 +7,7 @@ import inspect
 import sys
 import types
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -91,3 +92,22 @@ def can_place_gradients() -> bool:
 def has_instance_forward(module: nn.Module) -> bool:
     """Whether `forward` was assigned on the instance, so that no class's `forward` runs."""
     return "forward" in module.__dict__
+
+
+def keep_address(tensor: torch.Tensor) -> None:
+    """Tell CUDA graphs that `tensor` stays where it is, as parameters do, so that they need no copy of it.
+
+    Checked on torch 2.13.
+    """
+    torch._dynamo.mark_static_address(tensor, guard=False)
+
+
+def sizes_of_attributes_may_vary() -> AbstractContextManager[Any]:
+    """While this lasts, what Dynamo captures has no constants for the sizes of tensors that are attributes of linears.
+
+    Dynamo takes such sizes for constants in modules whose class says that it is torch's, as a swapped one does. Sizes
+    of parameters and buffers stay constants. Checked on torch 2.13.
+    """
+    import torch._dynamo.config
+
+    return torch._dynamo.config.patch(force_nn_module_property_static_shapes=False)

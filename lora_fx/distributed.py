@@ -22,6 +22,7 @@ from lora_fx import _torch
 from lora_fx.install import adapter_parameters, thawed
 from lora_fx.linear import PARAMETERS, LoRAModule
 from lora_fx.placements import adapter_placements, is_dtensor, local
+from lora_fx.stored import StoredAdapter
 
 __all__ = [
     "DeferredReduction",
@@ -74,24 +75,33 @@ class DeferredReduction:
         loss.backward()
         optimizer.step()                                  # reduces first, if `reduction.reduce()` was not called
 
-    Until then the gradients of these factors hold this rank's term. Whatever reads gradients between backward and the
-    step (clipping, logging) needs a call of `reduce` before it. Before that, gradients may be accumulated over any
-    number of backward passes.
+    It is about the adapters that the optimizer holds: of several on one model (`lora_fx.set_adapter`), each optimizer
+    needs one of its own. Until the step the gradients of these factors hold this rank's term. Whatever reads gradients
+    between backward and the step (clipping, logging) needs a call of `reduce` before it. Before that, gradients may be
+    accumulated over any number of backward passes.
 
     Args:
         models: a model, or the stages that this rank holds.
         optimizer: of the adapters; a hook reduces before its step.
 
     Raises:
-        ValueError: no model holds adapters.
+        ValueError: no model holds adapters, or the optimizer holds none of theirs.
         RuntimeError: this torch cannot do it; 2.13 can.
     """
 
     def __init__(self, models: nn.Module | Sequence[nn.Module], optimizer: torch.optim.Optimizer) -> None:
-        models = [models] if isinstance(models, nn.Module) else models
-        self.modules = [module for model in models for module in model.modules() if isinstance(module, LoRAModule)]
+        self.models = [models] if isinstance(models, nn.Module) else list(models)
+        self.modules = [module for model in self.models for module in model.modules() if isinstance(module, LoRAModule)]
         if not self.modules:
             raise ValueError("no model holds adapters: call lora_fx.install before deferring the reduction")
+        self._owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        # Each factor with its linear's scale. The numbers of a swapped module are replicated on the tensor-parallel
+        # mesh, and FSDP leaves them there.
+        self._factors: list[tuple[Any, Any]] = [
+            (holder._parameters[name], holder.lora_scale) for holder in self._holders() for name in PARAMETERS
+        ]
+        if not self._factors:
+            raise ValueError("the optimizer holds no adapter of these models: make it of lora_fx.adapter_parameters")
         if not _torch.can_place_gradients():
             raise RuntimeError(
                 f"torch {torch.__version__} reduces gradients as they come (its DTensor.from_local has no "
@@ -99,8 +109,8 @@ class DeferredReduction:
             )
         # By identity and not by a flag: a step may be left out (GradScaler does so), and then no hook is called.
         self._reduced: list[weakref.ref[Tensor]] = []
-        for module in self.modules:
-            module._lora_deferred = True
+        for holder in self._holders():
+            holder._lora_deferred = True
         self._hooks = [
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
             optimizer.register_step_post_hook(lambda *_: self._reduced.clear()),
@@ -110,26 +120,26 @@ class DeferredReduction:
         """Reduce what is deferred and was not reduced since the last step; returns how many all-reduces it took."""
         done = {id(gradient) for ref in self._reduced if (gradient := ref()) is not None}
         terms = []
-        for module in self.modules:
-            # The numbers of a swapped module are replicated on the tensor-parallel mesh, and FSDP leaves them there.
-            scale: Any = module.lora_scale
-            if not is_dtensor(scale):
+        for factor, scale in self._factors:
+            if not is_dtensor(scale) or factor.grad is None or id(factor.grad) in done:
                 continue
-            for name in PARAMETERS:
-                factor: Any = module._parameters[name]
-                if factor.grad is None or id(factor.grad) in done:
-                    continue
-                if groups := _replica_groups(factor, scale.device_mesh):
-                    terms.append((local(factor.grad), groups))
-                    self._reduced.append(weakref.ref(factor.grad))
+            if groups := _replica_groups(factor, scale.device_mesh):
+                terms.append((local(factor.grad), groups))
+                self._reduced.append(weakref.ref(factor.grad))
         return _sum_over_groups(terms)
 
     def remove(self) -> None:
         """Go back to gradients that are reduced as they come."""
         for hook in self._hooks:
             hook.remove()
-        for module in self.modules:
-            module._lora_deferred = False
+        for holder in self._holders():
+            holder._lora_deferred = False
+
+    def _holders(self) -> list[LoRAModule | StoredAdapter]:
+        """What has the adapters of the optimizer now."""
+        for model in self.models:
+            _torch.reshard(model)  # optimizers hold shards
+        return [h for module in self.modules for h in module.holders() if id(h.lora_a) in self._owned]
 
     def _before_step(self) -> None:
         self.reduce()

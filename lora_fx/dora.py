@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_fx.linear import PARAMETERS, Adapter, LoRAModule
+from lora_fx.linear import PARAMETERS, LoRAModule
 from lora_fx.passes.low_rank import low_rank
 from lora_fx.placements import fill, gathered, like_weight
+from lora_fx.swap import Adapter
 
 MAGNITUDE = "lora_magnitude"
 

@@ -36,32 +36,32 @@ class ChangedBase:
 
 
 @torch.no_grad()
-def reset_factors(lora_a: Tensor, lora_b: Tensor, init: str) -> None:
-    """Start A [R, K] and B [N, R] as `init` says, which is none that changes the base.
+def reset_factors(lora_a: Tensor, lora_b: Tensor, init: str, rank: int) -> None:
+    """Start A [R, K] and B [N, R] as `init` says, which is none that changes the base; what is behind `rank` is zero.
 
-    ``"kaiming"``: A uniform as `nn.Linear`'s weight, B zero. ``"gaussian"``: A normal with deviation 1 / R, B zero.
-    ``"orthogonal"``: normal numbers, mixed by rows of one orthogonal matrix for A and by the others for B, so that B A
-    is zero, up to rounding, and neither of them is (PEFT's; https://datta0.github.io/posts/rethink-lora-init).
+    ``"kaiming"``: A uniform as `nn.Linear`'s weight, B zero. ``"gaussian"``: A normal with deviation 1 / `rank`, B
+    zero. ``"orthogonal"``: normal numbers, mixed by rows of one orthogonal matrix for A and by the others for B, so
+    that B A is zero, up to rounding, and neither of them is (PEFT's;
+    https://datta0.github.io/posts/rethink-lora-init).
 
     A distributed factor is drawn whole on every rank and cut from the first one's: the draw is that of a single
     process, and replicas agree on devices where distributed random numbers do not.
     """
     a, b = (torch.empty(t.shape, dtype=t.dtype, device=t.device) if is_dtensor(t) else t for t in (lora_a, lora_b))
-    rank = a.shape[0]
-    if init == "orthogonal":
-        if not a.is_meta:
-            wide = torch.promote_types(a.dtype, torch.float32)
-            q, _ = torch.linalg.qr(torch.randn(rank, rank, dtype=wide, device=a.device))
-            left = torch.randn(a.shape[1], rank // 2, dtype=wide, device=a.device)
-            right = torch.randn(b.shape[0], rank // 2, dtype=wide, device=a.device)
-            a.copy_((left @ q[0::2]).t() / 10.0)
-            b.copy_((right @ q[1::2]) / 10.0)
-    else:
-        b.zero_()
-        if init == "kaiming":
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        else:
-            nn.init.normal_(a, std=1.0 / rank)
+    a[rank:].zero_()
+    b.zero_()
+    own_a, own_b = a[:rank], b[:, :rank]
+    if rank and init == "orthogonal" and not a.is_meta:
+        wide = torch.promote_types(a.dtype, torch.float32)
+        q, _ = torch.linalg.qr(torch.randn(rank, rank, dtype=wide, device=a.device))
+        left = torch.randn(a.shape[1], rank // 2, dtype=wide, device=a.device)
+        right = torch.randn(b.shape[0], rank // 2, dtype=wide, device=a.device)
+        own_a.copy_((left @ q[0::2]).t() / 10.0)
+        own_b.copy_((right @ q[1::2]) / 10.0)
+    elif rank and init == "kaiming":
+        nn.init.kaiming_uniform_(own_a, a=math.sqrt(5))
+    elif rank and init == "gaussian":
+        nn.init.normal_(own_a, std=1.0 / rank)
     for factor, whole in ((lora_a, a), (lora_b, b)):
         if whole is not factor:
             fill(factor, whole)

@@ -17,16 +17,10 @@ from lora_fx.dora import with_magnitude
 from lora_fx.first_factors import with_first_factors
 from lora_fx.init_weights import InitWeights, patch_init_weights
 from lora_fx.inits import check_bases
-from lora_fx.linear import (
-    Adapter,
-    LoRAModule,
-    is_activation_dtype,
-    new_adapter,
-    swap,
-    unswap,
-)
+from lora_fx.linear import DEFAULT_NAME, LoRAModule, adapter_dtype, is_activation_dtype
 from lora_fx.placements import is_dtensor
-from lora_fx.refusals import check_linear, check_model, shown
+from lora_fx.refusals import check_linear, check_model, check_name, only_one, shown
+from lora_fx.swap import Adapter, new_adapter, swap, unswap
 from lora_fx.targets import Target, clean_path, find_saved, find_targets
 from lora_fx.trained import (
     check_originals,
@@ -55,7 +49,13 @@ class Installation:
     init_weights: InitWeights | None = None
 
 
-def install(model: Model, config: LoRAConfig | None = None) -> Model:
+def install(
+    model: Model,
+    config: LoRAConfig | None = None,
+    *,
+    adapter_name: str = DEFAULT_NAME,
+    max_rank: int | None = None,
+) -> Model:
     """Give every linear of `model` that `config` targets a low-rank adapter, in place, and freeze everything else.
 
     Each linear's class becomes ``LoRA<its class>``, with the parameters ``lora_a`` [R, K] and ``lora_b`` [N, R]; see
@@ -82,6 +82,10 @@ def install(model: Model, config: LoRAConfig | None = None) -> Model:
     Args:
         model: any module; a linear itself, too.
         config: `LoRAConfig()` when left out.
+        adapter_name: for `lora_fx.set_adapter` and the like. Neither empty nor with a dot.
+        max_rank: leave room for adapters of this rank on every adapted linear (`lora_fx.add_adapter`,
+            `lora_fx.load_adapter`). Factors have this size then and are zero behind the adapter's own rank. Compiled
+            code computes products of this size.
 
     Returns:
         `model`.
@@ -96,8 +100,10 @@ def install(model: Model, config: LoRAConfig | None = None) -> Model:
     config = LoRAConfig() if config is None else config
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}")
+    check_name(adapter_name)
     check_model(model, _RECORD)
     targets = find_targets(model, config)
+    _check_room(targets, config, max_rank)
     for target in targets:
         check_linear(target.path, target.module, config)
     check_called(model, [(target.path, target.module) for target in targets])
@@ -108,7 +114,7 @@ def install(model: Model, config: LoRAConfig | None = None) -> Model:
 
     # Tensors made in inference mode would never train. And what can fail comes before the first change.
     with torch.inference_mode(False):
-        adapters = _new_adapters(model, targets, config)
+        adapters = _new_adapters(model, targets, config, max_rank)
         record = Installation(
             config=config,
             requires_grad={clean_path(name): p.requires_grad for name, p in _named_parameters(model)},
@@ -117,7 +123,7 @@ def install(model: Model, config: LoRAConfig | None = None) -> Model:
         setattr(model, _RECORD, record)
         try:
             for target, adapter in zip(targets, adapters):
-                swap(target.module, adapter)
+                swap(target.module, adapter, adapter_name)
             for module, patch in _patched(model, record):
                 setattr(module, patch.name, patch.value)
             record.init_weights = patch_init_weights(model)
@@ -142,6 +148,7 @@ def remove(model: Model) -> Model:
     """
     record = _record(model)
     merged = any(isinstance(module, LoRAModule) and module._lora_merged is not None for module in model.modules())
+    check_not_in_rows(model)
     if not merged:
         check_originals(model, "lora_fx.remove")
     for path, module in model.named_modules():
@@ -176,17 +183,20 @@ def freeze(model: Model) -> Model:
     return model
 
 
-def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+def adapter_parameters(model: nn.Module, adapter_name: str | None = None) -> list[nn.Parameter]:
     """The parameters to give to an optimizer, in the order of `model.modules()`.
 
     They are A and B of every swapped linear, DoRA's magnitudes, and all parameters of what `modules_to_save` names.
 
+    Those of the active adapter, or of another one that is named. They stay the same objects when another adapter
+    becomes active (`lora_fx.set_adapter`), so an optimizer goes on with the one that it was made for.
+
     Warns when a distributed parameter beside them requires gradients, see `thawed`.
 
     Raises:
-        ValueError: `model` holds no adapters.
+        ValueError: `model` holds no adapters, or none of that name.
     """
-    adapters = [parameter for _, parameter in named_adapter_parameters(model)]
+    adapters = [parameter for _, parameter in named_adapter_parameters(model, adapter_name)]
     if names := thawed(model):
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         warnings.warn(
@@ -210,17 +220,20 @@ def thawed(model: nn.Module) -> list[str]:
     ]
 
 
-def named_adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """As `adapter_parameters`, with names as in ``model.named_parameters()``."""
+def named_adapter_parameters(model: nn.Module, adapter_name: str | None = None) -> list[tuple[str, nn.Parameter]]:
+    """As `adapter_parameters`, with the names that ``model.named_parameters()`` has for the active adapter's."""
     if not any(is_trained(module) for module in model.modules()):
         adapted(model)
     found: dict[nn.Parameter, str] = {}  # a trained one may be shared
     for path, module in model.named_modules():
-        names = list(module._parameters) if is_trained(module) else []
+        parameters = dict(module._parameters) if is_trained(module) else {}
         if isinstance(module, LoRAModule):
-            names = list(module.lora_parameters)
-        for name in names:
-            if (parameter := module._parameters[name]) is not None:
+            holder = module.holder(adapter_name)
+            if holder is None:
+                raise ValueError(f"{shown(path)} has no adapter called {adapter_name!r}")
+            parameters = {name: holder._parameters[name] for name in module.lora_parameters}
+        for name, parameter in parameters.items():
+            if parameter is not None:
                 found.setdefault(parameter, f"{path}.{name}".removeprefix("."))
     return [(name, parameter) for parameter, name in found.items()]
 
@@ -290,6 +303,13 @@ def check_not_merged(model: nn.Module) -> None:
             raise ValueError(f"{shown(path)} is merged: call lora_fx.unmerge(model) first")
 
 
+def check_not_in_rows(model: nn.Module) -> None:
+    """Raise ValueError within `lora_fx.adapters_per_row`, which holds copies of the adapters."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoRAModule) and module._lora_rows is not None:
+            raise ValueError(f"{shown(path)} has adapters assigned to rows: leave lora_fx.adapters_per_row first")
+
+
 def _record(model: nn.Module) -> Installation:
     record = model.__dict__.get(_RECORD)
     if isinstance(record, Installation):
@@ -324,7 +344,19 @@ def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return model.named_parameters(remove_duplicate=False)
 
 
-def _new_adapters(model: nn.Module, targets: list[Target], config: LoRAConfig) -> list[Adapter]:
+def _check_room(targets: list[Target], config: LoRAConfig, max_rank: int | None) -> None:
+    if max_rank is None:
+        return
+    if reason := only_one(config):
+        raise ValueError(f"max_rank leaves room for other adapters, and {reason}: leave it out")
+    if isinstance(max_rank, bool) or not isinstance(max_rank, int):
+        raise TypeError(f"max_rank must be an int, got {max_rank!r}")
+    for target in targets:
+        if target.rank > max_rank:
+            raise ValueError(f"{shown(target.path)} gets rank {target.rank}, which is above max_rank={max_rank}")
+
+
+def _new_adapters(model: nn.Module, targets: list[Target], config: LoRAConfig, max_rank: int | None) -> list[Adapter]:
     dtypes = Counter(p.dtype for p in model.parameters() if is_activation_dtype(p.dtype))
     activation_dtype = dtypes.most_common(1)[0][0] if dtypes else torch.get_default_dtype()
     adapters = [
@@ -334,7 +366,8 @@ def _new_adapters(model: nn.Module, targets: list[Target], config: LoRAConfig) -
             scale=config.scale(target.rank, target.alpha),
             dropout=config.dropout,
             init=config.init,
-            activation_dtype=activation_dtype,
+            dtype=adapter_dtype(target.module, activation_dtype),
+            room=target.rank if max_rank is None else max_rank,
         )
         for target in targets
     ]

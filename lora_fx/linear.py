@@ -11,7 +11,6 @@ modules of equal shape share one graph, and changing a number takes effect witho
 import functools
 import types
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 import torch
@@ -19,48 +18,33 @@ from torch import Tensor, nn
 
 from lora_fx.config import CHANGES_BASE
 from lora_fx.inits import ChangedBase, decomposed, put_back, put_residual, reset_factors
-from lora_fx.passes.low_rank import low_rank
-from lora_fx.placements import deferred, is_dtensor, like_weight, local, placed, replicated_like
+from lora_fx.passes.low_rank import low_rank, low_rank_rows
+from lora_fx.placements import deferred, is_dtensor, placed
+from lora_fx.stored import (
+    ENABLED,
+    OWN_ATTRIBUTES,
+    SCALE,
+    StoredAdapter,
+    exchange,
+    keep_numbers,
+    note_loaded_scale,
+    number,
+)
 
-# The 0-d float32 buffers of a swapped module.
-SCALE, ENABLED = "lora_scale", "lora_enabled"
 # Everything that the swap adds to a module, in the order in which it is added.
 PARAMETERS = ("lora_a", "lora_b")
 BUFFERS = (SCALE, ENABLED)
 ATTRIBUTES = (
-    "lora_dropout",
-    "lora_init",
-    "_lora_last_scale",
+    *OWN_ATTRIBUTES,
+    "lora_adapters",
+    "_lora_active",
     "_lora_disabled",
-    "_lora_deferred",
     "_lora_merged",
     "_lora_base",
+    "_lora_rows",
+    "_lora_stack",
 )
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """What the swap of one linear adds to it.
-
-    Args:
-        lora_a: [R, K].
-        lora_b: [N, R].
-        scale: multiplies the low-rank product.
-        dropout: probability of dropping an input element of the low-rank branch in training.
-        init: how `lora_a` starts, a name that `LoRAConfig.init` knows.
-        kind: what the class of the swapped linear derives from beside its parent.
-        others: the parameters that this kind has beside `lora_a` and `lora_b`, by name.
-        base: what the weight is, where `init` puts a residual in its place.
-    """
-
-    lora_a: nn.Parameter
-    lora_b: nn.Parameter
-    scale: float
-    dropout: float
-    init: str
-    kind: "type[LoRAModule]"
-    others: Mapping[str, nn.Parameter] = field(default_factory=dict)
-    base: ChangedBase | None = None
+DEFAULT_NAME = "default"
 
 
 class LoRAModule(nn.Linear):
@@ -74,6 +58,8 @@ class LoRAModule(nn.Linear):
         lora_scale: saved in `state_dict`, so that loading a checkpoint restores the function that was saved even where
             this module was installed with another alpha. Change it with ``module.lora_scale.fill_(value)``.
         lora_enabled: 1, or 0 inside `lora_fx.disabled`; not saved.
+
+    All of this belongs to the active adapter. Others wait in ``lora_adapters``, by name; see `lora_fx.set_adapter`.
     """
 
     lora_parameters: ClassVar[tuple[str, ...]] = PARAMETERS
@@ -84,16 +70,24 @@ class LoRAModule(nn.Linear):
     lora_enabled: Tensor
     lora_dropout: float
     lora_init: str
+    lora_adapters: nn.ModuleDict
     _lora_last_scale: float
+    _lora_rank: int
+    _lora_active: str
     _lora_disabled: Tensor | None
     _lora_deferred: bool
     _lora_merged: Any  # a lora_fx.merge.Merged, or None
     _lora_base: ChangedBase | None
+    _lora_rows: Any  # a lora_fx.rows.Rows, or None
+    _lora_stack: Any  # a lora_fx.rows.Stack, or None
 
     # The parameter is called `input` because `nn.Linear.forward`'s is, and callers may name it.
     def forward(self, input: Tensor) -> Tensor:
         """[..., K] -> [..., N], in the dtype of the parent's output."""
         base = super().forward(input)
+        if self._lora_rows is not None:
+            rows, *stack = self._lora_rows
+            return base + low_rank_rows(input, rows, stack, self.lora_enabled).to(base.dtype)
         scale = self.lora_scale * self.lora_enabled
         update = low_rank(input, *self._lora_factors(), scale, self.lora_dropout, self.training)
         return base + update.to(base.dtype)
@@ -123,6 +117,31 @@ class LoRAModule(nn.Linear):
             for factor in self.lora_parameters:
                 if (held := self._parameters.get(factor)) is not None:
                     self._parameters[factor] = placed(factor, held, param)
+            if is_dtensor(param):
+                for stored in self.stored_adapters().values():
+                    stored.follow(param)
+
+    def stored_adapters(self) -> dict[str, StoredAdapter]:
+        """The adapters that are not active, by name."""
+        # Absent while the swap is under way.
+        return cast(dict[str, StoredAdapter], dict(self.__dict__.get("lora_adapters", {}).items()))
+
+    def holders(self) -> "list[LoRAModule | StoredAdapter]":
+        """What has the tensors and numbers of each adapter now; the active one's are the module's own."""
+        return [self, *self.stored_adapters().values()]
+
+    def holder(self, adapter: str | None) -> "LoRAModule | StoredAdapter | None":
+        """What has the tensors and numbers of `adapter` now; of the active one if that is None, None if unknown."""
+        return self if adapter in (None, self._lora_active) else self.stored_adapters().get(adapter or "")
+
+    def activate(self, adapter: str) -> None:
+        """Let `adapter`, which must be there, take the active one's place."""
+        if adapter == self._lora_active:
+            return
+        stored = cast(StoredAdapter, self.lora_adapters.pop(adapter))
+        exchange(self, stored)
+        self.lora_adapters[self._lora_active] = stored
+        self._lora_active = adapter
 
     def disabled_buffer(self) -> Tensor:
         """The zero that stands in for `lora_enabled` inside `lora_fx.disabled`.
@@ -140,22 +159,24 @@ class LoRAModule(nn.Linear):
 
     @torch.no_grad()
     def reset_adapters(self) -> None:
-        """Start the adapters afresh, as `lora_init` says, with the last scale that was installed or loaded.
+        """Start all adapters afresh, as `lora_init` says, with the last scale that was installed or loaded.
 
         Raises:
             ValueError: the adapter is merged; or `lora_init` takes the weight apart, which is sharded by now.
         """
         self.check_start()
-        if self.lora_init in CHANGES_BASE:
+        if self.lora_init in CHANGES_BASE:  # there is one adapter then
             self.put_base_back()
             scale, rank = self._lora_last_scale, self.lora_a.shape[0]
             self._lora_base = decomposed(self.weight, self.lora_init, rank, scale, self.lora_a.dtype)
             self.lora_a.copy_(self._lora_base.lora_a)
             self.lora_b.copy_(self._lora_base.lora_b)
+            self.lora_scale.fill_(scale)
             put_residual(self.weight, self._lora_base)
         else:
-            reset_factors(self.lora_a, self.lora_b, self.lora_init)
-        self.lora_scale.fill_(self._lora_last_scale)
+            for held in self.holders():
+                reset_factors(held.lora_a, held.lora_b, held.lora_init, held._lora_rank)
+                held.lora_scale.fill_(held._lora_last_scale)
         if self.lora_enabled is not self._lora_disabled:
             self.lora_enabled.fill_(1.0)
 
@@ -179,40 +200,39 @@ class LoRAModule(nn.Linear):
         self.reset_adapters()
 
     def extra_repr(self) -> str:
-        scale = _value(self.lora_scale)
+        scale = number(self.lora_scale)
         shown = self._lora_last_scale if scale is None else scale
-        ours = f"rank={self.lora_a.shape[0]}, scale={shown:g}, dropout={self.lora_dropout:g}"
+        ours = f"rank={self._lora_rank}, scale={shown:g}, dropout={self.lora_dropout:g}"
+        if len(self.lora_adapters):
+            ours += f", adapter={self._lora_active!r} of {len(self.lora_adapters) + 1}"
         return ", ".join(filter(None, (super().extra_repr(), ours)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoRAModule":
-        """Move or convert as any module, except that the two numbers stay float32 and never become garbage.
-
-        ``.to(torch.bfloat16)`` would round the scale, and ``.to_empty()`` would leave it uninitialised, which a model
-        that loads a checkpoint without an adapter in it would never notice.
-        """
+        """Move or convert as any module, the other adapters too, except that the numbers stay what they are."""
         before = {name: self._buffers[name] for name in BUFFERS}
         super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new is not old:
-                self._buffers[name] = self._moved(name, old, new)
+        keep_numbers(self, before)
+        self.lora_adapters._apply(fn)
+        self._lora_stack = None
+        if self._lora_rows is not None:
+            self._lora_rows = self._lora_rows.moved(fn)
         return self
 
-    @torch.no_grad()
-    def _moved(self, name: str, old: Tensor, new: Tensor) -> Tensor:
-        moved = new if new.dtype == torch.float32 else torch.empty_like(new, dtype=torch.float32)
-        if new.is_meta:
-            value = _value(old)
-            if name == SCALE and value is not None:
-                self._lora_last_scale = value
-        elif old.is_meta:
-            moved.fill_(self._lora_last_scale if name == SCALE else 1.0)
-        elif type(new) is type(old) or moved is not new:
-            # A change of tensor type (a fake tensor, a DTensor) at equal dtype already holds the number.
-            moved.copy_(old)
-        return moved
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, stored in self.stored_adapters().items():
+            stored._save_to_state_dict(destination, f"{prefix}lora_adapters.{name}.", keep_vars)
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
         if self._lora_merged is not None and any(name.startswith(prefix) for name in state_dict):
             raise ValueError(f"{prefix.rstrip('.') or 'the model'} is merged: call lora_fx.unmerge(model) first")
         if self._lora_base is not None and f"{prefix}weight" in state_dict and f"{prefix}lora_a" not in state_dict:
@@ -220,14 +240,16 @@ class LoRAModule(nn.Linear):
                 f"{prefix.rstrip('.') or 'the model'} holds the residual that init={self.lora_init!r} left of its "
                 f"weight, and a weight without adapters is no residual: load the base before lora_fx.install"
             )
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if self.lora_scale.dtype != torch.float32:  # load_state_dict(assign=True) of a checkpoint that was cast
-            self.lora_scale = self.lora_scale.float()
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        note_loaded_scale(self)
         if self.lora_enabled.is_meta and not self.lora_scale.is_meta:  # assign=True onto meta; this one is not saved
             self.lora_enabled = torch.ones_like(self.lora_scale)
-        value = _value(self.lora_scale)
-        if value is not None:
-            self._lora_last_scale = value
+        for name, stored in self.stored_adapters().items():
+            below = f"{prefix}lora_adapters.{name}."
+            stored._load_from_state_dict(state_dict, below, local_metadata, strict, missing, unexpected, errors)
+            # To `nn.Module`, what is no child's is nobody's.
+            ours = {below + key for key in (*stored._parameters, *stored._buffers)}
+            unexpected[:] = [key for key in unexpected if key not in ours]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by the parent class, which can be imported; the swapped class is made again where it is loaded."""
@@ -243,12 +265,6 @@ class LoRAModule(nn.Linear):
 def _new(parent: type[nn.Linear], kind: type[LoRAModule]) -> LoRAModule:
     cls = lora_class(parent, kind)
     return cls.__new__(cls)
-
-
-def _value(number: Tensor) -> float | None:
-    """The value of a 0-d buffer, or None where there is none to read (meta, fake)."""
-    number = local(number)  # the same on every rank
-    return None if type(number) is not Tensor or number.is_meta else number.item()
 
 
 def lora_class(parent: type[nn.Linear], kind: type[LoRAModule] = LoRAModule) -> type[LoRAModule]:
@@ -297,66 +313,3 @@ def adapter_dtype(module: nn.Linear, activation_dtype: torch.dtype) -> torch.dty
 def is_activation_dtype(dtype: torch.dtype) -> bool:
     """Whether matrix products on activations are done in `dtype`: floating point of 16 bits or more."""
     return dtype.is_floating_point and dtype.itemsize >= 2
-
-
-def new_adapter(
-    module: nn.Linear, *, rank: int, scale: float, dropout: float, init: str, activation_dtype: torch.dtype
-) -> Adapter:
-    """The adapter for `module`, initialised, on its weight's device and mesh; `module` is not touched.
-
-    The shapes follow `in_features` and `out_features`, because a packed weight has a shape of its own.
-    """
-    weight = getattr(module, "weight", None)
-    device = weight.device if isinstance(weight, Tensor) else next(iter(module.parameters())).device
-    dtype = adapter_dtype(module, activation_dtype)
-    base = None
-    if init in CHANGES_BASE:
-        assert isinstance(weight, Tensor)
-        base = decomposed(weight, init, rank, scale, dtype)
-        # Copies: the first factors are kept, and training changes the others.
-        factors = base.lora_a.clone(), base.lora_b.clone()
-    else:
-        a = torch.empty(rank, module.in_features, dtype=dtype, device=device)
-        b = torch.zeros(module.out_features, rank, dtype=dtype, device=device)
-        reset_factors(a, b, init)
-        factors = like_weight("lora_a", a, weight), like_weight("lora_b", b, weight)
-    lora_a, lora_b = map(nn.Parameter, factors)
-    return Adapter(lora_a, lora_b, scale, dropout, init, LoRAModule, base=base)
-
-
-def swap(module: nn.Linear, adapter: Adapter) -> None:
-    """Make `module` a `LoRA<Parent>` that holds `adapter`. Undone by `unswap`."""
-    module.__class__ = lora_class(type(module), adapter.kind)
-    swapped = cast(LoRAModule, module)
-    device, weight = adapter.lora_a.device, getattr(module, "weight", None)
-    swapped.register_parameter("lora_a", adapter.lora_a)
-    swapped.register_parameter("lora_b", adapter.lora_b)
-    for name, parameter in adapter.others.items():
-        swapped.register_parameter(name, parameter)
-    scale = torch.full((), adapter.scale, dtype=torch.float32, device=device)
-    enabled = torch.ones((), dtype=torch.float32, device=device)
-    swapped.register_buffer(SCALE, replicated_like(scale, weight))
-    swapped.register_buffer(ENABLED, replicated_like(enabled, weight), persistent=False)
-    swapped.lora_dropout = adapter.dropout
-    swapped.lora_init = adapter.init
-    swapped._lora_last_scale = adapter.scale
-    swapped._lora_disabled = None
-    swapped._lora_deferred = False
-    swapped._lora_merged = None
-    swapped._lora_base = adapter.base
-    if adapter.base is not None:
-        put_residual(swapped.weight, adapter.base)
-
-
-def unswap(module: nn.Linear) -> None:
-    """Give `module` its parent's class back and take away all that `swap` added, or as much of it as is there.
-
-    A base that `swap` changed is what it was; a merged one stays as it is.
-    """
-    base = module.__dict__.get("_lora_base")
-    if base is not None and module.__dict__.get("_lora_merged") is None:
-        put_back(module.weight, base)
-    for name in (*cast(LoRAModule, module).lora_parameters, *BUFFERS, *ATTRIBUTES):
-        if name in module._parameters or name in module._buffers or name in module.__dict__:
-            delattr(module, name)
-    module.__class__ = parent_class(type(module))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.dora import DoRAModule
-from lora_fx.install import adapted
+from lora_fx.install import adapted, check_not_in_rows
 from lora_fx.linear import LoRAModule, is_activation_dtype
 from lora_fx.placements import is_dtensor
 from lora_fx.targets import clean_path
@@ -67,6 +67,7 @@ def merge(model: Model, *, keep: bool = True) -> Model:
             names the module, and `model` is as it was.
     """
     modules = adapted(model)
+    check_not_in_rows(model)
     holders = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     for path, module in modules:  # all of them before the first change
         where = clean_path(path) or "the model"

@@ -5,7 +5,7 @@ import inspect
 from torch import Tensor, nn
 
 from lora_fx import _torch
-from lora_fx.config import LoRAConfig
+from lora_fx.config import CHANGES_BASE, LoRAConfig
 from lora_fx.dora import MAGNITUDE, DoRAModule, check_dora
 from lora_fx.linear import ATTRIBUTES, BUFFERS, PARAMETERS, LoRAModule, lora_class
 
@@ -77,3 +77,22 @@ def _extra_arguments(cls: type[nn.Linear]) -> list[str]:
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     named = [name for name, parameter in signature.parameters.items() if parameter.kind not in variadic]
     return named[2:]
+
+
+def only_one(config: LoRAConfig) -> str:
+    """Why a model with this configuration holds no other adapter; empty if it may."""
+    if config.use_dora:
+        return "use_dora is for a model with one adapter"
+    if config.init in CHANGES_BASE:
+        return f"init={config.init!r} changes the base, which suits one adapter"
+    return "modules_to_save is for a model with one adapter" if config.modules_to_save else ""
+
+
+def check_name(name: str) -> None:
+    """Raise if an adapter cannot have this name, which becomes part of keys and an attribute of a `nn.ModuleDict`."""
+    if not isinstance(name, str):
+        raise TypeError(f"the name of an adapter is a str, got {name!r}")
+    if not name or "." in name:
+        raise ValueError(f"an adapter cannot be called {name!r}: the name is part of dotted paths")
+    if hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"an adapter cannot be called {name!r}: nn.ModuleDict has an attribute of that name")

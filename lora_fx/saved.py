@@ -2,6 +2,7 @@
 
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from lora_fx.linear import LoRAModule
 from lora_fx.peft_config import config_values, hides
 from lora_fx.peft_files import Factors
 from lora_fx.placements import gathered, local
+from lora_fx.stored import StoredAdapter
 from lora_fx.targets import clean_path
 
 
@@ -24,13 +26,17 @@ def gathered_factor(factor: nn.Parameter | None) -> Tensor:
     return full if full.is_meta else full.to("cpu", copy=True).contiguous()
 
 
-def checked_adapter(path: str, module: LoRAModule, factors: Factors) -> Factors:
-    """`factors` of the module at `path`, after a look at what is to be written.
+def checked_adapter(
+    path: str, module: LoRAModule, holder: LoRAModule | StoredAdapter, held: Mapping[str, Tensor]
+) -> Factors:
+    """The factors that `holder` has for the module at `path`, after a look at what is to be written.
+
+    They are cut to the adapter's rank, unless something was written behind it.
 
     Raises:
         ValueError: they are flat shards, on the meta device or not finite, or the module has no path.
     """
-    lora_a, lora_b = factors.lora_a, factors.lora_b
+    lora_a, lora_b = held["lora_a"], held["lora_b"]
     if not path:
         raise ValueError(
             "the model is itself the adapted linear, and PEFT's format has no name for that: save the module that "
@@ -43,17 +49,20 @@ def checked_adapter(path: str, module: LoRAModule, factors: Factors) -> Factors:
             f"{path} has factors of shapes {list(lora_a.shape)} and {list(lora_b.shape)}, not {wanted}: inside "
             f"FullyShardedDataParallel, save within FullyShardedDataParallel.summon_full_params(model)"
         )
-    scale = local(module.lora_scale)
+    scale = local(holder.lora_scale)
     if lora_a.is_meta or scale.is_meta:
         raise ValueError(f"{path} is on the meta device: there are no values to save yet")
-    if not all(torch.isfinite(tensor).all() for tensor in (*factors.named().values(), scale)):
+    if not all(torch.isfinite(tensor).all() for tensor in (*held.values(), scale)):
         raise ValueError(f"{path} holds NaN or infinity: nothing was written, so that the last good files stay")
-    return factors
+    own = holder._lora_rank
+    if lora_a[own:].any() or lora_b[:, own:].any():
+        own = rank
+    return Factors(**{**held, "lora_a": lora_a[:own].contiguous(), "lora_b": lora_b[:, :own].contiguous()})
 
 
-def plain_adapter(module: LoRAModule, factors: Factors) -> tuple[Factors, float]:
-    """The factors and the scale of what a module adds to its base as everybody has it."""
-    scale = local(module.lora_scale).item()
+def plain_adapter(module: LoRAModule, holder: LoRAModule | StoredAdapter, factors: Factors) -> tuple[Factors, float]:
+    """The factors and the scale of what an adapter of a module adds to its base as everybody has it."""
+    scale = local(holder.lora_scale).item()
     if module._lora_base is None:
         return factors, scale
     lora_a, lora_b, scale = plain_factors(module._lora_base, factors.lora_a, factors.lora_b, scale)
@@ -62,7 +71,7 @@ def plain_adapter(module: LoRAModule, factors: Factors) -> tuple[Factors, float]
 
 def written_config(
     model: nn.Module,
-    modules: dict[str, LoRAModule],
+    holders: Mapping[str, LoRAModule | StoredAdapter],
     plain: dict[str, tuple[Factors, float]],
     trained: list[str],
 ) -> dict[str, Any]:
@@ -70,11 +79,11 @@ def written_config(
 
     Args:
         model: which is saved.
-        modules: its adapted linears by path.
-        plain: factors and scale of each, as they are written.
+        holders: what has the adapter of each adapted linear, by path.
+        plain: factors and scale of each that is written.
         trained: paths of the modules that are trained whole.
     """
-    dropouts = Counter(module.lora_dropout for module in modules.values())
+    dropouts = Counter(holders[path].lora_dropout for path in plain)
     dropout = dropouts.most_common(1)[0][0]
     if len(dropouts) > 1:
         warnings.warn(
@@ -82,13 +91,13 @@ def written_config(
             f"{', '.join(f'{value:g}' for value in sorted(dropouts))}",
             stacklevel=3,
         )
-    if hidden := [path for path in modules if hides(trained, path)]:
+    if hidden := [path for path in plain if hides(trained, path)]:
         warnings.warn(
             f"PEFT leaves out every linear whose path holds a name of modules_to_save ({', '.join(trained)}), and so "
             f"the adapter of {hidden[0]} ({len(hidden)} in all); load_adapter reads it",
             stacklevel=3,
         )
-    dora = {path: isinstance(module, DoRAModule) for path, module in modules.items()}
+    dora = {path: isinstance(holders[path], DoRAModule) for path in plain}
     if len(set(dora.values())) > 1:
         ours, other = (next(path for path, value in dora.items() if value is kind) for kind in (True, False))
         raise ValueError(
@@ -99,11 +108,11 @@ def written_config(
     return config_values(
         {path: factors.rank for path, (factors, _) in plain.items()},
         {path: scale for path, (_, scale) in plain.items()},
-        others={clean_path(path) for path, _ in model.named_modules()} - modules.keys(),
+        others={clean_path(path) for path, _ in model.named_modules()} - plain.keys(),
         trained=trained,
         dropout=dropout,
         use_rslora=bool(installed) and all(config.use_rslora for config in installed),
         use_dora=any(dora.values()),
-        inits={module.lora_init for module in modules.values()},
+        inits={holders[path].lora_init for path in plain},
         base=getattr(model, "name_or_path", None) or None,
     )

@@ -3,7 +3,6 @@
 import difflib
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,14 +10,15 @@ import torch
 from torch import nn
 
 from lora_fx import _torch
+from lora_fx.adapters import adapter_names, check_known, check_new_name, exchangeable
 from lora_fx.config import ALL_LINEAR, LoRAConfig
 from lora_fx.distributed import largest_mesh, together, writes
 from lora_fx.dora import DoRAModule
+from lora_fx.entries import Entry, fill_adapter, held, store_adapter, widen
 from lora_fx.files import write_together
-from lora_fx.install import check_not_disabled, check_not_merged, install, is_installed, remove
-from lora_fx.linear import LoRAModule
+from lora_fx.install import check_not_disabled, check_not_in_rows, check_not_merged, install, is_installed, remove
+from lora_fx.linear import DEFAULT_NAME, LoRAModule
 from lora_fx.peft_files import PREFIX, AdapterFiles, Factors, encoded, read_files
-from lora_fx.placements import fill, like_weight
 from lora_fx.saved import checked_adapter, gathered_factor, plain_adapter, written_config
 from lora_fx.targets import clean_path, exactly
 from lora_fx.trained_state import (
@@ -33,14 +33,14 @@ from lora_fx.trained_state import (
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
-    """Write the adapters of `model` into `folder`, as PEFT's `adapter_model.safetensors` and `adapter_config.json`.
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, adapter_name: str | None = None) -> Path:
+    """Write the adapter of `model` into `folder`, as PEFT's `adapter_model.safetensors` and `adapter_config.json`.
 
     PEFT computes from them what `model` computes: the scales that are written are those of the buffers `lora_scale`,
     whatever `model` was installed with. Paths are written without what activation checkpointing, FSDP, DDP and
-    ``torch.compile(model)`` put into them. Of linears whose base an initialisation changed (PiSSA, OLoRA) it is an
-    ordinary adapter of twice the rank, for the base as it was. Factors keep their dtype. What else `folder` holds stays
-    there.
+    ``torch.compile(model)`` put into them. Factors keep their dtype, and are cut to the adapter's rank where they have
+    room for more (unless something was written there). Of linears whose base an initialisation changed (PiSSA, OLoRA)
+    it is an ordinary adapter of twice the rank, for the base as it was. What else `folder` holds stays there.
 
     A kill at any moment leaves the adapter that was there before or the new one. Nothing is pickled.
 
@@ -51,6 +51,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     Args:
         model: holds adapters.
         folder: made if it is not there.
+        adapter_name: which of several; the active one when left out.
 
     Returns:
         `folder`.
@@ -68,38 +69,57 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     modules = {clean_path(path): module for path, module in model.named_modules() if isinstance(module, LoRAModule)}
     if not modules:
         raise ValueError(f"{type(model).__name__} holds no adapters to save: call lora_fx.install(model, config) first")
+    if adapter_name is not None:
+        check_known(model, adapter_name)
     mesh = largest_mesh(model)
+    holders = {path: held(module, adapter_name) for path, module in modules.items()}
     whole = {
-        path: {name: gathered_factor(module._parameters[name]) for name in module.lora_parameters}
+        path: {name: gathered_factor(holders[path]._parameters[name]) for name in module.lora_parameters}
         for path, module in modules.items()
     }
     trained = gathered_trained(model)
     with together(mesh):
         plain = {
-            path: plain_adapter(modules[path], checked_adapter(path, modules[path], Factors(**held)))
-            for path, held in whole.items()
+            path: plain_adapter(module, holders[path], checked_adapter(path, module, holders[path], whole[path]))
+            for path, module in modules.items()
         }
-        config = written_config(model, modules, plain, check_trained(model, trained))
+        plain = {path: saved for path, saved in plain.items() if saved[0].rank}
+        if not plain:
+            raise ValueError(f"the adapter has rank 0 in all of {', '.join(holders)}: there is nothing to save")
+        config = written_config(model, holders, plain, check_trained(model, trained))
         if writes(mesh):
             factors = {path: factors for path, (factors, _) in plain.items()}
             write_together(where, encoded(factors, trained, config))
     return where
 
 
-def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
+def load_adapter(
+    model: Model,
+    folder: str | os.PathLike[str],
+    *,
+    adapter_name: str | None = None,
+    max_rank: int | None = None,
+) -> Model:
     """Load an adapter that `save_adapter` or PEFT wrote into `model`, in place.
 
     A model without adapters gets those of the files (`lora_fx.install`), with the dropout of the configuration, and
-    with factors in the file's dtype or the one that `install` gives, whichever is wider. A model that holds adapters
-    must hold the same ones, of the same ranks, and train the same modules whole. It gets the files' values, in the
-    dtype of its own factors, and their scales; its dropout stays. No tensor changes its identity then: compiled code
-    and optimizers go on with the new values, and nothing recompiles.
+    with factors in the file's dtype or the one that `install` gives, whichever is wider.
+
+    A model that holds adapters must have room: an adapter on each linear that the files name, of their rank or more. It
+    must train the same modules whole (`modules_to_save`). The adapter that is named, or else the active one, gets the
+    files' values, in the dtype of its own factors, and their scales; its dropout stays. What the files do not fill
+    becomes zero: the rest of larger factors, and adapters on linears that the files do not name. No tensor changes its
+    identity then: compiled code and optimizers go on with the new values, and nothing recompiles. A name that the model
+    does not know is a new adapter beside the others, as if `lora_fx.add_adapter` had made it; `lora_fx.set_adapter`
+    makes it active.
 
     On several ranks all ranks of the model's mesh call this together, and every one reads the files.
 
     Args:
         model: any model whose linears have the paths that the files name.
         folder: where the files are; of an adapter that is not called ``default``, PEFT's folder of that name.
+        adapter_name: what the adapter is called in the model; where the model has none yet, ``default`` if left out.
+        max_rank: as for `lora_fx.install`, where the model has no adapters yet.
 
     Returns:
         `model`.
@@ -113,40 +133,35 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
     inner = _unwrapped(model)
     check_not_merged(inner)
     check_not_disabled(inner)
+    check_not_in_rows(inner)
     _torch.reshard(inner)
     mesh = largest_mesh(inner)
+    installed = is_installed(inner)
+    if installed and max_rank is not None:
+        raise ValueError("max_rank is for a model without adapters: these factors have their size already")
+    new = installed and adapter_name is not None and adapter_name not in adapter_names(inner)
+    if new:
+        assert adapter_name is not None
+        exchangeable(inner)
+        check_new_name(inner, adapter_name)
     with torch.inference_mode(False):  # whose tensors would never train
         with together(mesh):
             files = read_files(Path(folder))
             found, trained = _matched(inner, files), match_trained(inner, files)
             _check_storage([*found, *trained])
-            installed = is_installed(inner)
             if installed:
+                if not new and adapter_name is not None:
+                    check_known(inner, adapter_name)
                 values = _fitting(inner, found, files)
                 check_same_trained(inner, trained, files, _FRESH)
-        if installed:
-            _fill(found, values)
+        if not installed:
+            _install_files(inner, found, trained, files, mesh, adapter_name or DEFAULT_NAME, max_rank)
+        elif new:
+            store_adapter(inner, found, values, adapter_name or DEFAULT_NAME, files.config.dropout)
         else:
-            _install_files(inner, found, trained, files, mesh)
+            fill_adapter(inner, found, values, adapter_name)
         fill_trained(trained)
     return model
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A linear of the model with what the files hold for it."""
-
-    path: str
-    module: nn.Linear
-    factors: Factors
-    alpha: float
-    scale: float
-
-    @property
-    def swapped(self) -> LoRAModule:
-        """The linear, which holds an adapter by now."""
-        assert isinstance(self.module, LoRAModule)
-        return self.module
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
@@ -163,14 +178,14 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def _matched(model: nn.Module, files: AdapterFiles) -> list[_Entry]:
+def _matched(model: nn.Module, files: AdapterFiles) -> list[Entry]:
     """The entries of the files with their linears, which must be those that the configuration names."""
     modules = {clean_path(path): module for path, module in model.named_modules(remove_duplicate=False)}
     first: dict[nn.Module, str] = {}
     for path, module in modules.items():
         first.setdefault(module, path)
     linears = {path: module for module, path in first.items() if isinstance(module, nn.Linear)}
-    entries: dict[str, _Entry] = {}
+    entries: dict[str, Entry] = {}
     for path, factors in files.factors.items():
         linear = _linear(modules, list(linears), path, files)
         shape = [linear.out_features, linear.in_features]
@@ -182,7 +197,7 @@ def _matched(model: nn.Module, files: AdapterFiles) -> list[_Entry]:
         if first[linear] in entries:
             raise ValueError(f"{files.tensors} has {entries[first[linear]].path} and {path}, which are one module here")
         config = files.config
-        entries[first[linear]] = _Entry(path, linear, factors, config.alpha_of(path), config.scale_of(path))
+        entries[first[linear]] = Entry(path, linear, factors, config.alpha_of(path), config.scale_of(path))
     targeted = {path for path in linears if files.config.targets(path)}
     if files.config.target_modules == ALL_LINEAR:  # of which PEFT excepts the head, but only in transformers' models
         targeted -= {path for path in _heads(model, first) if path not in entries}
@@ -223,7 +238,7 @@ def _heads(model: nn.Module, first: dict[nn.Module, str]) -> list[str]:
     return [first[head]] if isinstance(head, nn.Module) and head in first else []
 
 
-def _check_storage(found: Iterable[_Entry | TrainedEntry]) -> None:
+def _check_storage(found: Iterable[Entry | TrainedEntry]) -> None:
     for entry in found:
         if any(parameter.is_meta for parameter in entry.module.parameters()):
             raise ValueError(
@@ -235,16 +250,15 @@ def _check_storage(found: Iterable[_Entry | TrainedEntry]) -> None:
 _FRESH = "call lora_fx.remove(model) first, and load_adapter installs what the files hold"
 
 
-def _fitting(model: nn.Module, found: list[_Entry], files: AdapterFiles) -> list[Factors]:
-    """The factors of the files in the dtypes of those that `model` holds, which must be the same ones."""
-    paths = {entry.module: entry.path for entry in found}
-    for path, module in model.named_modules():
-        if isinstance(module, LoRAModule) and module not in paths:
-            raise ValueError(f"{clean_path(path)} has an adapter, and {files.tensors} has none for it: {_FRESH}")
+def _fitting(model: nn.Module, found: list[Entry], files: AdapterFiles) -> list[Factors]:
+    """The factors of the files in the dtypes of those that `model` holds, which must have room for them."""
     values = []
     for entry in found:
         if not isinstance(entry.module, LoRAModule):
-            raise ValueError(f"{files.tensors} has an adapter for {entry.path}, and the model has none there: {_FRESH}")
+            raise ValueError(
+                f"{files.tensors} has an adapter for {entry.path}, and the model has none there: {_FRESH}, or install "
+                f"on the linears of all adapters"
+            )
         if entry.module.lora_b.ndim != 2:
             raise ValueError(
                 f"{entry.path} is a flat shard of FullyShardedDataParallel: load within "
@@ -255,9 +269,10 @@ def _fitting(model: nn.Module, found: list[_Entry], files: AdapterFiles) -> list
                 f"{entry.path} holds the residual that init={entry.module.lora_init!r} left of its weight, and "
                 f"{files.tensors} is for the weight as it was: {_FRESH}"
             )
-        if (rank := entry.module.lora_b.shape[1]) != entry.factors.rank:
+        if (room := entry.module.lora_b.shape[1]) < entry.factors.rank:
             raise ValueError(
-                f"{entry.path} has rank {rank} in the model and rank {entry.factors.rank} in {files.tensors}: {_FRESH}"
+                f"{entry.path} has room for rank {room} in the model and rank {entry.factors.rank} in "
+                f"{files.tensors}: {_FRESH}; lora_fx.install(model, config, max_rank=...) leaves room for several"
             )
         if isinstance(entry.module, DoRAModule) != files.config.use_dora:
             raise ValueError(
@@ -268,59 +283,42 @@ def _fitting(model: nn.Module, found: list[_Entry], files: AdapterFiles) -> list
     return values
 
 
-def _converted(entry: _Entry, dtype: torch.dtype, files: AdapterFiles) -> Factors:
+def _converted(entry: Entry, dtype: torch.dtype, files: AdapterFiles) -> Factors:
     held = {name: tensor.to(dtype) for name, tensor in entry.factors.named().items()}
     if not all(torch.isfinite(tensor).all() for tensor in held.values()):
         raise ValueError(f"{entry.path}: values of {files.tensors} are too large for {dtype}: use a wider dtype")
     return Factors(**held)
 
 
-def _fill(found: Iterable[_Entry], values: Iterable[Factors]) -> None:
-    for entry, factors in zip(found, values):
-        for name, value in factors.named().items():
-            factor = entry.swapped._parameters[name]
-            assert factor is not None
-            with torch.no_grad():
-                fill(factor, value.to(factor.device))
-        _set_scale(entry)
-
-
 def _install_files(
-    model: nn.Module, found: list[_Entry], trained: list[TrainedEntry], files: AdapterFiles, mesh: Any
+    model: nn.Module,
+    found: list[Entry],
+    trained: list[TrainedEntry],
+    files: AdapterFiles,
+    mesh: Any,
+    name: str,
+    max_rank: int | None,
 ) -> None:
-    install(model, _lora_config(found, trained, files))
+    install(model, _lora_config(found, trained, files), adapter_name=name, max_rank=max_rank)
     try:
         with together(mesh):
             values = [_converted(entry, _wider(entry), files) for entry in found]
         for entry, factors in zip(found, values):
-            _set_factors(entry, factors)
+            widen(entry.swapped, factors.lora_a.dtype)
+        fill_adapter(model, found, values, name)
     except BaseException:
         remove(model)
         raise
 
 
-def _wider(entry: _Entry) -> torch.dtype:
+def _wider(entry: Entry) -> torch.dtype:
     dtype: torch.dtype = entry.swapped.lora_a.dtype
     for tensor in entry.factors.named().values():
         dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
 
 
-def _set_factors(entry: _Entry, factors: Factors) -> None:
-    module = entry.swapped
-    for name, value in factors.named().items():
-        new = value.to(module.lora_scale.device)
-        module.register_parameter(name, nn.Parameter(like_weight(name, new, getattr(module, "weight", None))))
-    _set_scale(entry)
-
-
-@torch.no_grad()
-def _set_scale(entry: _Entry) -> None:
-    entry.swapped.lora_scale.fill_(entry.scale)
-    entry.swapped._lora_last_scale = entry.scale
-
-
-def _lora_config(found: list[_Entry], trained: list[TrainedEntry], files: AdapterFiles) -> LoRAConfig:
+def _lora_config(found: list[Entry], trained: list[TrainedEntry], files: AdapterFiles) -> LoRAConfig:
     """The configuration that installs the adapters of the files: exact paths, one expression for each number."""
     ranks: dict[int, list[str]] = {}
     alphas: dict[float, list[str]] = {}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from lora_fx.passes import tile_sums
 from lora_fx.passes._torch import auto_functionalized, detect_fake_mode, stable_topological_sort
 from lora_fx.passes.graph import (
     CONVERT,
@@ -54,7 +55,11 @@ def cut(graph: Graph, choose: Choose = choose) -> Iterator[tuple[Node, Exception
         if failure:
             yield seed, failure[0]
     if changed:
+        with _undone(graph) as failure:
+            tile_sums.join(graph)
         graph.eliminate_dead_code()
+        if failure:
+            yield graph.output_node(), failure[0]
 
 
 @contextlib.contextmanager
@@ -181,8 +186,10 @@ def _finish(like: Node, out: Node, whole: bool, member: Node, which: int, region
         if val(out).dim() == value.dim():
             return out
         return _compute(like, aten.reshape.default, out, _sizes(member, region, like))
-    total = out if whole else _compute(like, aten.sum.dim_IntList, out, [0])
     scale = member.args[3] if member.target is operators.gradient_pair and len(member.args) > 3 else None
+    if not whole and (scale is None or val(scale).device == val(out).device):  # type: ignore[arg-type]  # its schema
+        return tile_sums.emit(like, out, scale, value.dtype)  # type: ignore[arg-type]  # its schema
+    total = out if whole else _compute(like, aten.sum.dim_IntList, out, [0])
     if scale is not None:
         total = _compute(like, aten.mul.Tensor, total, scale)
     return total if val(total).dtype == value.dtype else _compute(like, CONVERT, total, value.dtype)

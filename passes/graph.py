@@ -123,6 +123,30 @@ def root(node: Any) -> Any:
     return node
 
 
+def before_choice(h: Any) -> tuple[Any, bool]:
+    """What ``where(rows == i, h * scales, 0)`` chose from, where rows use different adapters (``low_rank_rows``).
+
+    The last dimension is taken apart for it, [..., n R] -> [..., n, R], and put together afterwards. Returns ``h`` and
+    False where nothing was chosen.
+    """
+    node = _under_reshapes(h)
+    if not is_call(node, aten.where.self):
+        return h, False
+    mask, node, _ = node.args
+    while is_call(mask, *VIEWS, aten.unsqueeze.default):
+        mask = mask.args[0]
+    if not is_call(mask, aten.eq.Tensor):
+        return h, False
+    node = _under_reshapes(node)
+    return (_under_reshapes(node.args[0]) if is_call(node, aten.mul.Tensor) else node), True
+
+
+def _under_reshapes(node: Any) -> Any:
+    while is_call(node, *VIEWS, *COPIES, CONVERT):
+        node = node.args[0]
+    return node
+
+
 def transposed(key: Key) -> Key:
     """The key of the transpose of the matrix that ``key`` names."""
     return key[1] if isinstance(key, tuple) and key[0] == "T" else ("T", key)

@@ -3,6 +3,8 @@
 Legend, as everywhere in this package: M tokens (all leading dimensions), K inputs, N outputs, R rank.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,3 +40,33 @@ def low_rank(
         x = F.dropout(x, dropout)
     h = F.linear(x, lora_a.to(x.dtype))
     return torch.mul(F.linear(h, lora_b.to(h.dtype)), scale)
+
+
+def low_rank_rows(x: Tensor, rows: Tensor, stack: Sequence[Tensor], enabled: Tensor | float = 1.0) -> Tensor:
+    """`low_rank` where each row of a batch has an adapter of its own, or none: two products for all n adapters.
+
+    A row runs through all of them, and what belongs to others is set to zero between the two products (set, and not
+    multiplied by zero: what overflows in one row's adapter stays out of the others). That is the arithmetic of one
+    adapter of rank n R, and the same graph whichever adapters the rows use.
+
+    Args:
+        x: [batch, ..., K] activations, or [batch * tokens, K] with a row's tokens side by side.
+        rows: [batch], the index of each row's adapter; -1 for none.
+        stack: of all adapters together A [n R, K], B [N, n R] and the scales [n].
+        enabled: multiplies all scales.
+
+    Returns:
+        [..., N], in the dtype of ``F.linear(x, lora_a)``.
+
+    Raises:
+        ValueError: the batch of `x` is not that of `rows`.
+    """
+    lora_a, lora_b, scales = stack
+    batch, n = rows.shape[0], scales.shape[0]
+    if x.dim() < 2 or (x.shape[0] % batch if x.dim() == 2 else x.shape[0] != batch):
+        raise ValueError(f"adapters were assigned to {batch} rows, and a linear got an input of {list(x.shape)}")
+    h = F.linear(x, lora_a.to(x.dtype))
+    mine = rows[:, None] == torch.arange(n, device=rows.device)
+    apart = h.reshape(batch, -1, n, h.shape[-1] // n) * (scales * enabled)[:, None]
+    chosen = torch.where(mine[:, None, :, None], apart, 0.0).to(h.dtype).reshape(h.shape)
+    return F.linear(chosen, lora_b.to(h.dtype))

@@ -33,6 +33,7 @@ from lora_fx.passes.graph import (
     Values,
     aten,
     backward_nodes,
+    before_choice,
     has_shape,
     is_call,
     is_row_view,
@@ -145,7 +146,8 @@ def find_sites(graph: Graph) -> tuple[list[Site], list[Declined]]:
     for up in graph.find_nodes(op="call_function", target=MM):
         if up in backward:
             continue
-        down = peel(up.args[0])
+        chosen_from, chosen = before_choice(up.args[0])
+        down = peel(chosen_from)
         if not (is_call(down, MM) and _is_parameter(down.args[1]) and _is_parameter(up.args[1])):
             continue
         sizes = shape(down)[1], shape(down.args[0])[1], shape(up)[1]
@@ -153,7 +155,12 @@ def find_sites(graph: Graph) -> tuple[list[Site], list[Declined]]:
             continue
         rank, in_features, out_features = (int(size) for size in sizes)
         try:
-            sites.append(_complete(up, down, values, backward, rank, in_features, out_features))
+            if chosen and backward:
+                raise _NotASite("its rows use different adapters, which is rewritten for inference alone", proved=True)
+            site = _complete(up, down, values, backward, rank, in_features, out_features)
+            # Scales and choice act on h already, which is all that there is to do where the sum is the reader's.
+            site.forward_rewrites += ["rows"] * chosen
+            sites.append(site)
         except _NotASite as error:
             # Two linears in a row are common in models without LoRA: only what one module computed, or what is added
             # to a product of the same input, is worth a line in the report.
@@ -197,7 +204,9 @@ def _complete(
         reason = f"the base is {names[0]} and the branch {names[1]}: give the adapters the dtype of the base's output"
         raise _NotASite(reason, proved=True)
     if 2 * rank > min(in_features, out_features):
-        reason = f"rank {rank} is more than half of min({in_features}, {out_features}): merging costs less"
+        _, chosen = before_choice(up.args[0])
+        reason = f"rank {rank} is more than half of min({in_features}, {out_features})"
+        reason += " for all adapters of the rows together" if chosen else ": merging costs less"
         raise _NotASite(reason, proved=True)
     x_key = values.key(down.args[0])
     return Site(_path(up, down), down, up, add, rank, in_features, out_features, x_key, scale, scaled, dropout)

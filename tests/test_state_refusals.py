@@ -163,16 +163,16 @@ def test_adapters_must_be_those_of_the_files(tmp_path):
             LoRAConfig(rank=4, exclude_modules="output"),
             rf"an adapter for output, and the model has none there: {fix}",
         ),
-        (LoRAConfig(rank=4, rank_pattern={"layers.1.w2": 2}), r"layers\.1\.w2 has rank 2 in the model and rank 4 in"),
+        (
+            LoRAConfig(rank=4, rank_pattern={"layers.1.w2": 2}),
+            r"layers\.1\.w2 has room for rank 2 .* and rank 4 in .*max_rank",
+        ),
     ):
         model = toy(config)
         before = snapshot(model)
         with pytest.raises(ValueError, match=match):
             lora_fx.load_adapter(model, tmp_path)
         assert_same(before, snapshot(model))
-    lora_fx.save_adapter(toy(LoRAConfig(rank=4, exclude_modules="output")), tmp_path)
-    with pytest.raises(ValueError, match=rf"output has an adapter, and .* has none for it: {fix}"):
-        lora_fx.load_adapter(toy(), tmp_path)
 
 
 def test_models_that_cannot_be_saved_or_loaded(tmp_path):

@@ -19,6 +19,7 @@ for _schema in (
     "gradient_pair(Tensor dy, Tensor b, Tensor h, Tensor? scale=None) -> (Tensor, Tensor)",
     "keep(Tensor seed, SymInt[] size, float p) -> Tensor",
     "tile_(Tensor(a!)[] outputs, str program, Tensor[] inputs) -> ()",
+    "sum_parts(Tensor[] parts, Tensor?[] scales, ScalarType dtype) -> Tensor[]",
     "tile_outputs(str program, Tensor like, SymInt rows) -> Tensor[]",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -104,6 +105,19 @@ def _tile_cuda_(outputs: list[Tensor], program: str, inputs: list[Tensor]) -> No
     run(program, inputs, outputs)
 
 
+def _sum_parts(parts: list[Tensor], scales: list[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
+    """``parts[i].sum(0) * scales[i]`` in ``dtype``: parts [P, E...] in float32, scales 0-d or None for 1."""
+    totals = [part.sum(0) for part in parts]
+    return [(t if s is None else t * s).to(dtype) for t, s in zip(totals, scales, strict=True)]
+
+
+def _sum_parts_cuda(parts: list[Tensor], scales: list[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
+    """The same in one launch."""
+    from lora_fx.passes.kernels.part_sums import run
+
+    return run(parts, scales, dtype)
+
+
 def prepare_tile(program: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
     """Begin to compile the kernel of a tile program, in the background, for tensors like these, which may be fake."""
     from lora_fx.passes.kernels.tile_launch import prepare
@@ -121,7 +135,15 @@ def _tile_outputs(program: str, like: Tensor, rows: int | torch.SymInt) -> list[
 _library.impl("keep", dropout.keep_eager, "CompositeExplicitAutograd")
 _library.impl("tile_", _tile_, "CPU")
 _library.impl("tile_", _tile_cuda_, "CUDA")
+_library.impl("sum_parts", _sum_parts, "CPU")
+_library.impl("sum_parts", _sum_parts_cuda, "CUDA")
 _library.impl("tile_outputs", _tile_outputs, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("lora_fx::sum_parts", lib=_library)
+def _sum_parts_fake(parts: list[Tensor], scales: list[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
+    torch._check(len(parts) == len(scales), lambda: f"{len(parts)} sums and {len(scales)} scales")
+    return [part.new_empty(part.shape[1:], dtype=dtype) for part in parts]
 
 
 @torch.library.register_fake("lora_fx::tile_", lib=_library)
@@ -182,4 +204,5 @@ accumulate_ = torch.ops.lora_fx.accumulate_.default
 gradient_pair = torch.ops.lora_fx.gradient_pair.default
 keep = torch.ops.lora_fx.keep.default
 tile_ = torch.ops.lora_fx.tile_.default
+sum_parts = torch.ops.lora_fx.sum_parts.default
 tile_outputs = torch.ops.lora_fx.tile_outputs.default

@@ -107,7 +107,33 @@ def test_deferring_needs_adapters_and_leaves_plain_ones_alone(adapted):
     parameters = [nn.Parameter(torch.ones(2))]
     with pytest.raises(ValueError, match=r"no model holds adapters: call lora_fx\.install"):
         DeferredReduction(Mlp(), torch.optim.SGD(parameters, lr=0.1))
+    with pytest.raises(ValueError, match="the optimizer holds no adapter of these models"):
+        DeferredReduction(adapted, torch.optim.SGD(parameters, lr=0.1))
     reduction = DeferredReduction(adapted, torch.optim.SGD(lora_fx.adapter_parameters(adapted), lr=0.1))
     y = adapted(torch.randn(5, 16))
     y.sum().backward()
     assert reduction.reduce() == 0
+
+
+def test_each_optimizer_reduces_its_own_adapter(adapted):
+    """Also when another adapter is active by the time of the step, and also beside an optimizer that defers nothing."""
+    x, dy = torch.randn(5, 16), torch.randn(5, 16)
+    single = lora_fx.add_adapter(copy.deepcopy(adapted), "fr", LoRAConfig(rank=1))
+    shake(lora_fx.set_adapter(single, "fr"), seed=3)
+    with simulated(tp=4) as mesh:
+        model = parallelize_module(copy.deepcopy(single), mesh, plan())
+        optimizers = {
+            name: torch.optim.SGD(lora_fx.adapter_parameters(model, name), lr=0.1) for name in ("default", "fr")
+        }
+        reduction = DeferredReduction(model, optimizers["fr"])
+        for module in (single, model):
+            for name in ("fr", "default"):
+                run(lora_fx.set_adapter(module, name), x, dy)
+        with collectives() as counts:
+            optimizers["fr"].step()
+        assert counts == {"allreduce": 1}
+        for name in ("default", "fr"):
+            for p, q in zip(lora_fx.adapter_parameters(model, name), lora_fx.adapter_parameters(single, name)):
+                torch.testing.assert_close(whole(p.grad), q.grad)
+        reduction.remove()
+        assert not any(module._lora_deferred for linear in (model.up, model.down) for module in linear.holders())

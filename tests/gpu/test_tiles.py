@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import lora_fx
 from lora_fx.passes.kernels.tile_choice import choose
 from lora_fx.passes.kernels.tile_program import Program, Tile
-from tests.passes import pointwise_cases, tile_cases
+from tests.passes import pointwise_cases, test_part_sums, tile_cases
 from tests.passes.harness import adapt
 from tests.passes.modules import Block, Mlp
 from tests.passes.tile_cases import CASES, SIZES, TILES, Case
@@ -51,6 +51,13 @@ def test_the_tiles_that_are_chosen(case: Case, rows: int, columns: int, dtype: t
     if tile is None:
         pytest.skip("a kernel would not pay here")
     tile_cases.check(case, case.program(columns, dtype, tile), rows, run, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, bf16, f16])
+def test_sums_of_parts(dtype: torch.dtype) -> None:
+    from lora_fx.passes.kernels import operators
+
+    test_part_sums.check(operators.sum_parts, dtype, "cuda")
 
 
 @pytest.mark.parametrize("case", pointwise_cases.every(), ids=str)

@@ -92,13 +92,13 @@ def capture(
 
 
 def by_graphs(
-    case: Case, module: nn.Module, *, rewrite: bool, dtype: torch.dtype | None = None
+    case: Case, module: nn.Module, *, rewrite: bool, dtype: torch.dtype | None = None, step: Any = lower
 ) -> tuple[Outcome, Captured]:
     """`harness.by_graphs`, as on a GPU."""
     if not rewrite:
         return harness.by_graphs(case, module, rewrite=False, dtype=dtype)
     with recorded() as captured:
-        backend = harness.graphs(captured, rewrite=False, options=options())
+        backend = harness.graphs(captured, rewrite=False, options=options(step))
         function = torch.compile(case.wrap(module), backend=backend, dynamic=case.dynamic, fullgraph=True)
         return harness.run(case, module, function, dtype or case.dtype), captured
 

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from lora_fx.passes.kernels.tile_program import Program, Tile
-from tests.passes import pointwise_cases, tile_cases
+from tests.passes import pointwise_cases, test_part_sums, tile_cases
 from tests.passes.tile_cases import CASES, SIZES, TILES, Case
 
 tile_launch = pytest.importorskip("lora_fx.passes.kernels.tile_launch", reason="needs Triton", exc_type=ImportError)
 tile_triton = pytest.importorskip("lora_fx.passes.kernels.tile_triton", reason="needs Triton", exc_type=ImportError)
+part_sums = pytest.importorskip("lora_fx.passes.kernels.part_sums", reason="needs Triton", exc_type=ImportError)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -103,6 +104,18 @@ if not INTERPRETED:
         for tile in TILES[2:] if full == "bf16" else TILES[:1]:
             assert compiled(case.program(136, torch.bfloat16, tile), case.mask, full).asm["cubin"]
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize("scaled", [(True,), (False, True, False)])
+    def test_sums_compile_for_a_gpu(scaled: tuple[bool, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource, compile
+
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        kernel = part_sums.kernel(scaled)
+        types = {"out": "*bf16", "parts": "*fp32", "scale": "*fp32", "P": "i32", "E": "i32"}
+        signature = {name: types[name.rstrip("0123456789")] for name in kernel.arg_names}
+        assert compile(ASTSource(kernel, signature, {}), target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+
 
 else:
 
@@ -119,6 +132,9 @@ else:
     @pytest.mark.parametrize("case", CASES[::3], ids=str)
     def test_program_with_a_batch(case: Case) -> None:
         tile_cases.check(case, case.program(72, torch.float16, TILES[0]), 90, run, batch=3)
+
+    def test_sums_of_parts() -> None:
+        test_part_sums.check(part_sums.run, torch.float32)
 
     @pytest.mark.parametrize("case", pointwise_cases.every(), ids=str)
     def test_pointwise(case: Case) -> None:

@@ -1,0 +1,76 @@
+"""Sum the parts that tile programs leave; gradients that nothing in the graph reads, all at its end.
+
+Before, for every site of a backward graph, a kernel each::
+
+    g: f[M, R]  = sum(parts_g) * s;   dB: f[N, R] = sum(parts_dB) * s;   dA: f[R, K] = sum(parts_dA)
+
+After::
+
+    g: f[M, R]  = sum_parts([parts_g], [s])                 when it is made
+    dB_q, dA_q, dB_k, ... = sum_parts([...], [...])         once, before the graph returns
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from lora_fx.passes._torch import detect_fake_mode, stable_topological_sort
+from lora_fx.passes.graph import VIEWS, aten, val
+from lora_fx.passes.kernels import operators
+
+_LAYOUT = VIEWS | {aten.slice.Tensor, aten.permute.default, aten.t.default, aten.transpose.int}
+
+
+def emit(like: Node, parts: Node, scale: Node | None, dtype: torch.dtype) -> Node:
+    """The sum of ``parts`` [P, ...] over its first dimension, before ``like`` and with its metadata."""
+    return _emit(like, [parts], [scale], dtype)[0]
+
+
+def join(graph: Graph) -> None:
+    """Make one of all sums that only the graph's output reads, for each dtype and device."""
+    groups: dict[Any, list[Node]] = {}
+    for node in graph.find_nodes(op="call_function", target=operators.sum_parts):
+        if len(node.args[0]) == 1 and _is_returned(node):
+            groups.setdefault((node.args[2], val(node.args[0][0]).device), []).append(node)
+    for (dtype, _), sums in groups.items():
+        if len(sums) < 2:
+            continue
+        parts, scales = ([node.args[i][0] for node in sums] for i in (0, 1))  # type: ignore[index]
+        joined = _emit(graph.output_node(), parts, scales, dtype, meta=sums[-1].meta)
+        for old, new in zip(sums, joined, strict=True):
+            for result in list(old.users):
+                result.replace_all_uses_with(new)
+                graph.erase_node(result)
+            graph.erase_node(old)
+    if groups:
+        stable_topological_sort(graph)
+
+
+def _is_returned(node: Node) -> bool:
+    """Whether all that reads a sum, under views, is the graph's output."""
+    return all(
+        user.op == "output" or (_is_view(user) and _is_returned(user)) for result in node.users for user in [result]
+    )
+
+
+def _is_view(node: Node) -> bool:
+    return node.op == "call_function" and (node.target in _LAYOUT or node.target is operator.getitem)
+
+
+def _emit(
+    before: Node, parts: list[Any], scales: list[Any], dtype: torch.dtype, meta: dict[str, Any] | None = None
+) -> list[Node]:
+    given = [val(part) for part in parts]
+    with detect_fake_mode(given):
+        values = operators.sum_parts(given, [None if s is None else val(s) for s in scales], dtype)
+    kept = {name: item for name, item in (meta or before.meta).items() if name not in ("val", "tensor_meta")}
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(operators.sum_parts, (parts, scales, dtype))
+        results = [before.graph.call_function(operator.getitem, (node, i)) for i in range(len(parts))]
+    for made, value in ((node, values), *zip(results, values, strict=True)):
+        made.meta.update(kept, val=value)
+    return results
