@@ -65,8 +65,11 @@ def _emit(
     before: Node, parts: list[Any], scales: list[Any], dtype: torch.dtype, meta: dict[str, Any] | None = None
 ) -> list[Node]:
     given = [val(part) for part in parts]
+    numbers = [None if scale is None else val(scale) for scale in scales]
     with detect_fake_mode(given):
-        values = operators.sum_parts(given, [None if s is None else val(s) for s in scales], dtype)
+        values = operators.sum_parts(given, numbers, dtype)
+        if given[0].device.type == "cuda":
+            operators.prepare_sums(given, numbers, dtype)
     kept = {name: item for name, item in (meta or before.meta).items() if name not in ("val", "tensor_meta")}
     with before.graph.inserting_before(before):
         node = before.graph.call_function(operators.sum_parts, (parts, scales, dtype))

@@ -125,6 +125,13 @@ def prepare_tile(program: str, inputs: list[Tensor], outputs: list[Tensor]) -> N
     prepare(program, inputs, outputs)
 
 
+def prepare_sums(parts: list[Tensor], scales: list[Tensor | None], dtype: torch.dtype) -> None:
+    """Likewise for the kernel of ``sum_parts``."""
+    from lora_fx.passes.kernels.part_sums import prepare
+
+    prepare(parts, scales, dtype)
+
+
 def _tile_outputs(program: str, like: Tensor, rows: int | torch.SymInt) -> list[Tensor]:
     """Memory for the outputs of a program over ``rows`` = M, on the device of ``like``."""
     plan = tile_program.loads(program)

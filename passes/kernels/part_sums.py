@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_fx.passes.kernels.tile_launch import are_known, compiler
+
 _BLOCK = 1024
 _AT_ONCE = 8
 
@@ -75,11 +77,28 @@ def arguments(outputs: list[Tensor], parts: list[Tensor], scales: list[Tensor | 
     return found
 
 
+def prepare(parts: list[Tensor], scales: list[Tensor | None], dtype: torch.dtype) -> None:
+    """Begin to compile the kernel for parts like these, which may be fake."""
+    if are_known(parts):
+        outputs = [part.new_empty(part.shape[1:], dtype=dtype) for part in parts]
+        scaled = tuple(s is not None for s in scales)
+        make = functools.partial(kernel, scaled)
+        compiler().start(_key(parts, scaled), make, arguments(outputs, parts, scales), parts[0].device)
+
+
+def _key(parts: list[Tensor], scaled: tuple[bool, ...]) -> Any:
+    """What Triton compiles anew for: numbers that are 1, or multiples of 16."""
+    numbers = [(int(part.shape[0]), part[0].numel()) for part in parts]
+    return (scaled, *((count == 1, count % 16 == 0, size == 1, size % 16 == 0) for count, size in numbers))
+
+
 def run(parts: list[Tensor], scales: list[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
     """``parts[i].sum(0) * scales[i]`` in ``dtype``, for parts [P, E...] that are contiguous."""
+    scaled = tuple(s is not None for s in scales)
+    compiler().wait(_key(parts, scaled))
     outputs = [part.new_empty(part.shape[1:], dtype=dtype) for part in parts]
     blocks = sum(-(-out.numel() // _BLOCK) for out in outputs)
     if blocks:
         whole = [part.contiguous() for part in parts]
-        kernel(tuple(s is not None for s in scales))[(blocks,)](*arguments(outputs, whole, scales))
+        kernel(scaled)[(blocks,)](*arguments(outputs, whole, scales))
     return outputs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -20,42 +21,49 @@ from lora_fx.passes.kernels.tile_triton import kernel, name_of
 log = logging.getLogger("lora_fx.passes")
 
 
-class _Compiler:
+class Compiler:
     """Compiles kernels in threads ahead of their first run: Triton leaves Python for most of the time that it takes."""
 
     def __init__(self) -> None:
         self.pool = ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1), thread_name_prefix="lora_fx")
-        self.started: dict[str, Future[None]] = {}
+        self.started: dict[Hashable, Future[None]] = {}
 
-    def start(self, text: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        """Begin to compile a program's kernel for tensors like these, which may be fake."""
-        program, device = loads(text), inputs[0].device
-        arguments = _arguments(program, inputs, outputs)
-        mocks = [MockTensor(a.dtype) if isinstance(a, Tensor) else a for a in arguments.positional]
+    def start(
+        self, key: Hashable, make: Callable[[], Any], arguments: list[Any], device: torch.device, **named: Any
+    ) -> None:
+        """Begin to compile what ``make`` gives for arguments like these, which may be fake; ``key`` names it."""
+        mocks = [MockTensor(a.dtype) if isinstance(a, Tensor) else a for a in arguments]
 
         def compile_one() -> None:
             with torch.cuda.device(device):
-                kernel(text).warmup(*mocks, **arguments.named, grid=(1, 1))
+                make().warmup(*mocks, **named, grid=(1, 1))
 
-        if text not in self.started:
-            self.started[text] = self.pool.submit(compile_one)
+        if key not in self.started:
+            self.started[key] = self.pool.submit(compile_one)
 
-    def wait(self, text: str) -> None:
+    def wait(self, key: Hashable) -> None:
         """Let a compilation that has begun end; one that failed is tried again by whoever needs it."""
-        if (future := self.started.pop(text, None)) is not None:
+        if (future := self.started.pop(key, None)) is not None:
             future.exception()
 
 
 @functools.cache
-def _compiler() -> _Compiler:
-    return _Compiler()
+def compiler() -> Compiler:
+    """The one of this process."""
+    return Compiler()
+
+
+def are_known(tensors: Iterable[Tensor]) -> bool:
+    """Whether a kernel for tensors like these can be compiled now: there is a GPU, and no size is a symbol."""
+    return torch.cuda.is_available() and all(isinstance(size, int) for t in tensors for size in t.shape)
 
 
 def prepare(text: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
     """Begin to compile the kernel of the program that ``text`` describes, for tensors like these, which may be fake."""
-    sizes = [size for tensor in (*inputs, *outputs) for size in tensor.shape]
-    if torch.cuda.is_available() and all(isinstance(size, int) for size in sizes):
-        _compiler().start(text, inputs, outputs)
+    if are_known((*inputs, *outputs)):
+        arguments = _arguments(loads(text), inputs, outputs)
+        make = functools.partial(kernel, text)
+        compiler().start(text, make, arguments.positional, inputs[0].device, **arguments.named)
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,7 @@ def run(text: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
     tile, m = program.tile, int(program.row_count(inputs))
     if not m:
         return
-    _compiler().wait(text)
+    compiler().wait(text)
     written = [t if t.is_contiguous() else t.new_empty(t.shape) for t in outputs]
     arguments = _arguments(program, inputs, written)
     grid = (-(-program.columns // tile.columns), -(-m // tile.rows))
