@@ -41,8 +41,9 @@ class ModelConverter(Protocol):
 class LoRAConverter:
     """`lora_fx.install` as a converter.
 
-    torchtitan's trainer calls further methods, which its own protocol class supplies to whoever inherits them:
-    ``class Converter(lora_fx.LoRAConverter, torchtitan.protocols.model_converter.ModelConverter)``.
+    torchtitan's trainer, up to 0.2, calls further methods, which its own protocol class supplies to whoever inherits
+    them: ``class Converter(lora_fx.LoRAConverter, torchtitan.protocols.model_converter.ModelConverter)``. Converters of
+    torchtitan 0.3 rewrite configurations; ``examples/torchtitan_lora.py`` has one that brings this one in.
 
     Args:
         config: `LoRAConfig()` when left out.
