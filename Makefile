@@ -9,6 +9,7 @@
 #   make test-gpu    tests/gpu, on a machine with a CUDA device
 #   make lint        ruff (lint and format) and mypy
 #   make format      let ruff rewrite what it can
+#   make docs        the reference as HTML pages, in build/docs
 #   make bench       the CPU benchmark
 #   make bench-gpu   both GPU benchmarks, on a machine with a CUDA device; writes examples/benchmarks/results/*.json
 #   make clean       remove what builds and tools leave; `make distclean` removes .venv as well
@@ -37,7 +38,7 @@ endif
 pytest := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(PY) -m pytest
 spread := -n $(or $(JOBS),auto --maxprocesses 8) --dist worksteal
 
-.PHONY: demo test test-fast test-slow test-gpu lint format bench bench-gpu clean distclean
+.PHONY: demo test test-fast test-slow test-gpu lint format docs bench bench-gpu clean distclean
 .NOTPARALLEL:
 .SUFFIXES:
 
@@ -64,6 +65,12 @@ format: $(call ready,test)
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
 
+# Sphinx writes a stub for each public name; those of names that are gone must go too.
+docs: $(call ready,docs)
+	rm -rf .docs/reference
+	$(PY) -m sphinx -W --keep-going -q -d build/doctrees .docs build/docs
+	@echo "build/docs/index.html"
+
 bench: $(call ready,bench)
 	$(PY) examples/benchmarks/cpu.py $(ARGS)
 
@@ -72,7 +79,7 @@ bench-gpu: $(call ready,bench)
 	$(PY) examples/benchmarks/model.py --json examples/benchmarks/results/model.json
 
 clean:
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist .docs/reference .pytest_cache .mypy_cache .ruff_cache
 	find lora_fx/ passes tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean

@@ -5,6 +5,7 @@ from lora_fx.adapters import active_adapter, adapter_names, add_adapter, delete_
 from lora_fx.compile import compile
 from lora_fx.config import LoRAConfig
 from lora_fx.converter import Converters, LoRAConverter, ModelConverter, convert
+from lora_fx.dora import DoRAModule
 from lora_fx.experts import LoRAExpertsModule
 from lora_fx.explain import Report, explain
 from lora_fx.install import (
@@ -18,11 +19,13 @@ from lora_fx.install import (
 )
 from lora_fx.linear import LoRAModule
 from lora_fx.merge import merge, unmerge
+from lora_fx.optimizer import parameter_groups
 from lora_fx.rows import adapters_per_row
 from lora_fx.state import load_adapter, save_adapter
 
 __all__ = [
     "Converters",
+    "DoRAModule",
     "LoRAConfig",
     "LoRAConverter",
     "LoRAExpertsModule",
@@ -46,6 +49,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "named_adapter_parameters",
+    "parameter_groups",
     "remove",
     "save_adapter",
     "set_adapter",

@@ -10,7 +10,7 @@ modules of equal shape share one graph, and changing a number takes effect witho
 import functools
 import types
 from collections.abc import Hashable
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,11 +42,11 @@ class Adapted(nn.Module):
     _lora_deferred: bool
     _lora_merged: Any  # a lora_fx.merge.Merged, or None
     _lora_rows: Any  # a lora_fx.rows.Rows, or None
-
-    @property
-    def factor_names(self) -> tuple[str, ...]:
-        """The names of the trainable parameters that the swap added, A before its B."""
-        raise NotImplementedError
+    _lora_base: Any  # a lora_fx.inits.ChangedBase, or None
+    lora_prefix: ClassVar[str] = "LoRA"
+    lora_parameters: ClassVar[
+        tuple[str, ...]
+    ]  # the names of the trainable parameters that the swap added, A before its B
 
     def holder(self, adapter: str | None) -> Any:
         """What has the tensors and numbers of `adapter` now; of the active one if that is None, None if unknown."""
@@ -59,6 +59,13 @@ class Adapted(nn.Module):
             ValueError: the adapter is merged.
         """
         raise NotImplementedError
+
+    def check_start(self) -> None:
+        """Raise ValueError if `reset_adapters` would."""
+        raise NotImplementedError
+
+    def put_base_back(self) -> None:
+        """Give the weight back what `lora_init` took out of it; nothing is done where that is nothing."""
 
     def disabled_buffer(self) -> Tensor:
         """The zero that stands in for `lora_enabled` inside `lora_fx.disabled`.
@@ -97,13 +104,14 @@ def swapped_class(kind: type[Kind], parent: type[nn.Module]) -> type[Kind]:
 
 @functools.cache
 def _swapped_class(kind: Any, parent: Any) -> type[Adapted]:
-    name = f"LoRA{parent.__name__}"
+    name = f"{kind.lora_prefix}{parent.__name__}"
     namespace = {
         # The parent's: torch.fx traces through a module or calls it, depending on where its class is from.
         "__module__": parent.__module__,
         "__qualname__": name,
         "__doc__": f"`{parent.__module__}.{parent.__qualname__}` with adapters; see `lora_fx.{kind.__name__}`.",
         "_lora_parent": parent,
+        "_lora_kind": kind,
     }
     return cast(type[Adapted], types.new_class(name, (kind, parent), exec_body=lambda ns: ns.update(namespace)))
 

@@ -18,8 +18,10 @@ from torch import nn
 
 from lora_fx import _torch
 from lora_fx.config import ALL_LINEAR, LoRAConfig
-from lora_fx.install import adapted, adapted_linears, check_name, check_not_in_rows, check_not_merged
-from lora_fx.linear import LoRAModule, new_adapter, store
+from lora_fx.install import adapted, adapted_linears, check_not_in_rows, check_not_merged, configs
+from lora_fx.linear import LoRAModule
+from lora_fx.refusals import check_name, only_one
+from lora_fx.swap import new_adapter, store
 from lora_fx.targets import Target, clean_path, find_targets
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -44,11 +46,14 @@ def add_adapter(model: Model, name: str, config: LoRAConfig) -> Model:
         ValueError: `model` holds no adapters or one of that name; `config` targets a linear without an adapter, or asks
             for more than `install` left room for; FSDP or DDP wrap the model; it is merged. The text says what to do,
             and `model` is as it was.
+        TypeError: `config` is no `LoRAConfig`.
     """
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}")
     modules = exchangeable(model)
     check_new_name(model, name)
+    if reason := only_one(config):
+        raise ValueError(f"{name!r} would be beside another adapter, and {reason}: lora_fx.install it by itself")
     targets = {target.module: target for target in _targets(model, config)}
     with torch.inference_mode(False):  # whose tensors would never train
         adapters = []
@@ -81,6 +86,10 @@ def set_adapter(model: Model, name: str) -> Model:
     switch. Those of adapters that are not active are no parameters of `model` meanwhile; `adapter_parameters` has them
     by name.
 
+    Args:
+        model: holds it.
+        name: of the adapter.
+
     Returns:
         `model`.
 
@@ -96,6 +105,10 @@ def set_adapter(model: Model, name: str) -> Model:
 
 def delete_adapter(model: Model, name: str) -> Model:
     """Take an adapter that is not active out of `model`.
+
+    Args:
+        model: holds it.
+        name: of the adapter.
 
     Returns:
         `model`.
@@ -172,6 +185,9 @@ def check_known(model: nn.Module, name: str) -> None:
 def check_new_name(model: nn.Module, name: str) -> None:
     """Raise if `model` has an adapter called `name`, or cannot have one."""
     check_name(name)
+    for config in configs(model):
+        if reason := only_one(config):
+            raise ValueError(f"{reason}, and {name!r} would be another one: use a model for each")
     for path, module in adapted(model):
         if module.holder(name) is not None:
             raise ValueError(f"{_shown(path)} has an adapter called {name!r} already: lora_fx.delete_adapter it first")

@@ -28,6 +28,13 @@ class Branch:
         return a, b
 
     @property
+    def keys(self) -> dict[str, str]:
+        """What the tensors of the adapter are called in files' `Factors` and in the module."""
+        if self.parameter is None:
+            return {name: name for name in self.module.lora_parameters}
+        return dict(zip(PARAMETERS, self.names))
+
+    @property
     def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
         """A [R, K] and B [N, R]; or A [E, R, K] and B [E, N, R]."""
         a, b = (self.module._parameters[name] for name in self.names)

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 ALL_LINEAR = "all-linear"
-INITS = ("kaiming", "gaussian")
+# Those that put a part of the base weight into the factors, and what they leave of it in its place.
+CHANGES_BASE = ("pissa", "olora")
+INITS = ("kaiming", "gaussian", "orthogonal", *CHANGES_BASE)
 
 # A pattern as a user writes it: a module name, "re:<regular expression>", or a compiled regular expression.
 PatternLike = str | re.Pattern[str]
@@ -44,11 +46,18 @@ class LoRAConfig:
             mixture (``"experts.gate_up_proj"``), each of which gets an adapter of its own. None is adapted unless it is
             named here. With this field, which is PEFT's, `target_modules` may be empty.
         exclude_modules: patterns that are not adapted. One that names a container leaves out all linears below it.
+        modules_to_save: patterns that name modules of any kind which are trained whole, with everything below them, and
+            are not adapted: a new head, say. `adapter_parameters` and adapter files hold them too.
         rank_pattern: pattern -> rank, for modules that differ from `rank`.
         alpha_pattern: pattern -> alpha, for modules that differ from `alpha`.
         use_rslora: scale by ``alpha / sqrt(R)``.
+        use_dora: train the lengths of the adapted weight's rows apart from it (arXiv:2402.09353, see
+            `lora_fx.DoRAModule`): ``y = m / ||W + scale * B A|| * (W x + scale * B A x) + bias``, m [N].
         init: how A starts, B being zero: ``"kaiming"`` (uniform with a = sqrt(5), as `nn.Linear`) or ``"gaussian"``
-            (normal with standard deviation 1 / R).
+            (normal with standard deviation 1 / R). Or how both start: ``"orthogonal"`` (to one another, so that B A is
+            zero, as in PEFT; ranks must be even), ``"pissa"`` (from the largest singular vectors of the weight,
+            arXiv:2404.02948) or ``"olora"`` (from its QR decomposition, arXiv:2406.01775). The last two leave a
+            residual in the weight's place, so that the sum is what it was; see `lora_fx.install`.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -62,10 +71,12 @@ class LoRAConfig:
     target_modules: PatternLike | Sequence[PatternLike] = ALL_LINEAR
     target_parameters: PatternLike | Sequence[PatternLike] = ()
     exclude_modules: PatternLike | Sequence[PatternLike] = ()
+    modules_to_save: PatternLike | Sequence[PatternLike] = ()
     # Dictionaries are compared and left out of the hash: equal configurations still hash equal.
     rank_pattern: Ranks = dataclasses.field(default_factory=dict, hash=False)
     alpha_pattern: Alphas = dataclasses.field(default_factory=dict, hash=False)
     use_rslora: bool = False
+    use_dora: bool = False
     init: str = "kaiming"
 
     def __post_init__(self) -> None:
@@ -79,20 +90,26 @@ class LoRAConfig:
                 raise ValueError(f'target_modules is empty: name at least one module, or pass "{ALL_LINEAR}"')
             self._set("target_modules", targets)
         self._set("exclude_modules", _checked_patterns("exclude_modules", self.exclude_modules))
+        self._set("modules_to_save", _checked_patterns("modules_to_save", self.modules_to_save))
         ranks = _checked_mapping("rank_pattern", self.rank_pattern)
         for pattern, rank in ranks.items():
             _check_rank(f"rank_pattern[{pattern!r}]", rank)
         self._set("rank_pattern", ranks)
         alphas = _checked_mapping("alpha_pattern", self.alpha_pattern)
         self._set("alpha_pattern", {p: _checked_alpha(f"alpha_pattern[{p!r}]", a) for p, a in alphas.items()})
-        if not isinstance(self.use_rslora, bool):
-            raise TypeError(f"use_rslora must be a bool, got {self.use_rslora!r}")
+        for name, value in (("use_rslora", self.use_rslora), ("use_dora", self.use_dora)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be a bool, got {value!r}")
         if not isinstance(self.init, str):
             raise TypeError(f"init must be a str, got {self.init!r}")
         if self.init not in INITS:
             raise ValueError(
                 f"init must be one of {', '.join(INITS)}; got {self.init!r}{_did_you_mean(self.init, INITS)}"
             )
+        if self.init == "orthogonal" and (odd := [rank for rank in (self.rank, *ranks.values()) if rank % 2]):
+            raise ValueError(f"init='orthogonal' needs even ranks, got {odd[0]}")
+        if self.use_dora and self.init in CHANGES_BASE:
+            raise ValueError(f"use_dora with init={self.init!r} is not supported: use one of the two")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

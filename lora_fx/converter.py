@@ -41,8 +41,9 @@ class ModelConverter(Protocol):
 class LoRAConverter:
     """`lora_fx.install` as a converter.
 
-    torchtitan's trainer calls further methods, which its own protocol class supplies to whoever inherits them:
-    ``class Converter(lora_fx.LoRAConverter, torchtitan.protocols.model_converter.ModelConverter)``.
+    torchtitan's trainer, up to 0.2, calls further methods, which its own protocol class supplies to whoever inherits
+    them: ``class Converter(lora_fx.LoRAConverter, torchtitan.protocols.model_converter.ModelConverter)``. Converters of
+    torchtitan 0.3 rewrite configurations; ``examples/torchtitan_lora.py`` has one that brings this one in.
 
     Args:
         config: `LoRAConfig()` when left out.
@@ -68,7 +69,7 @@ class Converters:
 
     Raises:
         TypeError: an item has no `convert` method.
-        ValueError: a quantising converter comes after a `LoRAConverter`, or there are two `LoRAConverter`s.
+        ValueError: a quantising converter comes after a `LoRAConverter`, or there is more than one `LoRAConverter`.
     """
 
     converters: tuple[ModelConverter, ...]
@@ -107,7 +108,18 @@ class Converters:
 
 
 def convert(model: nn.Module, converters: Iterable[ModelConverter]) -> nn.Module:
-    """Run `converters` on `model`, in order and in place, and return it; raises what `Converters` raises."""
+    """Run converters on a model, in order and in place.
+
+    Args:
+        model: what the first of them gets.
+        converters: `LoRAConverter`, and others that have a method ``convert(model)``.
+
+    Returns:
+        What the last of them returned.
+
+    Raises:
+        TypeError, ValueError: as `Converters`, before anything runs; and whatever a converter raises.
+    """
     return Converters(converters).convert(model)
 
 

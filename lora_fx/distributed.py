@@ -144,7 +144,7 @@ class DeferredReduction:
     def reduce(self) -> int:
         """Reduce what is deferred and was not reduced since the last step; returns how many all-reduces it took."""
         done = {id(gradient) for ref in self._reduced if (gradient := ref()) is not None}
-        terms = _partial_terms(module.get_parameter(n) for module in self.experts for n in module.factor_names)
+        terms = _partial_terms(module.get_parameter(n) for module in self.experts for n in module.lora_parameters)
         for factor, scale in self._factors:
             if not is_dtensor(scale) or factor.grad is None or id(factor.grad) in done:
                 continue

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from lora_fx.adapted import Adapted
 from lora_fx.branches import Branch, branches
 from lora_fx.config import INITS
+from lora_fx.dora import DoRAModule
 from lora_fx.install import adapted_linears
-from lora_fx.linear import LoRAModule, new_adapter, store
+from lora_fx.linear import LoRAModule
 from lora_fx.peft_files import Factors
 from lora_fx.placements import fill
 from lora_fx.stored import StoredAdapter
+from lora_fx.swap import new_adapter, store
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,12 @@ def fill_adapter(model: nn.Module, found: Sequence[Entry], values: Sequence[Fact
             with torch.no_grad():
                 holder.lora_scale.fill_(entry.scale)
             holder._lora_last_scale = entry.scale
+        if isinstance(module, DoRAModule):
+            if factors is None or factors.lora_magnitude is None:
+                module.reset_magnitude()
+            else:
+                with torch.no_grad():
+                    fill(module.lora_magnitude, factors.lora_magnitude.to(module.lora_magnitude.device))
 
 
 def store_adapter(
@@ -87,7 +95,9 @@ def store_adapter(
 
 def widen(branch: Branch, dtype: torch.dtype) -> None:
     """Make the factors of `branch` parameters of `dtype`."""
-    for name, factor in zip(branch.names, branch.factors):
+    for name in branch.keys.values():
+        factor = branch.module._parameters[name]
+        assert factor is not None
         if factor.dtype != dtype:
             branch.module.register_parameter(name, nn.Parameter(factor.detach().to(dtype)))
 

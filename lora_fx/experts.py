@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from lora_fx import _torch
 from lora_fx.adapted import BUFFERS, Adapted, parent_class, swapped_class
 from lora_fx.adapted_weight import AdaptedWeight
-from lora_fx.linear import DEFAULT_NAME, reset_a
-from lora_fx.placements import is_dtensor, local_expert_factor, placed_experts
+from lora_fx.inits import reset_factors
+from lora_fx.linear import DEFAULT_NAME
+from lora_fx.placements import fill, is_dtensor, local_expert_factor, placed_experts
 from lora_fx.stored import ENABLED, SCALE, fill_numbers, keep_numbers, note_loaded_scale, number
 
 A, B = "_lora_a", "_lora_b"
@@ -33,6 +34,7 @@ EXPERT_ATTRIBUTES = (
     "_lora_disabled",
     "_lora_merged",
     "_lora_rows",
+    "_lora_base",
     "_lora_names",
     "_lora_transposed",
 )
@@ -83,8 +85,8 @@ class LoRAExpertsModule(Adapted):
         """The names of the parameters that have adapters."""
         return self._lora_names
 
-    @property
-    def factor_names(self) -> tuple[str, ...]:
+    @property  # type: ignore[override]  # of linears the class knows
+    def lora_parameters(self) -> tuple[str, ...]:
         return tuple(name + end for name in self._lora_names for end in (A, B))
 
     def factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
@@ -141,12 +143,13 @@ class LoRAExpertsModule(Adapted):
     def reset_adapters(self) -> None:
         """Start the adapters afresh: A as `lora_init` says, B zero, the last scales that were installed or loaded."""
         for name in self._lora_names:
-            lora_a, lora_b = self.factors(name)
-            reset_a(lora_a, self.lora_init, lora_a.shape[1])
-            lora_b.zero_()
+            reset_stacks(*self.factors(name), self.lora_init)
         fill_numbers(self.lora_scale, self._lora_last_scale)
         if self.lora_enabled is not self._lora_disabled:
             self.lora_enabled.fill_(1.0)
+
+    def check_start(self) -> None:
+        """Adapters of experts can always start afresh."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoRAExpertsModule":
         """Move or convert as any module, except that the numbers stay what they are."""
@@ -206,9 +209,23 @@ def new_expert_adapter(module: nn.Module, name: str, *, rank: int, scale: float,
     count, *sizes = weight.shape
     n, k = reversed(sizes) if is_transposed(module) else sizes
     a = torch.empty(count, rank, k, dtype=weight.dtype, device=weight.device)
-    reset_a(a, init, rank)
     b = torch.zeros(count, n, rank, dtype=weight.dtype, device=weight.device)
+    reset_stacks(a, b, init)
     return ExpertAdapter(name, nn.Parameter(a), nn.Parameter(b), scale)
+
+
+@torch.no_grad()
+def reset_stacks(lora_a: Tensor, lora_b: Tensor, init: str) -> None:
+    """Start A [E, R, K] and B [E, N, R], each expert as `init` says; distributed ones as a single process would."""
+    whole = [
+        torch.empty(factor.shape, dtype=factor.dtype, device=factor.device) if is_dtensor(factor) else factor
+        for factor in (lora_a, lora_b)
+    ]
+    for a, b in zip(*whole):
+        reset_factors(a, b, init, lora_a.shape[1])
+    for factor, full in zip((lora_a, lora_b), whole):
+        if full is not factor:
+            fill(factor, full)
 
 
 def swap_experts(
@@ -234,12 +251,13 @@ def swap_experts(
     swapped._lora_deferred = False
     swapped._lora_merged = None
     swapped._lora_rows = None
+    swapped._lora_base = None
     swapped._lora_active = name
 
 
 def unswap_experts(module: LoRAExpertsModule) -> None:
     """Give `module` its parent's class back and take away all that the swap added, or as much of it as is there."""
-    for name in (*module.factor_names, *BUFFERS, *EXPERT_ATTRIBUTES):
+    for name in (*module.lora_parameters, *BUFFERS, *EXPERT_ATTRIBUTES):
         if name in module._parameters or name in module._buffers or name in module.__dict__:
             delattr(module, name)
     module.__class__ = parent_class(type(module))  # type: ignore[assignment]  # of which its class is a subclass

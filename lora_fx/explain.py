@@ -40,10 +40,11 @@ class Report:
     sites: list[SiteReport]
     """One entry a branch and graph, in graph order; adapters that no graph reached come last, with the reason."""
     graphs: list[GraphTrace]
-    """One entry a graph that Dynamo captured: text before, after, and of the partitioned forward and backward."""
+    """The text of each graph that Dynamo captured, before and after, and of the partitioned forward and backward."""
     failures: list[str] = field(default_factory=list)
     """Internal failures; the graph was left as it was there."""
     verification: Verification | None = None
+    """The errors of both forms, where `explain` was asked for them."""
 
     @property
     def rewritten(self) -> int:

@@ -1,47 +1,39 @@
 """Putting adapters into a model, taking them out again, and what one does with them while they are there."""
 
 import contextlib
-import inspect
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_fx import _torch
-from lora_fx.adapted import BUFFERS, Adapted
+from lora_fx.adapted import Adapted
 from lora_fx.bypass import Patch, check_called, fast_path_patches
-from lora_fx.config import LoRAConfig
-from lora_fx.experts import (
-    EXPERT_ATTRIBUTES,
-    A,
-    B,
-    ExpertAdapter,
-    LoRAExpertsModule,
-    experts_class,
-    new_expert_adapter,
-    swap_experts,
-    unswap_experts,
-)
+from lora_fx.config import CHANGES_BASE, LoRAConfig
+from lora_fx.dora import with_magnitude
+from lora_fx.experts import ExpertAdapter, LoRAExpertsModule, new_expert_adapter, swap_experts, unswap_experts
+from lora_fx.first_factors import with_first_factors
 from lora_fx.init_weights import InitWeights, patch_init_weights
-from lora_fx.linear import (
-    ATTRIBUTES,
-    DEFAULT_NAME,
-    PARAMETERS,
-    Adapter,
-    LoRAModule,
-    adapter_dtype,
-    is_activation_dtype,
-    lora_class,
-    new_adapter,
-    swap,
-    unswap,
-)
+from lora_fx.inits import check_bases
+from lora_fx.linear import DEFAULT_NAME, LoRAModule, adapter_dtype, is_activation_dtype
 from lora_fx.placements import is_dtensor
-from lora_fx.targets import Target, clean_path, find_targets
+from lora_fx.refusals import check_experts, check_linear, check_model, check_name, only_one, shown
+from lora_fx.swap import Adapter, new_adapter, swap, unswap
+from lora_fx.targets import Target, clean_path, find_saved, find_targets
+from lora_fx.trained import (
+    check_originals,
+    check_trainable,
+    forget_originals,
+    is_trained,
+    keep_originals,
+    restore_originals,
+    trained_modules,
+    with_originals,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -69,14 +61,23 @@ def install(
     """Give every linear of `model` that `config` targets a low-rank adapter, in place, and freeze everything else.
 
     Each linear's class becomes ``LoRA<its class>``, with the parameters ``lora_a`` [R, K] and ``lora_b`` [N, R]; see
-    `LoRAModule`. Module structure, base parameters and their names stay as they are. The outputs stay too, until the
-    first training step, because B starts at zero. Adapters take the device and dtype of the weight; beside a packed
-    weight (integers, float8) they take the activation dtype: the bias's if it is floating point, or else the most
-    frequent floating point dtype of 16 bits or more among the model's parameters, or else torch's default dtype.
+    `LoRAModule` (with `use_dora` ``DoRA<its class>``, see `DoRAModule`). Module structure, base parameters and their
+    names stay as they are. The outputs stay too, until the first training step, because B starts at zero. Adapters take
+    the device and dtype of the weight; beside a packed weight (integers, float8) they take the activation dtype: the
+    bias's if it is floating point, or else the most frequent floating point dtype of 16 bits or more among the model's
+    parameters, or else torch's default dtype.
 
     `nn.TransformerEncoderLayer`s that hold a target leave their inference fast path, which would go past the adapters.
     Two linears that share one weight get an adapter each; a linear that is registered under two names gets one. Where
     the model has an `init_weights`, the adapters start afresh whenever it is called.
+
+    What `modules_to_save` names is trained whole, where it stands. A copy of what it held is kept beside it, for
+    `remove` and `disabled`; of a model on the meta device, of what `init_weights` makes of it.
+
+    With ``init="pissa"`` or ``"olora"`` a base weight W becomes the residual ``W - s B A``, and is kept on the CPU:
+    `remove` gives it back to the bit. `state_dict` holds the residual, and is meant for a model that was installed
+    likewise on the same base; `save_adapter` writes an adapter for W, of twice the rank. Outputs stay what they were,
+    up to rounding; so they do with ``init="orthogonal"``.
 
     Install before `torch.compile`, and before FSDP or DDP wrap the model.
 
@@ -102,17 +103,22 @@ def install(
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}")
     check_name(adapter_name)
-    _check_model(model)
+    check_model(model, _RECORD)
     found = find_targets(model, config)
-    _check_room(found, max_rank)
+    _check_room(found, config, max_rank)
     targets = [target for target in found if target.parameter is None]
     experts = _by_module(target for target in found if target.parameter is not None)
     for target in targets:
-        _check_linear(target.path, target.module)
+        check_linear(target.path, cast(nn.Linear, target.module), config)
     for group in experts:
         for target in group:
-            _check_experts(target)
+            check_experts(target, config)
     check_called(model, [(target.path, target.module, target.parameter or "weight") for target in found])
+    saved = find_saved(model, config)
+    check_trainable(model, saved)
+    if config.init in CHANGES_BASE:
+        bases = {target.path: (cast(nn.Linear, target.module), target.rank) for target in targets}
+        check_bases(bases, config.init, model)
 
     # Tensors made in inference mode would never train. And what can fail comes before the first change.
     with torch.inference_mode(False):
@@ -132,6 +138,7 @@ def install(
             for module, patch in _patched(model, record):
                 setattr(module, patch.name, patch.value)
             record.init_weights = patch_init_weights(model)
+            keep_originals(module for module in saved if module._parameters or module._buffers)
             freeze(model)
         except BaseException:
             _undo(model, record)
@@ -142,27 +149,35 @@ def install(
 def remove(model: Model) -> Model:
     """Take out what `install` put in: classes, parameters, buffers, `requires_grad` and `init_weights` as before.
 
-    The base weights are what they were, so the model computes what it computed before it was installed on; those of a
-    merged model (`lora_fx.merge`) stay merged, so it computes what it computed with adapters. A compiled model stays
-    compiled and recompiles at its next call.
+    The base weights are what they were, and so is what `modules_to_save` trained: the model computes what it computed
+    before it was installed on. A merged model (`lora_fx.merge`) stays merged and trained: it computes what it computed
+    with adapters. A compiled model stays compiled and recompiles at its next call.
 
     Raises:
-        ValueError: `install` was not called on `model`, or a wrapper changed its modules since (FSDP, for instance).
+        ValueError: `install` was not called on `model`, a wrapper changed its modules since (FSDP, for instance), or
+            what a trained module held is not known: it was on the meta device at install.
     """
     record = _record(model)
+    merged = any(isinstance(module, Adapted) and module._lora_merged is not None for module in model.modules())
     check_not_in_rows(model)
+    if not merged:
+        check_originals(model, "lora_fx.remove")
     for path, module in model.named_modules():
         wrapper = _torch.data_parallel_wrapper(module)
         if wrapper is not None:
-            raise ValueError(f"{_shown(path)} is wrapped by {wrapper}: remove the adapters before wrapping")
+            raise ValueError(f"{shown(path)} is wrapped by {wrapper}: remove the adapters before wrapping")
         if isinstance(module, Adapted) and "_lora_parent" not in type(module).__dict__:
-            raise ValueError(f"{_shown(path)} became a {type(module).__name__} after install: undo that first")
+            raise ValueError(f"{shown(path)} became a {type(module).__name__} after install: undo that first")
+    if not merged:
+        restore_originals(module for _, module in trained_modules(model))
     _undo(model, record)
     return model
 
 
 def freeze(model: Model) -> Model:
-    """Make the adapters of `model` the only parameters that require gradients. Repeat it whenever something thawed one.
+    """Make the adapters of `model`, and what `modules_to_save` names, the only parameters that require gradients.
+
+    Repeat it whenever something thawed another one.
 
     Tensor parallelism's `SequenceParallel`, for one, replaces frozen parameters by trainable ones.
 
@@ -180,12 +195,18 @@ def freeze(model: Model) -> Model:
 
 
 def adapter_parameters(model: nn.Module, adapter_name: str | None = None) -> list[nn.Parameter]:
-    """The parameters to give to an optimizer: A and B of everything adapted, in the order of `model.modules()`.
+    """The parameters to give to an optimizer, in the order of `model.modules()`.
 
-    Those of the active adapter, or of another one that is named. They stay the same objects when another adapter
-    becomes active (`lora_fx.set_adapter`), so an optimizer goes on with the one that it was made for.
+    They are A and B of every swapped linear, DoRA's magnitudes, and all parameters of what `modules_to_save` names.
+
+    They stay the same objects when another adapter becomes active (`lora_fx.set_adapter`), so an optimizer goes on
+    with the one that it was made for.
 
     Warns when a distributed parameter beside them requires gradients, see `thawed`.
+
+    Args:
+        model: holds adapters.
+        adapter_name: of another adapter than the active one.
 
     Raises:
         ValueError: `model` holds no adapters, or none of that name.
@@ -215,35 +236,51 @@ def thawed(model: nn.Module) -> list[str]:
 
 
 def named_adapter_parameters(model: nn.Module, adapter_name: str | None = None) -> list[tuple[str, nn.Parameter]]:
-    """As `adapter_parameters`, with the names that ``model.named_parameters()`` has for the active adapter's."""
-    found = []
-    for path, module in adapted(model):
-        holder = module.holder(adapter_name)
-        if holder is None:
-            raise ValueError(f"{_shown(path)} has no adapter called {adapter_name!r}")
-        for name in module.factor_names:
-            parameter = holder._parameters[name]
-            assert parameter is not None
-            found.append((f"{path}.{name}".removeprefix("."), parameter))
-    return found
+    """As `adapter_parameters`, with the names that ``model.named_parameters()`` has for the active adapter's.
+
+    Args:
+        model: holds adapters.
+        adapter_name: of another adapter than the active one.
+
+    Raises:
+        ValueError: `model` holds no adapters and trains no module, or has no adapter of that name.
+    """
+    if not any(is_trained(module) for module in model.modules()):
+        adapted(model)
+    found: dict[nn.Parameter, str] = {}  # a trained one may be shared
+    for path, module in model.named_modules():
+        parameters = dict(module._parameters) if is_trained(module) else {}
+        if isinstance(module, Adapted):
+            holder = module.holder(adapter_name)
+            if holder is None:
+                raise ValueError(f"{shown(path)} has no adapter called {adapter_name!r}")
+            parameters = {name: holder._parameters[name] for name in module.lora_parameters}
+        for name, parameter in parameters.items():
+            if parameter is not None:
+                found.setdefault(parameter, f"{path}.{name}".removeprefix("."))
+    return [(name, parameter) for parameter, name in found.items()]
 
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Within this context `model` computes what it would without adapters, compiled or not, without recompiling.
 
-    Contexts nest, and the state from before is restored however the block ends.
+    What `modules_to_save` trains is what it was at first. Contexts nest, and the state from before is restored however
+    the block ends.
 
     Raises:
-        ValueError: `model` holds no adapters, or they are merged.
+        ValueError: `model` holds no adapters, or they are merged; FSDP shards modules that are trained whole, or whose
+            base weight `init` changed; or the first values of a trained module are not known.
     """
     check_not_merged(model)
-    modules = [module for _, module in adapted(model)]
+    changed = [(p, m) for p, m in adapted(model) if isinstance(m, LoRAModule) and m._lora_base is not None]
+    modules = [module for _, module in adapted(model) if module._lora_base is None]
     before = [module.lora_enabled for module in modules]
     try:
-        for module in modules:
-            module.lora_enabled = module.disabled_buffer()
-        yield
+        with with_originals(model), with_first_factors(changed):
+            for module in modules:
+                module.lora_enabled = module.disabled_buffer()
+            yield
     finally:
         for module, enabled in zip(modules, before):
             module.lora_enabled = enabled.to(module.lora_enabled.device)  # the model may have been moved in between
@@ -261,7 +298,7 @@ def configs(model: nn.Module) -> list[LoRAConfig]:
 
 
 def adapted(model: nn.Module) -> list[tuple[str, Adapted]]:
-    """Path and module of every linear of `model` that holds an adapter, and of every stack of experts.
+    """Path and module of every linear of `model` that holds an adapter.
 
     Raises:
         ValueError: there is none.
@@ -281,33 +318,33 @@ def adapted_linears(model: nn.Module, otherwise: str) -> list[tuple[str, LoRAMod
     linears = []
     for path, module in adapted(model):
         if not isinstance(module, LoRAModule):
-            raise ValueError(f"{_shown(clean_path(path))} holds adapted experts, {otherwise}")
+            raise ValueError(f"{shown(clean_path(path))} holds adapted experts, {otherwise}")
         linears.append((path, module))
     return linears
+
+
+def check_not_disabled(model: nn.Module) -> None:
+    """Raise ValueError where `disabled` shows first values in the place of those that were trained."""
+    trained = bool(trained_modules(model))
+    for path, module in model.named_modules():
+        if isinstance(module, Adapted):
+            off = trained and module.lora_enabled is module._lora_disabled
+            if off or (module._lora_base is not None and module._lora_base.shown):
+                raise ValueError(f"{shown(path)} is disabled: leave lora_fx.disabled first")
 
 
 def check_not_merged(model: nn.Module) -> None:
     """Raise ValueError if an adapter of `model` is merged into its weight."""
     for path, module in model.named_modules():
         if isinstance(module, Adapted) and module._lora_merged is not None:
-            raise ValueError(f"{_shown(path)} is merged: call lora_fx.unmerge(model) first")
+            raise ValueError(f"{shown(path)} is merged: call lora_fx.unmerge(model) first")
 
 
 def check_not_in_rows(model: nn.Module) -> None:
     """Raise ValueError within `lora_fx.adapters_per_row`, which holds copies of the adapters."""
     for path, module in model.named_modules():
         if isinstance(module, Adapted) and module._lora_rows is not None:
-            raise ValueError(f"{_shown(path)} has adapters assigned to rows: leave lora_fx.adapters_per_row first")
-
-
-def check_name(name: str) -> None:
-    """Raise if an adapter cannot have this name, which becomes part of keys and an attribute of a `nn.ModuleDict`."""
-    if not isinstance(name, str):
-        raise TypeError(f"the name of an adapter is a str, got {name!r}")
-    if not name or "." in name:
-        raise ValueError(f"an adapter cannot be called {name!r}: the name is part of dotted paths")
-    if hasattr(nn.ModuleDict(), name):
-        raise ValueError(f"an adapter cannot be called {name!r}: nn.ModuleDict has an attribute of that name")
+            raise ValueError(f"{shown(path)} has adapters assigned to rows: leave lora_fx.adapters_per_row first")
 
 
 def _record(model: nn.Module) -> Installation:
@@ -316,7 +353,7 @@ def _record(model: nn.Module) -> Installation:
         return record
     for path, module in model.named_modules():
         if _RECORD in module.__dict__:
-            raise ValueError(f"adapters were installed on {_shown(path)}, not on the module given: pass that one")
+            raise ValueError(f"adapters were installed on {shown(path)}, not on the module given: pass that one")
     raise ValueError("this module is not the one that lora_fx.install was called on")
 
 
@@ -326,6 +363,7 @@ def _undo(model: nn.Module, record: Installation) -> None:
             unswap(module)
         elif isinstance(module, LoRAExpertsModule):
             unswap_experts(module)
+    forget_originals(module for _, module in trained_modules(model))
     for module, patch in _patched(model, record):
         setattr(module, patch.name, patch.previous)
     if record.init_weights is not None:
@@ -345,107 +383,24 @@ def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return model.named_parameters(remove_duplicate=False)
 
 
-def _shown(path: str) -> str:
-    return path or "the model itself"
-
-
-def _check_model(model: nn.Module) -> None:
-    """Refuse models in a state in which adapters would be missed, whatever the configuration says."""
-    for path, module in model.named_modules():
-        if isinstance(module, Adapted) or _RECORD in module.__dict__:
-            raise ValueError(f"{_shown(path)} holds adapters already: call lora_fx.remove(model) before a new install")
-        if _torch.is_compiled(module):
-            raise ValueError(
-                f"{_shown(path)} is compiled already: install on the model as it was before torch.compile, and compile "
-                f"after; lora_fx.compile(model, config) does both"
-            )
-        wrapper = _torch.data_parallel_wrapper(module)
-        if wrapper is not None:
-            raise ValueError(
-                f"{_shown(path)} is wrapped by {wrapper} already: install first, then wrap "
-                f"(the order is: quantise, install, parallelise, shard, compile)"
-            )
-
-
-def _by_module(targets: Iterable[Target]) -> list[list[Target]]:
-    """The targeted parameters of each module together."""
-    groups: dict[nn.Module, list[Target]] = {}
-    for target in targets:
-        groups.setdefault(target.module, []).append(target)
-    return list(groups.values())
-
-
-def _check_experts(target: Target) -> None:
-    """Refuse a parameter on which adapters could not work."""
-    module, name = target.module, cast(str, target.parameter)
-    what = f"{target.path} (of {type(module).__name__})"
-    fix = "leave it out of target_parameters"
-    weight: Any = module._parameters[name]
-    if not is_activation_dtype(weight.dtype):
-        raise ValueError(f"{what} is {weight.dtype}, a packed form whose products are not known here: {fix}")
-    if _torch.has_instance_forward(module):
-        raise ValueError(f"{what} has a `forward` of its own on the instance, which would hide the adapters': {fix}")
-    taken = [n for n in (name + A, name + B, *BUFFERS, *EXPERT_ATTRIBUTES) if hasattr(module, n)]
-    if taken:
-        raise ValueError(f"{what}: its module has an attribute called {taken[0]} already: {fix}")
-    try:
-        experts_class(type(module))
-    except Exception as error:
-        raise ValueError(f"{what}: its module has a class that refuses to be subclassed ({error}): {fix}") from error
-
-
-def _check_linear(path: str, module: nn.Module) -> None:
-    """Refuse a linear on which an adapter could not work, or would never run."""
-    what = f"{_shown(path)} ({type(module).__name__})"
-    fix = f"leave it out with exclude_modules=[{path!r}]"
-    if any(isinstance(parameter, nn.UninitializedParameter) for parameter in module.parameters()):
-        raise ValueError(f"{what} is lazy and has no shape yet: run the model once before install, or {fix}")
-    if _torch.has_instance_forward(module):
-        raise ValueError(f"{what} has a `forward` of its own on the instance, which would hide the adapter's: {fix}")
-    extra = _extra_arguments(type(module))
-    if extra:
-        raise ValueError(f"{what} takes more than its input in `forward` ({', '.join(extra)}): {fix}")
-    if type(module).__module__.startswith("torch.ao.nn.intrinsic"):
-        raise ValueError(f"{what} applies more than a linear map; an adapter would be added after that: {fix}")
-    taken = [name for name in (*PARAMETERS, *BUFFERS, *ATTRIBUTES) if hasattr(module, name)]
-    if taken:
-        raise ValueError(f"{what} has an attribute called {taken[0]} already: {fix}")
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor) and weight.dtype.is_complex:
-        raise ValueError(f"{what} has a complex weight, for which adapters are not defined here: {fix}")
-    try:
-        lora_class(cast(type[nn.Linear], type(module)))
-    except Exception as error:
-        raise ValueError(f"{what} has a class that refuses to be subclassed ({error}): {fix}") from error
-
-
-def _check_room(targets: list[Target], max_rank: int | None) -> None:
+def _check_room(targets: list[Target], config: LoRAConfig, max_rank: int | None) -> None:
     if max_rank is None:
         return
+    if reason := only_one(config):
+        raise ValueError(f"max_rank leaves room for other adapters, and {reason}: leave it out")
     if isinstance(max_rank, bool) or not isinstance(max_rank, int):
         raise TypeError(f"max_rank must be an int, got {max_rank!r}")
     for target in targets:
         if target.rank > max_rank:
-            raise ValueError(f"{_shown(target.path)} gets rank {target.rank}, which is above max_rank={max_rank}")
+            raise ValueError(f"{shown(target.path)} gets rank {target.rank}, which is above max_rank={max_rank}")
         if target.parameter is not None:
             raise ValueError(f"{target.path}: adapters of experts have no room for others: leave max_rank out")
-
-
-def _extra_arguments(cls: type[nn.Module]) -> list[str]:
-    """The names of the parameters of ``cls.forward`` beside self and the input."""
-    try:
-        signature = inspect.signature(cls.forward)
-    except ValueError:  # compiled code does not say
-        return []
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    named = [name for name, parameter in signature.parameters.items() if parameter.kind not in variadic]
-    return named[2:]
 
 
 def _new_adapters(model: nn.Module, targets: list[Target], config: LoRAConfig, max_rank: int | None) -> list[Adapter]:
     dtypes = Counter(p.dtype for p in model.parameters() if is_activation_dtype(p.dtype))
     activation_dtype = dtypes.most_common(1)[0][0] if dtypes else torch.get_default_dtype()
-    return [
+    adapters = [
         new_adapter(
             cast(nn.Linear, target.module),
             rank=target.rank,
@@ -457,6 +412,17 @@ def _new_adapters(model: nn.Module, targets: list[Target], config: LoRAConfig, m
         )
         for target in targets
     ]
+    if not config.use_dora:
+        return adapters
+    return [with_magnitude(cast(nn.Linear, target.module), adapter) for target, adapter in zip(targets, adapters)]
+
+
+def _by_module(targets: Iterable[Target]) -> list[list[Target]]:
+    """The targeted parameters of each module together."""
+    groups: dict[nn.Module, list[Target]] = {}
+    for target in targets:
+        groups.setdefault(target.module, []).append(target)
+    return list(groups.values())
 
 
 def _new_expert_adapter(target: Target, config: LoRAConfig) -> ExpertAdapter:

@@ -6,21 +6,19 @@
 What it shares with swapped experts is in `lora_fx.adapted`.
 """
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from lora_fx.adapted import BUFFERS, Adapted, parent_class, swapped_class
+from lora_fx.adapted import BUFFERS, Adapted, swapped_class
+from lora_fx.config import CHANGES_BASE
+from lora_fx.inits import ChangedBase, decomposed, put_back, put_residual, reset_factors
 from lora_fx.passes.low_rank import low_rank, low_rank_rows
-from lora_fx.placements import deferred, fill, is_dtensor, like_weight, placed, replicated_like
+from lora_fx.placements import deferred, is_dtensor, placed
 from lora_fx.stored import (
-    ENABLED,
     OWN_ATTRIBUTES,
-    SCALE,
     StoredAdapter,
     exchange,
     keep_numbers,
@@ -36,50 +34,34 @@ ATTRIBUTES = (
     "_lora_active",
     "_lora_disabled",
     "_lora_merged",
+    "_lora_base",
     "_lora_rows",
     "_lora_stack",
 )
 DEFAULT_NAME = "default"
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter of one linear.
-
-    Args:
-        lora_a: [R, K]. Rows behind the adapter's own rank are zero, and so are the columns of `lora_b` there. Then
-            their gradients are zero as well, and they stay as they are.
-        lora_b: [N, R].
-        scale: multiplies the low-rank product.
-        dropout: probability of dropping an input element of the low-rank branch in training.
-        init: how `lora_a` starts, a name that `LoRAConfig.init` knows.
-        rank: the adapter's own, at most R; 0 for an adapter that leaves this linear alone.
-    """
-
-    lora_a: nn.Parameter
-    lora_b: nn.Parameter
-    scale: float
-    dropout: float
-    init: str
-    rank: int
-
-
 class LoRAModule(Adapted, nn.Linear):
-    """The half of a swapped linear that is not its parent: every `LoRA<Parent>` derives from this and from Parent.
+    """The half of a swapped linear that is not its parent: every ``LoRA<Parent>`` derives from this and from Parent.
 
-    Parameters:
+    The buffers are 0-d, and float32 whatever dtype the module is moved to.
+
+    Attributes:
         lora_a: [R, K], trainable.
         lora_b: [N, R], trainable, zero at first.
-
-    Buffers, 0-d: `lora_scale` and `lora_enabled`, see `Adapted`.
+        lora_scale: saved in `state_dict`, so that loading a checkpoint restores the function that was saved even where
+            this module was installed with another alpha. Change it with ``module.lora_scale.fill_(value)``.
+        lora_enabled: 1, or 0 inside `lora_fx.disabled`; not saved.
 
     All of this belongs to the active adapter. Others wait in ``lora_adapters``, by name; see `lora_fx.set_adapter`.
     """
 
+    lora_parameters: ClassVar[tuple[str, ...]] = PARAMETERS
     lora_a: nn.Parameter
     lora_b: nn.Parameter
     lora_adapters: nn.ModuleDict
     _lora_rank: int
+    _lora_base: ChangedBase | None
     _lora_stack: Any  # a lora_fx.rows.Stack, or None
 
     # The parameter is called `input` because `nn.Linear.forward`'s is, and callers may name it.
@@ -90,11 +72,20 @@ class LoRAModule(Adapted, nn.Linear):
             rows, *stack = self._lora_rows
             return base + low_rank_rows(input, rows, stack, self.lora_enabled).to(base.dtype)
         scale = self.lora_scale * self.lora_enabled
-        factors: tuple[Tensor, Tensor] = self.lora_a, self.lora_b
-        if self._lora_deferred:
-            factors = deferred(self.lora_a), deferred(self.lora_b)
-        update = low_rank(input, *factors, scale, self.lora_dropout, self.training)
+        update = low_rank(input, *self._lora_factors(), scale, self.lora_dropout, self.training)
         return base + update.to(base.dtype)
+
+    def _lora_factors(self) -> tuple[Tensor, Tensor]:
+        """A and B as the forward reads them."""
+        if self._lora_deferred:
+            return deferred(self.lora_a), deferred(self.lora_b)
+        return self.lora_a, self.lora_b
+
+    def effective_weight(self) -> Tensor:
+        """``W + s B A`` [N, K] in float32 (float64 for such weights)."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        update = self.lora_b.to(wide) @ self.lora_a.to(wide)
+        return torch.add(self.weight.to(wide), update * self.lora_scale.to(wide))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As any module's, except that distributed factors go where the distributed weight wants them.
@@ -102,20 +93,16 @@ class LoRAModule(Adapted, nn.Linear):
         `parallelize_module` registers every parameter of a linear anew, with placements that are meant for the weight.
         """
         weight = self._parameters.get("weight")
-        super().register_parameter(
-            name, placed(name, param, weight) if name in PARAMETERS and param is not None else param
-        )
+        if param is not None and name in self.lora_parameters:
+            param = placed(name, param, weight)
+        super().register_parameter(name, param)
         if name == "weight":  # after the factors, where a parent registers it last
-            for factor in PARAMETERS:
+            for factor in self.lora_parameters:
                 if (held := self._parameters.get(factor)) is not None:
                     self._parameters[factor] = placed(factor, held, param)
             if is_dtensor(param):
                 for stored in self.stored_adapters().values():
                     stored.follow(param)
-
-    @property
-    def factor_names(self) -> tuple[str, ...]:
-        return PARAMETERS
 
     def stored_adapters(self) -> dict[str, StoredAdapter]:
         """The adapters that are not active, by name."""
@@ -141,22 +128,43 @@ class LoRAModule(Adapted, nn.Linear):
 
     @torch.no_grad()
     def reset_adapters(self) -> None:
-        """Start all adapters afresh: A as `lora_init` says, B zero, the last scale that was installed or loaded.
+        """Start all adapters afresh, as `lora_init` says, with the last scale that was installed or loaded.
 
         Raises:
-            ValueError: the adapter is merged.
+            ValueError: the adapter is merged; or `lora_init` takes the weight apart, which is sharded by now.
         """
-        if self._lora_merged is not None:
-            raise ValueError("an adapter that is merged cannot start afresh: call lora_fx.unmerge(model) first")
-        for held in self.holders():
-            reset_a(held.lora_a, held.lora_init, held._lora_rank)
-            held.lora_b.zero_()
-            held.lora_scale.fill_(held._lora_last_scale)
+        self.check_start()
+        if self.lora_init in CHANGES_BASE:  # there is one adapter then
+            self.put_base_back()
+            scale, rank = self._lora_last_scale, self.lora_a.shape[0]
+            self._lora_base = decomposed(self.weight, self.lora_init, rank, scale, self.lora_a.dtype)
+            self.lora_a.copy_(self._lora_base.lora_a)
+            self.lora_b.copy_(self._lora_base.lora_b)
+            self.lora_scale.fill_(scale)
+            put_residual(self.weight, self._lora_base)
+        else:
+            for held in self.holders():
+                reset_factors(held.lora_a, held.lora_b, held.lora_init, held._lora_rank)
+                held.lora_scale.fill_(held._lora_last_scale)
         if self.lora_enabled is not self._lora_disabled:
             self.lora_enabled.fill_(1.0)
 
+    def check_start(self) -> None:
+        """Raise ValueError if `reset_adapters` would."""
+        if self._lora_merged is not None:
+            raise ValueError("an adapter that is merged cannot start afresh: call lora_fx.unmerge(model) first")
+        if self.lora_init in CHANGES_BASE and is_dtensor(self.weight):
+            raise ValueError(f"init={self.lora_init!r} takes the weight apart, which is sharded: start before that")
+
+    def put_base_back(self) -> None:
+        """Give the weight back, to the bit, what `lora_init` took out of it; nothing is done where that is nothing."""
+        if self._lora_base is not None:
+            put_back(self.weight, self._lora_base)
+            self._lora_base = None
+
     def reset_parameters(self) -> None:
         """The parent's `reset_parameters`, then `reset_adapters`."""
+        self.put_base_back()
         super().reset_parameters()
         self.reset_adapters()
 
@@ -196,6 +204,11 @@ class LoRAModule(Adapted, nn.Linear):
     ) -> None:
         if self._lora_merged is not None and any(name.startswith(prefix) for name in state_dict):
             raise ValueError(f"{prefix.rstrip('.') or 'the model'} is merged: call lora_fx.unmerge(model) first")
+        if self._lora_base is not None and f"{prefix}weight" in state_dict and f"{prefix}lora_a" not in state_dict:
+            raise ValueError(
+                f"{prefix.rstrip('.') or 'the model'} holds the residual that init={self.lora_init!r} left of its "
+                f"weight, and a weight without adapters is no residual: load the base before lora_fx.install"
+            )
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         note_loaded_scale(self)
         if self.lora_enabled.is_meta and not self.lora_scale.is_meta:  # assign=True onto meta; this one is not saved
@@ -208,15 +221,15 @@ class LoRAModule(Adapted, nn.Linear):
             unexpected[:] = [key for key in unexpected if key not in ours]
 
 
-def lora_class(parent: type[nn.Linear]) -> type[LoRAModule]:
-    """The subclass ``LoRA<Parent>`` of `parent`: always the same class for the same parent.
+def lora_class(parent: type[nn.Linear], kind: type[LoRAModule] = LoRAModule) -> type[LoRAModule]:
+    """The subclass ``LoRA<Parent>`` of `parent`: always the same class for the same parent and kind.
 
     Raises:
         TypeError: `parent` is no subclass of `nn.Linear`, or is a swapped class already.
     """
     if not issubclass(parent, nn.Linear) or issubclass(parent, LoRAModule):
         raise TypeError(f"{parent.__name__} must be nn.Linear or a subclass that is not swapped yet")
-    return swapped_class(LoRAModule, parent)
+    return swapped_class(kind, parent)
 
 
 def adapter_dtype(module: nn.Linear, activation_dtype: torch.dtype) -> torch.dtype:
@@ -235,85 +248,3 @@ def adapter_dtype(module: nn.Linear, activation_dtype: torch.dtype) -> torch.dty
 def is_activation_dtype(dtype: torch.dtype) -> bool:
     """Whether matrix products on activations are done in `dtype`: floating point of 16 bits or more."""
     return dtype.is_floating_point and dtype.itemsize >= 2
-
-
-def new_adapter(
-    module: nn.Linear, *, rank: int, scale: float, dropout: float, init: str, dtype: torch.dtype, room: int
-) -> Adapter:
-    """An adapter for `module`, initialised, on its weight's device and mesh; `module` is not touched.
-
-    The shapes follow `in_features` and `out_features`, because a packed weight has a shape of its own. `room` is the
-    size R of the factors, at least `rank`.
-    """
-    weight = getattr(module, "weight", None)
-    device = weight.device if isinstance(weight, Tensor) else next(iter(module.parameters())).device
-    a = torch.empty(room, module.in_features, dtype=dtype, device=device)
-    reset_a(a, init, rank)
-    b = torch.zeros(module.out_features, room, dtype=dtype, device=device)
-    a, b = like_weight("lora_a", a, weight), like_weight("lora_b", b, weight)
-    return Adapter(nn.Parameter(a), nn.Parameter(b), scale, dropout, init, rank)
-
-
-@torch.no_grad()
-def reset_a(lora_a: Tensor, init: str, rank: int) -> None:
-    """Start A [..., R, K] as `init` says: kaiming-uniform as `nn.Linear`'s weight, or normal with deviation 1 / `rank`.
-
-    Rows behind the first `rank` become zero.
-
-    A distributed A is drawn whole on every rank and cut from the first one's: the draw is that of a single process,
-    and replicas agree on devices where distributed random numbers do not.
-    """
-    whole = lora_a
-    if is_dtensor(lora_a):
-        whole = torch.empty(lora_a.shape, dtype=lora_a.dtype, device=lora_a.device)
-    whole[..., rank:, :].zero_()
-    own = whole[..., :rank, :].flatten(0, -2)  # a view: where there are several, none has room for more
-    if rank and init == "kaiming":
-        nn.init.kaiming_uniform_(own, a=math.sqrt(5))
-    elif rank:
-        nn.init.normal_(own, std=1.0 / rank)
-    if whole is not lora_a:
-        fill(lora_a, whole)
-
-
-def swap(module: nn.Linear, adapter: Adapter, name: str = DEFAULT_NAME) -> None:
-    """Make `module` a `LoRA<Parent>` that holds `adapter` under a name. Undone by `unswap`."""
-    module.__class__ = lora_class(type(module))
-    swapped = cast(LoRAModule, module)
-    hold(swapped, adapter, getattr(module, "weight", None))
-    enabled = torch.ones((), dtype=torch.float32, device=adapter.lora_a.device)
-    swapped.register_buffer(ENABLED, replicated_like(enabled, getattr(module, "weight", None)), persistent=False)
-    module.__dict__["lora_adapters"] = nn.ModuleDict()  # past `nn.Module`, which would make a child of it
-    swapped._lora_active = name
-    swapped._lora_disabled = None
-    swapped._lora_merged = None
-    swapped._lora_rows = None
-    swapped._lora_stack = None
-
-
-def hold(module: LoRAModule | StoredAdapter, adapter: Adapter, weight: object) -> None:
-    """Register the tensors of `adapter`, which goes beside `weight`, on `module`, and note its numbers there."""
-    module.register_parameter("lora_a", adapter.lora_a)
-    module.register_parameter("lora_b", adapter.lora_b)
-    scale = torch.full((), adapter.scale, dtype=torch.float32, device=adapter.lora_a.device)
-    module.register_buffer(SCALE, replicated_like(scale, weight))
-    module.lora_dropout = adapter.dropout
-    module.lora_init = adapter.init
-    module._lora_last_scale = adapter.scale
-    module._lora_rank = adapter.rank
-    module._lora_deferred = False
-
-
-def store(module: LoRAModule, adapter: Adapter, name: str) -> None:
-    """Put `adapter` beside the active one of `module`."""
-    stored = StoredAdapter()
-    hold(stored, adapter, getattr(module, "weight", None))
-    module.lora_adapters[name] = stored
-
-
-def unswap(module: nn.Linear) -> None:
-    """Give `module` its parent's class back and take away all that `swap` added, or as much of it as is there."""
-    for name in (*PARAMETERS, *BUFFERS, *ATTRIBUTES):
-        if name in module._parameters or name in module._buffers or name in module.__dict__:
-            delattr(module, name)
-    module.__class__ = cast(type[nn.Linear], parent_class(type(module)))

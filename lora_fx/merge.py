@@ -4,8 +4,8 @@
     lora_fx.unmerge(model)                 # to the bit what it was
     lora_fx.remove(lora_fx.merge(model))   # a model of the original classes, to export
 
-A merged linear's `lora_scale` is zero, so that its branch adds nothing, compiled or not, and so that a `state_dict` of
-a merged model is the function that it computes.
+A merged linear's `lora_scale` is zero, and DoRA's magnitudes are the norms of its rows, so that its branch adds
+nothing, compiled or not, and so that a `state_dict` of a merged model is the function that it computes.
 """
 
 from collections import Counter
@@ -15,10 +15,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from lora_fx.dora import DoRAModule
 from lora_fx.install import adapted, adapted_linears, check_not_in_rows
 from lora_fx.linear import LoRAModule, is_activation_dtype
 from lora_fx.placements import is_dtensor
 from lora_fx.targets import clean_path
+from lora_fx.trained import trained_modules
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -30,12 +32,14 @@ class Merged:
     Attributes:
         weight: the base weight [N, K] to the bit, or None if it was not to be kept.
         scale: the buffer `lora_scale`.
-        trained: which of `lora_a` and `lora_b` required gradients.
+        trained: which of the adapter's parameters required gradients.
+        magnitude: the values of `lora_magnitude` [N], where there is one.
     """
 
     weight: Tensor | None
     scale: Tensor
-    trained: tuple[bool, bool]
+    trained: tuple[bool, ...]
+    magnitude: Tensor | None
 
 
 @torch.no_grad()
@@ -43,9 +47,10 @@ def merge(model: Model, *, keep: bool = True) -> Model:
     """Add every adapter of `model` into the weight that it adapts, in place.
 
     The sum is formed in float32 (float64 for such weights) and rounded once to the weight's dtype. No parameter changes
-    its identity. Until `unmerge` the adapters require no gradients, so that training fails instead of doing nothing (a
-    compiled model has a graph for each of the two states, and compiles each once), and what would mix merged and
-    unmerged numbers is refused: `disabled`, `freeze`, `save_adapter`, `load_adapter`, `load_state_dict`.
+    its identity. Until `unmerge` the adapters, and what `modules_to_save` names, require no gradients, so that
+    training fails instead of doing nothing (a compiled model has a graph for each of the two states, and compiles each
+    once), and what would mix merged and unmerged numbers is refused: `disabled`, `freeze`, `save_adapter`,
+    `load_adapter`, `load_state_dict`.
 
     Dropout is gone with the branch: in training mode, too, a merged model computes what it computes in evaluation.
 
@@ -70,14 +75,22 @@ def merge(model: Model, *, keep: bool = True) -> Model:
         if not _sum(module).isfinite().all():
             raise ValueError(f"{where}: weight and adapter add up to NaN or infinity in {module.weight.dtype}")
     for _, module in modules:
-        total, factors = _sum(module), (module.lora_a, module.lora_b)
-        a, b = (factor.requires_grad for factor in factors)
-        module._lora_merged = Merged(module.weight.detach().clone() if keep else None, module.lora_scale, (a, b))
+        total, parameters = _sum(module), _parameters(module)
+        module._lora_merged = Merged(
+            weight=module.weight.detach().clone() if keep else None,
+            scale=module.lora_scale,
+            trained=tuple(parameter.requires_grad for parameter in parameters),
+            magnitude=module.lora_magnitude.detach().clone() if isinstance(module, DoRAModule) else None,
+        )
         module.weight.copy_(total)
         # Another tensor, not another value: a compiled forward may have saved this one for its backward.
         module.lora_scale = torch.zeros_like(module.lora_scale)
-        for factor in factors:
-            factor.requires_grad_(False)
+        if isinstance(module, DoRAModule):
+            module.reset_magnitude()  # the rows have their lengths by now: the gain is 1
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+    for parameter in _trained_whole(model):
+        parameter.requires_grad_(False)
     return model
 
 
@@ -102,17 +115,29 @@ def unmerge(model: Model) -> Model:
         assert record.weight is not None
         module.weight.copy_(record.weight)
         module.lora_scale = record.scale.to(module.lora_scale.device)  # the model may have been moved in between
-        for factor, trained in zip((module.lora_a, module.lora_b), record.trained):
-            factor.requires_grad_(trained)
+        if isinstance(module, DoRAModule):
+            module.lora_magnitude.copy_(record.magnitude)
+        for parameter, trained in zip(_parameters(module), record.trained):
+            parameter.requires_grad_(trained)
         module._lora_merged = None
+    for parameter in _trained_whole(model):
+        parameter.requires_grad_(True)
     return model
+
+
+def _parameters(module: LoRAModule) -> list[nn.Parameter]:
+    return [getattr(module, name) for name in module.lora_parameters]
+
+
+def _trained_whole(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for _, module in trained_modules(model) for parameter in module.parameters(recurse=False)]
 
 
 def _check(where: str, module: LoRAModule, holders: Counter[int]) -> None:
     weight = module.weight
     if module._lora_merged is not None:
         raise ValueError(f"{where} is merged already")
-    if module.lora_enabled is module._lora_disabled:
+    if module.lora_enabled is module._lora_disabled or (module._lora_base is not None and module._lora_base.shown):
         raise ValueError(f"{where} is disabled: merge outside of lora_fx.disabled, where its adapter counts")
     if is_dtensor(weight) or is_dtensor(module.lora_a):
         raise ValueError(f"{where} is sharded: save the adapter, load it in one process, and merge there")
@@ -128,7 +153,5 @@ def _check(where: str, module: LoRAModule, holders: Counter[int]) -> None:
 
 
 def _sum(module: LoRAModule) -> Tensor:
-    """``W + s B A`` [N, K] in the weight's dtype."""
-    wide = torch.promote_types(module.weight.dtype, torch.float32)
-    update = module.lora_b.to(wide) @ module.lora_a.to(wide)
-    return torch.add(module.weight.to(wide), update * module.lora_scale.to(wide)).to(module.weight.dtype)
+    """``W + s B A`` [N, K], DoRA's with its rows scaled, in the weight's dtype."""
+    return module.effective_weight().to(module.weight.dtype)

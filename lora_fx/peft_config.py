@@ -20,14 +20,19 @@ from lora_fx.targets import WRAPPER_SEGMENTS, clean_path
 
 Value = TypeVar("Value", int, float)
 
-# Initialisations that leave the base weights alone. Others (PiSSA, OLoRA, LoftQ, ...) change the base, and their
-# tensors mean nothing beside the base that everybody has.
-_PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+# Initialisations that leave the base weights alone, with our names for them. Others (PiSSA, OLoRA, LoftQ, ...) change
+# the base, and their tensors mean nothing beside the base that everybody has.
+_PLAIN_INITS = {
+    True: "kaiming",
+    False: "kaiming",
+    None: "kaiming",
+    "eva": "kaiming",  # it looks at data, and cannot be repeated without
+    "gaussian": "gaussian",
+    "orthogonal": "orthogonal",
+}
 
 # Settings that make an adapter something else than ``scale * B A`` on a linear, with what a user can do.
 _UNSUPPORTED = {
-    "use_dora": "DoRA is not supported yet: train without it, or merge the adapter into the base in PEFT",
-    "modules_to_save": "fully trained modules are not supported yet: copy them yourself and drop them from both files",
     "trainable_token_indices": "trained tokens are not supported: merge the adapter into the base in PEFT",
     "lora_bias": "a bias of the low-rank branch is not supported: train with lora_bias=False",
     "layer_replication": "replicated layers are not supported: load into a model that has them, without this setting",
@@ -50,9 +55,12 @@ class PeftConfig:
     alpha: float
     dropout: float
     use_rslora: bool
+    use_dora: bool
+    init: str
     target_modules: str | tuple[str, ...]
     target_parameters: tuple[str, ...]
     exclude_modules: str | tuple[str, ...]
+    modules_to_save: tuple[str, ...]
     rank_pattern: Mapping[re.Pattern[str], int]
     alpha_pattern: Mapping[re.Pattern[str], float]
     layers_to_transform: tuple[int, ...]
@@ -70,9 +78,11 @@ class PeftConfig:
         """What multiplies the low-rank product of the module at `path`."""
         return self.alpha_of(path) / _divisor(self.rank_of(path), self.use_rslora)
 
-    def targets(self, path: str) -> bool:
-        """Whether the linear at `path` gets an adapter."""
+    def targets(self, path: str, *, hidden: bool = False) -> bool:
+        """Whether the linear at `path` gets an adapter; with `hidden`, also where `modules_to_save` hides it."""
         if _named(self.exclude_modules, path):
+            return False
+        if not hidden and hides(self.modules_to_save, path):
             return False
         if isinstance(self.target_modules, str):
             return self.target_modules == ALL_LINEAR or _named(self.target_modules, path)
@@ -84,10 +94,19 @@ class PeftConfig:
         """Whether the parameter at `path` gets an adapter."""
         return _named(self.target_parameters, path)
 
+    def trains(self, path: str) -> bool:
+        """Whether the module at `path` is trained whole. PEFT compares ends of paths, and not of whole segments."""
+        return path.endswith(self.modules_to_save) if self.modules_to_save else False
+
     def _in_a_chosen_layer(self, path: str) -> bool:
         patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in self.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
         found = next(filter(None, (re.match(pattern, path) for pattern in patterns)), None)
         return found is not None and int(found[1]) in self.layers_to_transform
+
+
+def hides(modules_to_save: Collection[str], path: str) -> bool:
+    """Whether PEFT leaves the linear at `path` out: one of the names is among the segments of its path."""
+    return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in modules_to_save)
 
 
 def read_config(file: Path) -> PeftConfig:
@@ -114,8 +133,11 @@ def config_values(
     *,
     parameters: Collection[str],
     others: Collection[str],
+    trained: Collection[str],
     dropout: float,
     use_rslora: bool,
+    use_dora: bool,
+    inits: Collection[str],
     base: str | None,
 ) -> dict[str, Any]:
     """The content of an `adapter_config.json` from which PEFT computes exactly these ranks and scales.
@@ -125,8 +147,11 @@ def config_values(
         scales: likewise; numbers that float32 holds.
         parameters: which of them are parameters; the rest are linears.
         others: paths of the modules that are not adapted.
+        trained: paths of the modules that are trained whole.
         dropout: of all of them; PEFT loads no adapted parameters with dropout.
         use_rslora: whether alphas are to be divided by sqrt(R) and not by R. The scales are the same either way.
+        use_dora: whether they have magnitudes.
+        inits: how they started; PEFT's default where there are several, or where that changed the base.
         base: the name or path of the base model, where one is known.
     """
     alphas = {path: _alpha(scale, ranks[path], use_rslora) for path, scale in scales.items()}
@@ -144,11 +169,11 @@ def config_values(
         "rank_pattern": {_exactly(path): other for path, other in ranks.items() if other != rank},
         "alpha_pattern": {_exactly(path): other for path, other in alphas.items() if other != alpha},
         "use_rslora": use_rslora,
-        "use_dora": False,
+        "use_dora": use_dora,
         "bias": "none",
         "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
+        "init_lora_weights": init if (init := "".join(inits)) in ("gaussian", "orthogonal") else True,
+        "modules_to_save": list(trained) or None,
     }
 
 
@@ -213,7 +238,8 @@ def _checked(file: Path, values: Any) -> PeftConfig:
     for name, fix in _UNSUPPORTED.items():
         if values.get(name):
             raise ValueError(f"{name} is {values[name]!r}: {fix}")
-    if (init := values.get("init_lora_weights")) not in _PLAIN_INITS:
+    init = values.get("init_lora_weights")
+    if isinstance(init, (list, dict)) or init not in _PLAIN_INITS:
         raise ValueError(
             f"init_lora_weights is {init!r}, which changed the base weights: save in PEFT with "
             f"path_initial_model_for_weight_conversion, which makes an ordinary adapter of it"
@@ -234,9 +260,12 @@ def _checked(file: Path, values: Any) -> PeftConfig:
         alpha=_number("lora_alpha", values.get("lora_alpha", 8)),
         dropout=_number("lora_dropout", values.get("lora_dropout", 0.0)),
         use_rslora=bool(values.get("use_rslora")),
+        use_dora=bool(values.get("use_dora")),
+        init=_PLAIN_INITS[init],
         target_modules=targets,
         target_parameters=parameters,
         exclude_modules=_names(values, "exclude_modules"),
+        modules_to_save=_several(_names(values, "modules_to_save")),
         rank_pattern=_patterns(values, "rank_pattern", _rank),
         alpha_pattern=_patterns(values, "alpha_pattern", _number),
         layers_to_transform=_layers(values.get("layers_to_transform")),
@@ -244,7 +273,12 @@ def _checked(file: Path, values: Any) -> PeftConfig:
     )
     if not 0.0 <= config.dropout < 1.0:
         raise ValueError(f"lora_dropout must be in [0, 1), got {config.dropout!r}")
-    for expression in (config.target_modules, config.exclude_modules, *config.layers_pattern):
+    for expression in (
+        config.target_modules,
+        config.exclude_modules,
+        *config.layers_pattern,
+        *config.modules_to_save,
+    ):
         if isinstance(expression, str):
             re.compile(expression)
     return config

@@ -1,7 +1,9 @@
 """PEFT's two files of an adapter as values: read and checked as far as it can be without a model, and encoded.
 
 adapter_config.json          see `lora_fx.peft_config`
-adapter_model.safetensors    base_model.model.<path>.lora_A.weight [R, K], base_model.model.<path>.lora_B.weight [N, R]
+adapter_model.safetensors    base_model.model.<path>.lora_A.weight [R, K], base_model.model.<path>.lora_B.weight [N, R],
+                             base_model.model.<path>.lora_magnitude_vector [N] (DoRA),
+                             base_model.model.<path>.<name in its state_dict> of modules that are trained whole
                              of experts, see `lora_fx.peft_experts`
 """
 
@@ -23,29 +25,39 @@ from lora_fx.targets import clean_path
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-_KEYS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
+_KEYS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector"}
 
 
 @dataclass(frozen=True)
 class Factors:
-    """A [R, K] and B [N, R] of one linear, or A [E, R, K] and B [E, N, R] of a stack of experts, on the CPU."""
+    """A [R, K] and B [N, R] of one linear, and DoRA's magnitudes [N]; or A [E, R, K] and B [E, N, R] of experts."""
 
     lora_a: Tensor
     lora_b: Tensor
+    lora_magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:
         """R."""
         return self.lora_a.shape[-2]
 
+    def named(self) -> dict[str, Tensor]:
+        """The tensors by the names that they have as parameters."""
+        held = {name: getattr(self, name) for name in _KEYS}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
+
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """What a folder holds: `factors` by their path in it, without what wrappers put into paths, as matrices."""
+    """What a folder holds: `factors` by their path in it, without what wrappers put into paths, as matrices.
+
+    `trained` has, by their full names, the tensors of modules that are trained whole.
+    """
 
     tensors: Path
     config: PeftConfig
     factors: Mapping[str, Factors]
+    trained: Mapping[str, Tensor]
 
 
 def read_files(folder: Path) -> AdapterFiles:
@@ -58,19 +70,29 @@ def read_files(folder: Path) -> AdapterFiles:
     config = read_config(folder / CONFIG)
     file = folder / TENSORS
     halves: dict[str, dict[str, Tensor]] = {}
+    trained: dict[str, Tensor] = {}
     for key, tensor in _read_tensors(file).items():
-        path, name = _split(file, key)
+        path, name = _split(file, key, config)
+        if not name:
+            if path in trained:
+                raise ValueError(f"{file}: {path} is there twice, once with a wrapper's name in its key: drop one")
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{file}: {key} holds NaN or infinity: take an earlier checkpoint")
+            trained[path] = tensor
+            continue
         if name in halves.setdefault(path, {}):
             raise ValueError(f"{file}: {path} has {_KEYS[name]} twice, once with a wrapper's name in its key: drop one")
-        if tensor.ndim != 2 or not is_activation_dtype(tensor.dtype):
+        if tensor.ndim != (1 if name == "lora_magnitude" else 2) or not is_activation_dtype(tensor.dtype):
             raise ValueError(
-                f"{file}: {key} is {tensor.dtype} {list(tensor.shape)}, and must be a matrix of floating point numbers "
-                f"of 16 bits or more: save the adapter again"
+                f"{file}: {key} is {tensor.dtype} {list(tensor.shape)}, and must be a "
+                f"{'vector' if name == 'lora_magnitude' else 'matrix'} of floating point numbers of 16 bits or more: "
+                f"save the adapter again"
             )
         halves[path][name] = tensor
     if not halves:
-        raise ValueError(f"{file} holds no tensors: save the adapter again")
-    return AdapterFiles(file, config, {path: _factors(file, config, path, half) for path, half in halves.items()})
+        raise ValueError(f"{file} holds no tensors of adapters: save the adapter again")
+    factors = {path: _factors(file, config, path, half) for path, half in halves.items()}
+    return AdapterFiles(file, config, factors, trained)
 
 
 def check_rank(config: PeftConfig, file: Path, path: str, rank: int) -> None:
@@ -82,11 +104,16 @@ def check_rank(config: PeftConfig, file: Path, path: str, rank: int) -> None:
         )
 
 
-def encoded(factors: Mapping[str, Factors], config: Mapping[str, Any]) -> dict[str, bytes]:
+def encoded(
+    factors: Mapping[str, Factors], trained: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> dict[str, bytes]:
     """The content of the two files, by name."""
     tensors = {
-        f"{PREFIX}{path}.{key}": getattr(both, name) for path, both in factors.items() for name, key in _KEYS.items()
+        f"{PREFIX}{path}.{_KEYS[name]}": tensor
+        for path, held in factors.items()
+        for name, tensor in held.named().items()
     }
+    tensors |= {f"{PREFIX}{name}": tensor for name, tensor in trained.items()}
     return {
         TENSORS: save(tensors, metadata={"format": "pt"}),
         CONFIG: (json.dumps(config, indent=2, allow_nan=False) + "\n").encode(),
@@ -105,8 +132,11 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} was cut short or is no safetensors file ({error}): save the adapter again") from error
 
 
-def _split(file: Path, key: str) -> tuple[str, str]:
-    """The path of the linear that a key belongs to, and which factor it is."""
+def _split(file: Path, key: str, config: PeftConfig) -> tuple[str, str]:
+    """The path of the linear that a key belongs to, and which factor it is.
+
+    Of a tensor of a module that is trained whole it is the tensor's full name, and nothing.
+    """
     if not key.startswith(PREFIX):
         raise ValueError(
             f"{file}: {key!r} does not start with {PREFIX!r}, and PEFT would ignore it: rename the tensors, or save "
@@ -116,28 +146,42 @@ def _split(file: Path, key: str) -> tuple[str, str]:
     for name, end in _KEYS.items():
         if path.endswith("." + end):
             return path.removesuffix("." + end), name
+    segments = path.split(".")
+    if any(config.trains(".".join(segments[:end])) for end in range(1, len(segments))):
+        return path, ""
     raise ValueError(f"{file}: {key!r} is {_what(path)}")
 
 
 def _what(path: str) -> str:
-    if "lora_magnitude_vector" in path:
-        return "a magnitude of DoRA, which is not supported yet: train without it, or merge it into the base in PEFT"
     if "lora_embedding_" in path:
         return "an adapter of an embedding, which is not supported: adapt linears alone"
     if named := re.search(r"\.lora_[AB]\.(.+)\.weight$", path):
         return f"a key with the adapter's name in it: drop '.{named[1]}', or save it with PEFT's save_pretrained"
-    return "no factor of a linear (lora_A.weight or lora_B.weight): drop it from the file, and load it by itself"
+    return (
+        "no factor of a linear (lora_A.weight or lora_B.weight), and modules_to_save does not name its module: drop it "
+        "from the file, and load it by itself"
+    )
 
 
 def _factors(file: Path, config: PeftConfig, path: str, half: Mapping[str, Tensor]) -> Factors:
     for name, key in _KEYS.items():
-        if name not in half:
+        if name not in half and (name != "lora_magnitude" or config.use_dora):
             raise ValueError(f"{file}: {PREFIX}{path}.{key} is missing: save the adapter again")
-    factors = Factors(half["lora_a"], half["lora_b"])
+    if "lora_magnitude" in half and not config.use_dora:
+        raise ValueError(
+            f"{file} has magnitudes of DoRA ({path}), and use_dora in {config.file} is not set: the two files are not "
+            f"of one adapter; PEFT would ignore the magnitudes"
+        )
+    factors = Factors(half["lora_a"], half["lora_b"], half.get("lora_magnitude"))
     if factors.lora_b.shape[1] != factors.rank:
         raise ValueError(
             f"{file}: {path} has lora_A {list(factors.lora_a.shape)} and lora_B {list(factors.lora_b.shape)}, whose "
             f"ranks are not equal: save the adapter again"
+        )
+    if (magnitude := factors.lora_magnitude) is not None and len(magnitude) != len(factors.lora_b):
+        raise ValueError(
+            f"{file}: {path} has lora_B {list(factors.lora_b.shape)} and lora_magnitude_vector "
+            f"{list(magnitude.shape)}, which do not belong together: save the adapter again"
         )
     if not config.target_parameters:  # or else the model has to say what these are of
         check_rank(config, file, path, factors.rank)

@@ -1,12 +1,13 @@
 """Where the factors of an adapter live when the weight that they adapt is a DTensor.
 
-    column-wise base    W [N, K] Shard(0)     A [R, K] Replicate    B [N, R] Shard(0)
-    row-wise base       W [N, K] Shard(1)     A [R, K] Shard(1)     B [N, R] Replicate
-    replicated base     W [N, K] Replicate    A [R, K] Replicate    B [N, R] Replicate
+    column-wise base    W [N, K] Shard(0)     A [R, K] Replicate    B [N, R] Shard(0)     m [N] Shard(0)
+    row-wise base       W [N, K] Shard(1)     A [R, K] Shard(1)     B [N, R] Replicate    m [N] Replicate
+    replicated base     W [N, K] Replicate    A [R, K] Replicate    B [N, R] Replicate    m [N] Replicate
 
 With these the branch needs no collective of its own. Column-wise, every rank has all of ``h = x A^T`` and computes its
 columns of ``h B^T``. Row-wise, every rank has a partial ``h``, the branch is as partial as the base, and one reduction
-serves their sum. A rule for each mesh dimension, so it holds for meshes of any number of dimensions.
+serves their sum. (DoRA has two more there, of N numbers each: the norms of rows that are spread over the ranks, and the
+gradient of the magnitudes.) A rule for each mesh dimension, so it holds for meshes of any number of dimensions.
 
 Nothing here is imported from `torch.distributed` before a model is distributed: a tensor can only be a DTensor when
 the class is loaded.
@@ -27,7 +28,7 @@ def is_dtensor(tensor: object) -> bool:
 
 
 def adapter_placements(weight: Sequence[Any]) -> dict[str, tuple[Any, ...]]:
-    """The placements of ``lora_a`` and ``lora_b`` that the placements of the weight [N, K] imply.
+    """The placements of ``lora_a``, ``lora_b`` and ``lora_magnitude`` that those of the weight [N, K] imply.
 
     Args:
         weight: one placement for each dimension of the mesh.
@@ -46,7 +47,7 @@ def adapter_placements(weight: Sequence[Any]) -> dict[str, tuple[Any, ...]]:
         dim = getattr(placement, "dim", None)
         a.append(placement if dim == 1 else Replicate())
         b.append(placement if dim == 0 else Replicate())
-    return {"lora_a": tuple(a), "lora_b": tuple(b)}
+    return {"lora_a": tuple(a), "lora_b": tuple(b), "lora_magnitude": tuple(b)}
 
 
 @torch.no_grad()

@@ -2,31 +2,35 @@
 
 import difflib
 import os
-import warnings
-from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_fx import _torch
-from lora_fx.adapted import Adapted
 from lora_fx.adapters import adapter_names, check_known, check_new_name, exchangeable
-from lora_fx.branches import Branch, branches
+from lora_fx.branches import branches
 from lora_fx.config import ALL_LINEAR, LoRAConfig
 from lora_fx.distributed import largest_mesh, together, writes
+from lora_fx.dora import DoRAModule
 from lora_fx.entries import Entry, fill_adapter, store_adapter, widen
-from lora_fx.experts import LoRAExpertsModule
 from lora_fx.files import write_together
-from lora_fx.install import check_not_in_rows, check_not_merged, configs, install, is_installed, remove
+from lora_fx.install import check_not_disabled, check_not_in_rows, check_not_merged, install, is_installed, remove
 from lora_fx.linear import DEFAULT_NAME
-from lora_fx.peft_config import config_values
-from lora_fx.peft_experts import match_experts, packed, wrapper_paths
+from lora_fx.peft_experts import match_experts
 from lora_fx.peft_files import PREFIX, AdapterFiles, Factors, check_rank, encoded, read_files
-from lora_fx.placements import gathered
-from lora_fx.stored import StoredAdapter
+from lora_fx.saved import checked_adapter, gathered_factor, in_files, plain_adapter, written_config
 from lora_fx.targets import clean_path, exactly
+from lora_fx.trained_state import (
+    TrainedEntry,
+    check_same_trained,
+    check_trained,
+    fill_trained,
+    gathered_trained,
+    match_trained,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -37,7 +41,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, adapter_na
     PEFT computes from them what `model` computes: the scales that are written are those of the buffers `lora_scale`,
     whatever `model` was installed with. Paths are written without what activation checkpointing, FSDP, DDP and
     ``torch.compile(model)`` put into them. Factors keep their dtype, and are cut to the adapter's rank where they have
-    room for more (unless something was written there). What else `folder` holds stays there.
+    room for more (unless something was written there). Of linears whose base an initialisation changed (PiSSA, OLoRA)
+    it is an ordinary adapter of twice the rank, for the base as it was. What else `folder` holds stays there.
 
     A kill at any moment leaves the adapter that was there before or the new one. Nothing is pickled.
 
@@ -61,6 +66,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, adapter_na
     """
     where, model = Path(folder), _unwrapped(model)
     check_not_merged(model)
+    check_not_disabled(model)
     _torch.reshard(model)
     found = {branch.path: branch for branch in branches(model)}
     if not found:
@@ -69,16 +75,24 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, adapter_na
         check_known(model, adapter_name)
     mesh = largest_mesh(model)
     holders = {path: branch.holder(adapter_name) for path, branch in found.items()}
-    whole = {path: [_whole(holders[path]._parameters[name]) for name in branch.names] for path, branch in found.items()}
+    whole = {
+        path: {key: gathered_factor(holders[path]._parameters[name]) for key, name in branch.keys.items()}
+        for path, branch in found.items()
+    }
+    trained = gathered_trained(model)
     with together(mesh):
-        checked = {path: _checked(branch, holders[path], *whole[path]) for path, branch in found.items()}
-        factors = {path: both for path, both in checked.items() if both.rank}
-        if not factors:
+        plain = {
+            path: plain_adapter(branch, holders[path], checked_adapter(branch, holders[path], whole[path]))
+            for path, branch in found.items()
+        }
+        plain = {path: saved for path, saved in plain.items() if saved[0].rank}
+        if not plain:
             raise ValueError(f"the adapter has rank 0 in all of {', '.join(holders)}: there is nothing to save")
+        parameters = [path for path, branch in found.items() if branch.parameter is not None]
+        config = written_config(model, holders, plain, check_trained(model, trained), parameters)
         if writes(mesh):
-            scales = {path: branch.scale_of(holders[path]) for path, branch in found.items()}
-            values = _config_values(model, factors, holders, scales, [p for p, b in found.items() if b.parameter])
-            write_together(where, encoded(_in_files(found, factors), values))
+            factors = {path: factors for path, (factors, _) in plain.items()}
+            write_together(where, encoded(in_files(found, factors), trained, config))
     return where
 
 
@@ -94,12 +108,13 @@ def load_adapter(
     A model without adapters gets those of the files (`lora_fx.install`), with the dropout of the configuration, and
     with factors in the file's dtype or the one that `install` gives, whichever is wider.
 
-    A model that holds adapters must have room: an adapter on each linear that the files name, of their rank or more.
-    The adapter that is named, or else the active one, gets the files' values, in the dtype of its own factors, and
-    their scales; its dropout stays. What the files do not fill becomes zero: the rest of larger factors, and adapters
-    on linears that the files do not name. No tensor changes its identity then: compiled code and optimizers go on with
-    the new values, and nothing recompiles. A name that the model does not know is a new adapter beside the others, as
-    if `lora_fx.add_adapter` had made it; `lora_fx.set_adapter` makes it active.
+    A model that holds adapters must have room: an adapter on each linear that the files name, of their rank or more. It
+    must train the same modules whole (`modules_to_save`). The adapter that is named, or else the active one, gets the
+    files' values, in the dtype of its own factors, and their scales; its dropout stays. What the files do not fill
+    becomes zero: the rest of larger factors, and adapters on linears that the files do not name. No tensor changes its
+    identity then: compiled code and optimizers go on with the new values, and nothing recompiles. A name that the model
+    does not know is a new adapter beside the others, as if `lora_fx.add_adapter` had made it; `lora_fx.set_adapter`
+    makes it active.
 
     On several ranks all ranks of the model's mesh call this together, and every one reads the files.
 
@@ -120,6 +135,7 @@ def load_adapter(
     """
     inner = _unwrapped(model)
     check_not_merged(inner)
+    check_not_disabled(inner)
     check_not_in_rows(inner)
     _torch.reshard(inner)
     mesh = largest_mesh(inner)
@@ -134,103 +150,21 @@ def load_adapter(
     with torch.inference_mode(False):  # whose tensors would never train
         with together(mesh):
             files = read_files(Path(folder))
-            found = _matched(inner, files)
+            found, trained = _matched(inner, files), match_trained(inner, files)
+            _check_storage([*found, *trained])
             if installed:
                 if not new and adapter_name is not None:
                     check_known(inner, adapter_name)
                 values = _fitting(inner, found, files)
-            else:
-                _check_storage(found)
+                check_same_trained(inner, trained, files, _FRESH)
         if not installed:
-            _install_files(inner, found, files, mesh, adapter_name or DEFAULT_NAME, max_rank)
+            _install_files(inner, found, trained, files, mesh, adapter_name or DEFAULT_NAME, max_rank)
         elif new:
             store_adapter(inner, found, values, adapter_name or DEFAULT_NAME, files.config.dropout)
         else:
             fill_adapter(inner, found, values, adapter_name)
+        fill_trained(trained)
     return model
-
-
-# ---- saving ----------------------------------------------------------------------------------------------------------
-
-
-def _whole(factor: nn.Parameter | None) -> Tensor:
-    """The global values of a factor, on the CPU, in memory of their own."""
-    assert factor is not None
-    full = gathered(factor.detach())
-    return full if full.is_meta else full.to("cpu", copy=True).contiguous()
-
-
-def _checked(branch: Branch, holder: Adapted | StoredAdapter, lora_a: Tensor, lora_b: Tensor) -> Factors:
-    path = branch.path
-    if not path or path == branch.parameter:
-        raise ValueError(
-            "the model is itself the adapted module, and PEFT's format has no name for that: save the module that "
-            "holds it"
-        )
-    rank = lora_b.shape[-1]
-    wanted = branch.shapes(rank)
-    if [list(lora_a.shape), list(lora_b.shape)] != wanted:
-        raise ValueError(
-            f"{path} has factors of shapes {list(lora_a.shape)} and {list(lora_b.shape)}, not {wanted}: inside "
-            f"FullyShardedDataParallel, save within FullyShardedDataParallel.summon_full_params(model)"
-        )
-    scale = branch.scale_of(holder)
-    if lora_a.is_meta or scale.is_meta:
-        raise ValueError(f"{path} is on the meta device: there are no values to save yet")
-    if not all(torch.isfinite(tensor).all() for tensor in (lora_a, lora_b, scale)):
-        raise ValueError(f"{path} holds NaN or infinity: nothing was written, so that the last good files stay")
-    if isinstance(holder, LoRAExpertsModule):
-        return Factors(lora_a, lora_b)
-    own = holder._lora_rank
-    if lora_a[own:].any() or lora_b[:, own:].any():
-        own = rank
-    return Factors(lora_a[:own].contiguous(), lora_b[:, :own].contiguous())
-
-
-def _in_files(found: dict[str, Branch], factors: dict[str, Factors]) -> dict[str, Factors]:
-    """The factors as matrices, under the paths that PEFT gives them."""
-    result = {}
-    for path, both in factors.items():
-        module, parameter = found[path].module, found[path].parameter
-        if parameter is not None:
-            assert isinstance(module, LoRAExpertsModule)
-            path = wrapper_paths(path.removesuffix("." + parameter), module.adapted_parameters)[parameter]
-            both = Factors(*packed(both.lora_a, both.lora_b))
-        result[path] = both
-    return result
-
-
-def _config_values(
-    model: nn.Module,
-    factors: dict[str, Factors],
-    holders: dict[str, Any],
-    scales: dict[str, Tensor],
-    parameters: list[str],
-) -> dict[str, Any]:
-    dropouts = Counter(holders[path].lora_dropout for path in factors)
-    dropout = dropouts.most_common(1)[0][0]
-    if len(dropouts) > 1:
-        warnings.warn(
-            f"PEFT's format has one dropout for all modules: wrote {dropout:g}, the most frequent of "
-            f"{', '.join(f'{value:g}' for value in sorted(dropouts))}",
-            stacklevel=3,
-        )
-    if parameters and dropout:
-        warnings.warn(
-            f"PEFT has no dropout beside adapters of experts: wrote lora_dropout 0 instead of {dropout:g}",
-            stacklevel=3,
-        )
-        dropout = 0.0
-    installed = configs(model)
-    return config_values(
-        {path: both.rank for path, both in factors.items()},
-        {path: scales[path].item() for path in factors},
-        parameters=parameters,
-        others={clean_path(path) for path, _ in model.named_modules()} - factors.keys(),
-        dropout=dropout,
-        use_rslora=bool(installed) and all(config.use_rslora for config in installed),
-        base=getattr(model, "name_or_path", None) or None,
-    )
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
@@ -280,7 +214,7 @@ def _matched(model: nn.Module, files: AdapterFiles) -> list[Entry]:
                 f"{files.tensors} lacks {PREFIX}{path}.lora_A.weight and lora_B.weight, and target_modules in "
                 f"{files.config.file} names that module: save the adapter again, or name full paths"
             )
-        if path in entries and not any(files.config.targets(name) for name in (path, entries[path].path)):
+        if path in entries and not any(files.config.targets(name, hidden=True) for name in (path, entries[path].path)):
             raise ValueError(
                 f"{files.tensors} has tensors for {path}, which target_modules in {files.config.file} does not name: "
                 f"the two files are not of one adapter; PEFT would ignore these tensors"
@@ -317,7 +251,7 @@ def _heads(model: nn.Module, first: dict[nn.Module, str]) -> list[str]:
     return [first[head]] if isinstance(head, nn.Module) and head in first else []
 
 
-def _check_storage(found: list[Entry]) -> None:
+def _check_storage(found: Iterable[Entry | TrainedEntry]) -> None:
     for entry in found:
         if any(parameter.is_meta for parameter in entry.module.parameters(recurse=False)):
             raise ValueError(
@@ -331,7 +265,6 @@ _FRESH = "call lora_fx.remove(model) first, and load_adapter installs what the f
 
 def _fitting(model: nn.Module, found: list[Entry], files: AdapterFiles) -> list[Factors]:
     """The factors of the files in the dtypes of those that `model` holds, which must have room for them."""
-    _check_storage(found)
     known = {(branch.module, branch.parameter) for branch in branches(model)}
     values = []
     for entry in found:
@@ -340,11 +273,16 @@ def _fitting(model: nn.Module, found: list[Entry], files: AdapterFiles) -> list[
                 f"{files.tensors} has an adapter for {entry.path}, and the model has none there: {_FRESH}, or install "
                 f"on the linears of all adapters"
             )
-        lora_a, lora_b = entry.branch.factors
+        module, (lora_a, lora_b) = entry.branch.module, entry.branch.factors
         if lora_b.ndim != entry.factors.lora_b.ndim:
             raise ValueError(
                 f"{entry.path} is a flat shard of FullyShardedDataParallel: load within "
                 f"FullyShardedDataParallel.summon_full_params(model)"
+            )
+        if module._lora_base is not None:
+            raise ValueError(
+                f"{entry.path} holds the residual that init={module.lora_init!r} left of its weight, and "
+                f"{files.tensors} is for the weight as it was: {_FRESH}"
             )
         if entry.parameter is not None and lora_b.shape[-1] != entry.factors.rank:
             raise ValueError(
@@ -356,21 +294,32 @@ def _fitting(model: nn.Module, found: list[Entry], files: AdapterFiles) -> list[
                 f"{entry.path} has room for rank {room} in the model and rank {entry.factors.rank} in "
                 f"{files.tensors}: {_FRESH}; lora_fx.install(model, config, max_rank=...) leaves room for several"
             )
+        if entry.parameter is None and isinstance(module, DoRAModule) != files.config.use_dora:
+            raise ValueError(
+                f"{entry.path} is a {type(entry.module).__name__}, and use_dora in {files.config.file} is "
+                f"{files.config.use_dora}: {_FRESH}"
+            )
         values.append(_converted(entry, lora_a.dtype, files))
     return values
 
 
 def _converted(entry: Entry, dtype: torch.dtype, files: AdapterFiles) -> Factors:
-    both = [tensor.to(dtype) for tensor in (entry.factors.lora_a, entry.factors.lora_b)]
-    if not all(torch.isfinite(tensor).all() for tensor in both):
+    held = {name: tensor.to(dtype) for name, tensor in entry.factors.named().items()}
+    if not all(torch.isfinite(tensor).all() for tensor in held.values()):
         raise ValueError(f"{entry.path}: values of {files.tensors} are too large for {dtype}: use a wider dtype")
-    return Factors(*both)
+    return Factors(**held)
 
 
 def _install_files(
-    model: nn.Module, found: list[Entry], files: AdapterFiles, mesh: Any, name: str, max_rank: int | None
+    model: nn.Module,
+    found: list[Entry],
+    trained: list[TrainedEntry],
+    files: AdapterFiles,
+    mesh: Any,
+    name: str,
+    max_rank: int | None,
 ) -> None:
-    install(model, _lora_config(found, files), adapter_name=name, max_rank=max_rank)
+    install(model, _lora_config(found, trained, files), adapter_name=name, max_rank=max_rank)
     try:
         with together(mesh):
             values = [_converted(entry, _wider(entry), files) for entry in found]
@@ -384,12 +333,12 @@ def _install_files(
 
 def _wider(entry: Entry) -> torch.dtype:
     dtype: torch.dtype = entry.branch.factors[0].dtype
-    for tensor in (entry.factors.lora_a, entry.factors.lora_b):
+    for tensor in entry.factors.named().values():
         dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
 
 
-def _lora_config(found: list[Entry], files: AdapterFiles) -> LoRAConfig:
+def _lora_config(found: list[Entry], trained: list[TrainedEntry], files: AdapterFiles) -> LoRAConfig:
     """The configuration that installs the adapters of the files: exact paths, one expression for each number."""
     linears = [entry.path for entry in found if entry.parameter is None]
     parameters = [entry.path for entry in found if entry.parameter is not None]
@@ -407,7 +356,10 @@ def _lora_config(found: list[Entry], files: AdapterFiles) -> LoRAConfig:
         dropout=files.config.dropout,
         target_modules=exactly(linears) if linears else (),
         target_parameters=exactly(parameters) if parameters else (),
+        modules_to_save=exactly(sorted({entry.path for entry in trained})) if trained else (),
         rank_pattern={exactly(paths): value for value, paths in ranks.items() if value != rank},
         alpha_pattern={exactly(paths): value for value, paths in alphas.items() if value != alpha},
         use_rslora=files.config.use_rslora,
+        use_dora=files.config.use_dora,
+        init=files.config.init,
     )

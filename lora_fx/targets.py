@@ -15,6 +15,8 @@ WRAPPER_SEGMENTS = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig
 
 Number = TypeVar("Number", int, float)
 
+_RULE = "A name matches whole path segments from the end, and 're:...' the full path."
+
 
 @dataclass(frozen=True)
 class Target:
@@ -53,7 +55,8 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[Target]:
     Raises:
         ValueError: a pattern of the configuration matches nothing, or only what it cannot be for (the message
             lists near misses); nothing is left to adapt; one module is known by several names that disagree; two
-            entries of `rank_pattern` or `alpha_pattern` give one module different numbers.
+            entries of `rank_pattern` or `alpha_pattern` give one module different numbers; a pattern of
+            `target_modules` names only what `modules_to_save` trains whole.
     """
     paths = _paths(model)
     if not paths.linears and not config.target_parameters:
@@ -62,6 +65,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[Target]:
     kept = _without_excluded(targeted, config.exclude_modules, paths)
     if not kept:
         raise ValueError("exclude_modules leaves no linear to adapt")
+    kept = _without_saved(kept, find_saved(model, config), config)
     ranks = _numbers("rank_pattern", config.rank_pattern, kept, paths)
     alphas = _numbers("alpha_pattern", config.alpha_pattern, kept, paths)
     return [
@@ -69,6 +73,30 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[Target]:
         for found in kept
         for path in found.paths[:1]
     ]
+
+
+def find_saved(model: nn.Module, config: LoRAConfig) -> dict[nn.Module, str]:
+    """The modules that `modules_to_save` names and all modules below them, with their first paths.
+
+    Raises:
+        ValueError: a pattern matches no module, or only modules that hold no parameter.
+    """
+    patterns = config.modules_to_save
+    assert isinstance(patterns, tuple)
+    modules = [(clean_path(path), module) for path, module in model.named_modules(remove_duplicate=False)]
+    found: dict[nn.Module, str] = {}
+    for pattern in patterns:
+        hits = [(path, module) for path, module in modules if matches(pattern, path)]
+        if not hits:
+            near = _near_misses(pattern, [path for path, _ in modules], "modules")
+            raise ValueError(f"modules_to_save: {pattern!r} matches no module. {_RULE} {near}")
+        if all(next(module.parameters(), None) is None for _, module in hits):
+            kind = type(hits[0][1]).__name__
+            raise ValueError(f"modules_to_save: {pattern!r} matches nothing with parameters ({hits[0][0]}: {kind})")
+        for path, module in hits:
+            for below, child in module.named_modules():
+                found.setdefault(child, clean_path(f"{path}.{below}".strip(".")))
+    return found
 
 
 def clean_path(path: str) -> str:
@@ -174,6 +202,21 @@ def _without_excluded(
     return kept
 
 
+def _without_saved(targeted: list[_Linear], saved: Mapping[nn.Module, str], config: LoRAConfig) -> list[_Linear]:
+    kept = [linear for linear in targeted if linear.module not in saved]
+    patterns: object = config.target_modules
+    for pattern in patterns if isinstance(patterns, tuple) else ():
+        named = [linear for linear in targeted if any(matches(pattern, path) for path in linear.paths)]
+        if named and all(linear.module in saved for linear in named):
+            raise ValueError(
+                f"target_modules: {pattern!r} names only what modules_to_save trains whole "
+                f"({_listed([linear.paths[0] for linear in named])}): drop it from one of the two"
+            )
+    if not kept:
+        raise ValueError("modules_to_save leaves no linear to adapt")
+    return kept
+
+
 def _covers(pattern: str, path: str) -> bool:
     """Whether `pattern` matches `path` or a module that holds it."""
     segments = path.split(".")
@@ -211,17 +254,14 @@ def _no_match(field: str, pattern: str, paths: _Paths) -> str:
         below = [path for path in linear_paths if any(path.startswith(hit + ".") for hit in hits)]
         hint = f"; the linears below it: {_listed(below)}" if below else ""
         return f"{field}: {pattern!r} matches only modules that are no nn.Linear ({_listed(hits)}: {kind}){hint}"
-    return (
-        f"{field}: {pattern!r} matches no module. A name matches whole path segments from the end, and "
-        f"'re:...' the full path. {_near_misses(pattern, linear_paths)}"
-    )
+    return f"{field}: {pattern!r} matches no module. {_RULE} {_near_misses(pattern, linear_paths, 'linears')}"
 
 
-def _near_misses(pattern: str, linear_paths: list[str], kind: str = "linears") -> str:
+def _near_misses(pattern: str, paths: list[str], kind: str) -> str:
     text = pattern.removeprefix("re:")
     # Compared with paths of as many segments as were written: "atention.wq" is nearer to "attention.wq" than to "wq".
     depth = text.count(".") + 1
-    names = list(dict.fromkeys(".".join(path.split(".")[-depth:]) for path in linear_paths if path))
+    names = list(dict.fromkeys(".".join(path.split(".")[-depth:]) for path in paths if path))
     near = difflib.get_close_matches(text, names, n=5, cutoff=0.5)
     near += [name for name in names if text.lower() in name.lower() and name not in near]
     if near:

@@ -214,8 +214,8 @@ def _complete(
         raise NotASite(reason, proved=True)
     if 2 * rank > min(in_features, out_features):
         _, chosen = before_choice(up.args[0])
-        reason = f"rank {rank} is more than half of min({in_features}, {out_features})"
-        reason += " for all adapters of the rows together" if chosen else ": merging costs less"
+        size = f"rank {rank} is more than half of min({in_features}, {out_features})"
+        reason = f"{size} for all adapters of the rows together" if chosen else f"{size}: merging costs less"
         raise NotASite(reason, proved=True)
     x_key = values.key(down.args[0])
     return Site(_path(up, down), down, up, add, rank, in_features, out_features, x_key, scale, scaled, dropout)

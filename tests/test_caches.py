@@ -56,6 +56,9 @@ def run(folder: Path, *arguments: str, source: Path | None = None, **environment
             **os.environ,
             "TORCHINDUCTOR_CACHE_DIR": str(folder),
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
+            # An empty cache has no record of the instructions that the compiler knows, and trying them out takes longer
+            # than all else here. Kernels without vector instructions do.
+            "TORCHINDUCTOR_VEC_ISA_OK": "0",
             "PYTHONPATH": str(root),
             **environment,
         },

@@ -18,6 +18,7 @@ import lora_fx
 from lora_fx.passes import pipeline
 from lora_fx.passes.pipeline import LoRARewriteError
 from lora_fx.passes.report import GraphReport
+from tests.anew import compiled_anew
 
 DIM = 32
 
@@ -36,11 +37,9 @@ class Mlp(nn.Module):
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
-    """Dynamo and the caches as in a new process, so that the passes run."""
-    torch._dynamo.reset()
-    with torch._inductor.config.patch(force_disable_caches=True):
+    """The passes run in every test."""
+    with compiled_anew():
         yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture

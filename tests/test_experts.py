@@ -316,7 +316,7 @@ def test_dropout_drops_in_the_branch_alone_and_in_training_alone():
 def test_float32_adapters_on_bfloat16_experts():
     module = Stack(WAYS["grouped"]).bfloat16()
     lora_fx.install(module, LoRAConfig(rank=4, target_modules=(), target_parameters="weight"))
-    for name in module.factor_names:
+    for name in module.lora_parameters:
         module._parameters[name] = nn.Parameter(module._parameters[name].float())
     shake(module)
     x = torch.randn(12, 16).bfloat16()
@@ -362,4 +362,13 @@ def test_several_adapters_are_for_linears():
         pass
     with pytest.raises(ValueError, match=r"adapters of experts have no room for others"):
         lora_fx.install(llama(), CONFIG, max_rank=8)
+    assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("values", [{"use_dora": True}, {"init": "pissa"}])
+def test_variants_are_for_linears(values):
+    model = llama()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"experts.w1 .*experts have plain adapters: leave use_dora out"):
+        lora_fx.install(model, LoRAConfig(target_modules="wq", target_parameters="experts.w1", **values))
     assert_same(before, snapshot(model))

@@ -17,6 +17,7 @@ from lora_fx.passes import pipeline
 from lora_fx.passes.pipeline import LoRARewriteError
 from lora_fx.passes.rewriter import Rewriter
 from lora_fx.passes.site import Site
+from tests.anew import compiled_anew
 
 DIM = 48
 
@@ -117,8 +118,7 @@ def _held(model: nn.Module, x: Tensor, options: dict[str, Any]) -> int:
         held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    torch._dynamo.reset()
-    with torch._inductor.config.patch(force_disable_caches=True):
+    with compiled_anew():
         compiled = torch.compile(model, options=options)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             output = compiled(x)

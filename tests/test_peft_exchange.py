@@ -188,9 +188,7 @@ def test_a_compiled_model_that_got_its_adapters_in_peft(tmp_path):
 
 
 REFUSED = {
-    "dora": ({"target_modules": ["wq"], "use_dora": True}, "DoRA is not supported yet"),
     "embedding": ({"target_modules": ["tokens", "wq"]}, "adapter of an embedding"),
-    "head": ({"target_modules": ["wq"], "modules_to_save": ["output"]}, "modules_to_save is"),
     "biases": ({"target_modules": ["w1"], "lora_bias": True}, "lora_bias is True"),
     "pissa": ({"target_modules": ["w1"], "init_lora_weights": "pissa"}, "changed the base weights"),
     "experts": ({"target_modules": [], "target_parameters": ["layers.0.w1.weight"]}, "no such stack of matrices"),

@@ -65,7 +65,7 @@ BAD_TENSORS = {
     "nan": (lambda t: t[A].fill_(torch.nan), rf"{A} holds NaN"),
     "dora": (
         lambda t: t.update({f"{PREFIX}output.lora_magnitude_vector": torch.ones(12)}),
-        r"magnitude of DoRA, which is not supported yet",
+        r"has magnitudes of DoRA \(output\), and use_dora in \S+ is not set",
     ),
     "experts": (
         lambda t: t.update({f"{PREFIX}experts.base_layer.lora_A.weight": torch.ones(8, 4)}),
@@ -84,10 +84,10 @@ BAD_TENSORS = {
 BAD_CONFIGS = {
     "foreign": ({"peft_type": "IA3"}, r"peft_type is 'IA3', and only 'LORA'"),
     "no type": ({"peft_type": None}, r"peft_type is None"),
-    "dora": ({"use_dora": True}, r"use_dora is True: DoRA is not supported yet"),
+    "dora": ({"use_dora": True}, r"layers\.0\.attention\.\w+\.lora_magnitude_vector is missing"),
     "experts": ({"target_parameters": ["experts.w1"]}, r"names experts\.w1, and the model has no such stack"),
     "experts as text": ({"target_parameters": "experts.w1"}, r"target_parameters must be a list of strings"),
-    "head": ({"modules_to_save": ["output"]}, r"modules_to_save is \['output'\]"),
+    "head": ({"modules_to_save": ["output"]}, r"lacks base_model\.model\.output\.weight, and modules_to_save"),
     "pissa": ({"init_lora_weights": "pissa"}, r"'pissa', which changed the base weights: .*path_initial_model"),
     "bias": ({"bias": "all"}, r"bias is 'all'"),
     "rank": ({"r": 8}, r"rank 8, and its tensors .* have rank 4"),

@@ -1,41 +1,39 @@
-"""The program of one rank: ``python -m tests.distributed.rank module:function arguments``, started by `run_ranks`."""
+"""One rank: what runs in the processes of `run_ranks`."""
 
 import datetime
 import faulthandler
-import importlib
 import json
+import multiprocessing
 import os
 import signal
-import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
 
-from tests.distributed.processes import result_file
 
-
-def end_with_parent() -> None:
-    """Kill this rank, and what it started, when the process that started it is gone."""
-
-    def watch() -> None:
-        os.read(0, 1)  # not by sys.stdin, whose lock the interpreter needs at its end
-        os.killpg(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def main() -> None:
+def main(
+    body: Callable[..., Any],
+    rank: int,
+    world: int,
+    folder: Path,
+    timeout: float,
+    environment: dict[str, str],
+    arguments: dict[str, Any],
+) -> None:
     """Join the process group, call the function, and write down what it returns."""
+    os.setsid()
+    with log_file(folder, rank).open("wb") as log:
+        for descriptor in (1, 2):
+            os.dup2(log.fileno(), descriptor)
     end_with_parent()
-    timeout = float(os.environ["LORA_FX_TEST_TIMEOUT"])
     faulthandler.dump_traceback_later(timeout, exit=True)
-    target, arguments = sys.argv[1], json.loads(sys.argv[2])
-    module, name = target.split(":")
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    folder = Path(os.environ["LORA_FX_TEST_FOLDER"])
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    os.environ.clear()
+    os.environ.update(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)})
+    torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo",
         init_method=f"file://{folder / 'rendezvous'}",
@@ -44,11 +42,29 @@ def main() -> None:
         # Above the other limit: whoever waits for a rank that hangs is to show its own stack.
         timeout=datetime.timedelta(seconds=2 * timeout),
     )
-    result = getattr(importlib.import_module(module), name)(rank, folder, **arguments)
+    result = body(rank, folder, **arguments)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     result_file(folder, rank).write_text(json.dumps(result))
 
 
-if __name__ == "__main__":
-    main()
+def end_with_parent() -> None:
+    """Kill this rank, and what it started, when the process that called `run_ranks` is gone."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os.killpg(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def log_file(folder: Path, rank: int) -> Path:
+    """What a rank printed."""
+    return folder / f"rank-{rank}.log"
+
+
+def result_file(folder: Path, rank: int) -> Path:
+    """What a rank's body returned."""
+    return folder / f"result-{rank}.json"

@@ -164,7 +164,7 @@ def test_sequence_parallel_thaws_and_we_say_so():
     ],
 )
 def test_meshes_of_two_dimensions(weight, a, b, order):
-    assert adapter_placements(weight) == {"lora_a": a, "lora_b": b}
+    assert adapter_placements(weight) == {"lora_a": a, "lora_b": b, "lora_magnitude": b}
     torch.manual_seed(0)
     base, config = nn.Linear(8, 12), LoRAConfig(rank=2, alpha=6.0)
     x = torch.randn(5, 8)

@@ -80,7 +80,7 @@ def test_an_exception_is_told_and_ends_the_others(tmp_path):
 
 def test_a_rank_that_hangs_shows_its_stack(tmp_path):
     with pytest.raises(RankFailed, match=r"(?s)Timeout.*in wait_for_godot.*in hang"):
-        run_ranks(hang, 2, tmp_path, timeout=25)
+        run_ranks(hang, 2, tmp_path, timeout=8)
     gone(tmp_path, ["pid-0", "pid-1", "pid-child-0", "pid-child-1"])
 
 

@@ -82,9 +82,10 @@ def test_training_an_adapter_leaves_the_base_as_it_was_to_the_bit():
 
 @pytest.mark.slow
 def test_compiled_forms_learn_the_same():
-    compiled = run(dataclasses.replace(SMALL, eager=False))
+    one_layer = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, n_layers=1))
+    compiled = run(dataclasses.replace(one_layer, eager=False))
     check_order(compiled)
-    eager = run(SMALL)
+    eager = run(one_layer)
     assert compiled.untouched == pytest.approx(eager.untouched, abs=0.05)
     for ours, theirs in zip(compiled.curves, eager.curves):
         assert ours.final == pytest.approx(theirs.final, abs=0.05)

@@ -25,6 +25,7 @@ import lora_fx
 from lora_fx.passes import pipeline
 from lora_fx.passes.printer import graph_text
 from lora_fx.passes.report import GraphReport
+from tests.anew import compiled_anew
 
 ALLOWED = 1.1
 """Our error may be this many times plain torch.compile's."""
@@ -81,7 +82,7 @@ Passes = tuple[pipeline.Pass, ...]
 
 @contextlib.contextmanager
 def recorded(passes: Passes = pipeline.PASSES) -> Iterator[Captured]:
-    """Record every run of the passes and check each. Without caches, which would keep them from running."""
+    """Record every run of the passes and check each."""
     captured, original = Captured(), pipeline.rewrite_graph
 
     def recording(graph: Graph) -> GraphReport:
@@ -98,13 +99,8 @@ def recorded(passes: Passes = pipeline.PASSES) -> Iterator[Captured]:
         assert not any(site.rewritten for site in second.sites)
         return report
 
-    with (
-        mock.patch.object(pipeline, "rewrite_graph", recording),
-        torch._inductor.config.patch(force_disable_caches=True),
-    ):
-        torch._dynamo.reset()
+    with mock.patch.object(pipeline, "rewrite_graph", recording), compiled_anew():
         yield captured
-        torch._dynamo.reset()
 
 
 def check(graph: Graph, theirs: set[Node]) -> None:

@@ -46,6 +46,8 @@ def devices(graph: Graph, device: str) -> Iterator[None]:
 
 def _move(graph: Graph, device: torch.device) -> None:
     for node in graph.nodes:
+        if "device" in node.kwargs:
+            node.update_kwarg("device", device)
         for value in torch.utils._pytree.tree_leaves(node.meta.get("val")):
             if isinstance(value, FakeTensor):
                 value.fake_device = device

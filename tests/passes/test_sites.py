@@ -55,8 +55,8 @@ QKV_BACK = {"scale": 3, "stack(3)": 3, "pair": 3}
 MLP_ALL = {"scale": 3, "stack(2)": 2, "recompute": 2, "accumulate": 1}
 MLP_FP32 = {"scale": 3, "stack(2)": 2, "accumulate": 1}  # recomputing costs too much there
 MLP_BACK = {"scale": 3, "stack(2)": 2, "pair": 3}
-LAYERS = {"scale": 14, "stack(3)": 6, "stack(2)": 4}
-LAYERS_BACK = {"scale": 14, "stack(3)": 6, "stack(2)": 4, "pair": 14, "accumulate": 2}
+LAYER = {"scale": 7, "stack(3)": 3, "stack(2)": 2}
+LAYER_BACK = {"scale": 7, "stack(3)": 3, "stack(2)": 2, "pair": 7, "accumulate": 1}
 THREE_BATCHES = ((3, 8, 48), (2, 8, 48), (5, 4, 48))
 
 CASES = [
@@ -207,41 +207,6 @@ CASES = [
         {"scale": 3, "stack(2)": 2, "pair": 3},
     ),
     Case("tied bases", lambda: adapt(tied()), 2, {"scale": 2}, {"scale": 2, "pair": 2}),
-    # A Llama in small. Errors in bfloat16 spread through it, so they take more inputs to measure.
-    Case("layers", lambda: adapt(Layers()), 14, LAYERS, LAYERS_BACK),
-    Case(
-        "layers bf16",
-        lambda: adapt(Layers().to(bf16)),
-        14,
-        LAYERS | {"recompute": 14},
-        LAYERS_BACK,
-        dtype=bf16,
-        seeds=32,
-    ),
-    Case(
-        "layers autocast", lambda: adapt(Layers()), 14, LAYERS | {"recompute": 14}, LAYERS_BACK, autocast=True, seeds=32
-    ),
-    Case(
-        "layers dropout",
-        lambda: adapt(Layers(), dropout=0.1),
-        14,
-        {"scale": 14},
-        {"scale": 14, "pair": 14},
-        random=True,
-    ),
-    Case("layers checkpoint", lambda: adapt(Layers()), 14, LAYERS, LAYERS_BACK, wrap=checkpointed),
-    Case("layers no_grad", lambda: adapt(Layers()), 14, LAYERS, grad=torch.no_grad),
-    Case(
-        "layers dynamic",
-        lambda: adapt(Layers().to(bf16)),
-        14,
-        LAYERS,  # a size that is not known counts as large, and then recomputing loses on a CPU
-        LAYERS_BACK | {"accumulate": 8},
-        dtype=bf16,
-        dynamic=True,
-        shapes=THREE_BATCHES,
-        seeds=12,
-    ),
 ]
 
 
@@ -259,16 +224,52 @@ def frozen(module: nn.Module, name: str) -> nn.Module:
     return module
 
 
-DEEP = [case for case in CASES if case.name.startswith("layers")]
+def build_layers(depth: int, dtype: torch.dtype, dropout: float) -> nn.Module:
+    return adapt(Layers(depth).to(dtype), dropout=dropout)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in DEEP], ids=str)
+def layers(depth: int) -> list[Case]:
+    """A Llama in small. Errors in bfloat16 spread through it, so they take more inputs to measure."""
+
+    def case(
+        name: str,
+        forward: dict[str, int] = LAYER,
+        backward: dict[str, int] = LAYER_BACK,
+        cast: torch.dtype = torch.float32,
+        dropout: float = 0.0,
+        **more: Any,
+    ) -> Case:
+        forward, backward = ({key: depth * count for key, count in half.items()} for half in (forward, backward))
+        build = functools.partial(build_layers, depth, cast, dropout)
+        return Case(name, build, 7 * depth, forward, backward, dtype=cast, **more)
+
+    recomputed = LAYER | {"recompute": 7}
+    return [
+        case("layers"),
+        case("layers bf16", recomputed, cast=bf16, seeds=32),
+        case("layers autocast", recomputed, autocast=True, seeds=32),
+        case("layers dropout", {"scale": 7}, {"scale": 7, "pair": 7}, dropout=0.1, random=True),
+        case("layers checkpoint", wrap=checkpointed),
+        case("layers no_grad", backward={}, grad=torch.no_grad),
+        # A size that is not known counts as large, and then recomputing loses on a CPU.
+        case(
+            "layers dynamic",
+            backward=LAYER_BACK | {"accumulate": 4},
+            cast=bf16,
+            dynamic=True,
+            shapes=THREE_BATCHES,
+            seeds=12,
+        ),
+    ]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_graphs(case: Case) -> None:
     check_case(case)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", DEEP, ids=str)
+@pytest.mark.parametrize("case", layers(2), ids=str)
 def test_graphs_of_layers(case: Case) -> None:
     check_case(case)
 
@@ -294,6 +295,13 @@ def test_all_kernels(case: Case) -> None:
     check_case(case, by_kernels)
 
 
+# A second layer is the first one's kernels again, except where the two meet: one case has two.
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [layers(2)[0], *layers(1)[1:]], ids=str)
+def test_kernels_of_layers(case: Case) -> None:
+    check_case(case, by_kernels)
+
+
 @pytest.mark.slow
 def test_kernels_where_plain_ones_have_extra_precision() -> None:
     (case,) = (case for case in CASES if case.name == EXTRA_PRECISION)
@@ -312,7 +320,8 @@ def test_module_paths() -> None:
     for function in (module, lambda x: module(x) * 2, checkpointed(module)):
         captured = capture(function, x)
         assert {site.path for site in captured.rewrite.report.sites} == expected
-        assert (captured.count("forward"), captured.count("backward")) == (LAYERS, LAYERS_BACK)
+        for half, counts in (("forward", LAYER), ("backward", LAYER_BACK)):
+            assert captured.count(half) == {name: 2 * count for name, count in counts.items()}
 
 
 def test_a_single_linear_is_the_root() -> None:

@@ -1,0 +1,23 @@
+"""Compiling as a new process would, with what Inductor keeps of kernels."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+
+@contextlib.contextmanager
+def compiled_anew() -> Iterator[None]:
+    """Within, every graph is traced and goes through the passes: none comes from a cache, or from an earlier test.
+
+    Kernels do come from Inductor's cache of C++, whose keys are their text and the compiler's flags: without it
+    (`force_disable_caches`) the tests compile most kernels many times, and that is most of their time.
+    """
+    torch._dynamo.reset()
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False, enable_remote_autograd_cache=False),
+        torch._dynamo.config.patch(automatic_dynamic_local_pgo=False, automatic_dynamic_remote_pgo=False),
+    ):
+        yield
+    torch._dynamo.reset()

@@ -1,0 +1,96 @@
+"""Dropout on a GPU, from the joint graph to the programs: equal masks in forward and backward, and none in memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx.node import Argument, Target
+
+from lora_fx.passes.kernels import dropout, operators
+from tests.passes import harness, on_gpu
+from tests.passes.harness import Case, adapt, compare
+from tests.passes.modules import Block
+from tests.passes.test_fuse_tiles import K, checkpointed, linear, mlp, normed
+
+P = 0.25
+bf16 = torch.bfloat16
+
+
+class Masked(harness.Seeded):
+    """Gives plain LoRA, and the oracle, the masks that the kernels draw: numbers on the right side of `P`."""
+
+    def call_function(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch.ops.prims.inductor_random.default:
+            size, seed, _ = args
+            kept = dropout.keep_eager(seed, size, P)  # type: ignore[arg-type]  # tensors and numbers by now
+            return torch.where(kept, 0.9, 0.1)
+        return super().call_function(target, args, kwargs)
+
+
+def case(name: str, build: Callable[[], nn.Module], sites: int, **more: Any) -> Case:
+    return Case(name, build, sites, {}, **{"dtype": bf16, "shape": (2, 160, K), "seeds": 3, "random": True, **more})
+
+
+CASES = [
+    case("linear", lambda: linear(dropout=P), 1),
+    case("rank 1", lambda: linear(rank=1, dropout=P), 1),
+    case("SwiGLU", lambda: mlp(dropout=P), 3),
+    case("q, k, v of a norm", lambda: normed(dropout=P), 3),
+    case("checkpointed", lambda: mlp(dropout=P), 3, wrap=checkpointed),
+    case("x without a gradient", lambda: linear(dropout=P), 1, x_grad=False),
+    case("any number of tokens", lambda: mlp(dropout=P), 3, shapes=((2, 160, K), (3, 150, K)), dynamic=True, seeds=1),
+    case("block", lambda: adapt(Block(K).to(bf16).requires_grad_(False), dropout=P), 7, shape=(2, 160, K), seeds=2),
+]
+FAST = ("linear", "q, k, v of a norm")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=() if c.name in FAST else pytest.mark.slow, id=str(c)) for c in CASES]
+)
+def test_as_accurate_as_plain_compile(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "Seeded", Masked)
+    result = compare(case, on_gpu.by_graphs)
+    result.assert_as_accurate()
+    captured = result.captured
+    assert captured.reasons == [] and captured.sites == case.sites
+    graphs = [half[0].graph for half in (captured.forward, captured.backward)]
+    for graph in graphs:
+        drawn = [s for program in on_gpu.programs(graph) for s in program.body if s[0] == "keep"]
+        # Twice in backward, for dA and for dX.
+        assert len(drawn) >= case.sites
+        assert not graph.find_nodes(op="call_function", target=operators.keep)
+        assert not graph.find_nodes(op="call_function", target=torch.ops.prims.inductor_random.default)
+        results = [n.meta["val"] for n in graph.output_node().all_input_nodes]
+        assert not any(isinstance(t, Tensor) and t.dtype == torch.bool for t in results), "a mask is written"
+    # Of a checkpointed region nothing is kept either way.
+    assert result.ours.saved <= (1.0 if case.name == "checkpointed" else 0.8) * result.plain.saved
+
+
+def test_siblings_read_x_once() -> None:
+    """q, k and v have a mask each: one pass for their h, one for their dA."""
+    captured = on_gpu.capture(normed(dropout=P), torch.randn(2, 160, K, dtype=bf16, requires_grad=True))
+    for half, kind in ((captured.forward, "down"), (captured.backward, "across")):
+        bodies = [[s[0] for s in program.body] for program in on_gpu.programs(half[0].graph)]
+        masked = [body for body in bodies if "keep" in body and kind in body and "product" not in body]
+        assert [(body.count("keep"), body.count(kind)) for body in masked] == [(3, 3)]
+
+
+def test_a_mask_that_no_kernel_draws_is_fused_by_inductor() -> None:
+    """Where the choice of tiles leaves a program alone after the mask has been chosen."""
+    captured = on_gpu.capture(
+        linear(dropout=P),
+        torch.randn(2, 160, K, dtype=bf16, requires_grad=True),
+        step=lambda graph: on_gpu.lower(graph, lambda kinds, body, rows, columns: None),
+    )
+    for half in (captured.forward, captured.backward):
+        assert not on_gpu.programs(half[0].graph)
+        assert not half[0].graph.find_nodes(op="call_function", target=operators.keep)
+        assert half[0].graph.find_nodes(op="call_function", target=torch.ops.prims.iota.default)
+
+
+def test_few_tokens_keep_inductors_masks() -> None:
+    captured = on_gpu.capture(linear(dropout=P), torch.randn(2, 80, K, dtype=bf16, requires_grad=True))
+    graph = captured.forward[0].graph
+    assert graph.find_nodes(op="call_function", target=torch.ops.prims.inductor_random.default)
