@@ -44,9 +44,7 @@ class Adapted(nn.Module):
     _lora_rows: Any  # a lora_fx.rows.Rows, or None
     _lora_base: Any  # a lora_fx.inits.ChangedBase, or None
     lora_prefix: ClassVar[str] = "LoRA"
-    lora_parameters: ClassVar[
-        tuple[str, ...]
-    ]  # the names of the trainable parameters that the swap added, A before its B
+    lora_parameters: ClassVar[tuple[str, ...]]  # the names of what the swap added and trains, A before its B
 
     def holder(self, adapter: str | None) -> Any:
         """What has the tensors and numbers of `adapter` now; of the active one if that is None, None if unknown."""

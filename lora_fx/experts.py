@@ -85,8 +85,8 @@ class LoRAExpertsModule(Adapted):
         """The names of the parameters that have adapters."""
         return self._lora_names
 
-    @property  # type: ignore[override]  # of linears the class knows
-    def lora_parameters(self) -> tuple[str, ...]:
+    @property
+    def lora_parameters(self) -> tuple[str, ...]:  # type: ignore[override]  # of linears the class knows
         return tuple(name + end for name in self._lora_names for end in (A, B))
 
     def factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
