@@ -4,7 +4,7 @@ from lora_fx import distributed
 from lora_fx.adapters import active_adapter, adapter_names, add_adapter, delete_adapter, set_adapter
 from lora_fx.compile import compile
 from lora_fx.config import LoRAConfig
-from lora_fx.converter import Converters, LoRAConverter, ModelConverter, convert
+from lora_fx.converter import Conv1DConverter, Converters, LoRAConverter, ModelConverter, convert
 from lora_fx.dora import DoRAModule
 from lora_fx.experts import LoRAExpertsModule
 from lora_fx.explain import Report, explain
@@ -24,6 +24,7 @@ from lora_fx.rows import adapters_per_row
 from lora_fx.state import load_adapter, save_adapter
 
 __all__ = [
+    "Conv1DConverter",
     "Converters",
     "DoRAModule",
     "LoRAConfig",

@@ -3,10 +3,11 @@
 Nothing here imports a subsystem: a model can only be an instance of a class whose module is loaded already.
 """
 
+import contextlib
 import inspect
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -54,6 +55,15 @@ def own_frame(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*inputs, **kwargs)
 
     return types.FunctionType(call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__)
+
+
+@contextlib.contextmanager
+def unlimited_recompiles() -> Iterator[None]:
+    """Within this context Dynamo compiles a frame however often it did so before, and does not run it uncompiled."""
+    from torch._dynamo import config
+
+    with config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize):
+        yield
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from lora_fx.adapted import Adapted
 from lora_fx.config import LoRAConfig
 from lora_fx.install import install
 from lora_fx.passes.pipeline import hooks
+from lora_fx.record import check_kept
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -57,7 +58,8 @@ def compile(  # the name that torch and nn.Module use for it
     Raises:
         TypeError: ``model`` is no module, or is what ``torch.compile`` returned.
         ValueError: another backend; a ``config`` for a model that has adapters; no ``config`` for a model that is
-            frozen already but has no adapters; and whatever :func:`lora_fx.install` raises. The model is unchanged.
+            frozen already but has no adapters; adapters that were lost since they were installed; and whatever
+            :func:`lora_fx.install` raises. The model is unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"lora_fx.compile takes an nn.Module, not {type(model).__name__}")
@@ -69,6 +71,7 @@ def compile(  # the name that torch and nn.Module use for it
             f"lora_fx.install(model, config) and then torch.compile(model, backend={backend!r}), without the rewrite."
         )
     merged = inductor_options(mode, options, dynamic, strict=strict)
+    check_kept(model)
     adapted = any(isinstance(module, Adapted) for module in model.modules())
     if adapted and config is not None:
         raise ValueError(

@@ -63,6 +63,32 @@ class LoRAConverter:
         return f"LoRAConverter({self.config!r})"
 
 
+class Conv1DConverter:
+    """Makes linears of the `Conv1D`s of transformers (GPT-2, ImageGPT, ...), so that a `LoRAConverter` adapts them.
+
+    A `Conv1D` is ``y = x W + b`` with W [K, N], and no `nn.Linear`. Each gets a class that is both; weights, their
+    names and their layout stay, so that checkpoints of the model still load.
+
+        lora_fx.convert(model, [lora_fx.Conv1DConverter(), lora_fx.LoRAConverter(config)])
+    """
+
+    def convert(self, model: Model) -> Model:
+        """Convert `model` in place and return it.
+
+        Raises:
+            ValueError: `model` holds no `Conv1D`.
+        """
+        # Importing transformers takes seconds, and most models need none of it.
+        from lora_fx.conv1d import convert_conv1d
+
+        if not convert_conv1d(model):
+            raise ValueError(f"{type(model).__name__} holds no Conv1D of transformers: leave out Conv1DConverter")
+        return model
+
+    def __repr__(self) -> str:
+        return "Conv1DConverter()"
+
+
 @dataclass(frozen=True)
 class Converters:
     """Converters in the order in which they run; an order that cannot work is refused when this is constructed.

@@ -4,19 +4,24 @@ import copy
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lora_fx._torch import own_frame
+from lora_fx._torch import own_frame, unlimited_recompiles
 from lora_fx.adapted import Adapted
 from lora_fx.branches import Branch, branches
+from lora_fx.exact import exact
+from lora_fx.experts import LoRAExpertsModule
 from lora_fx.passes.pipeline import LoRARewriteError
 from lora_fx.passes.report import SiteReport
 from lora_fx.passes.trace import GraphTrace, tracing_backend
+from lora_fx.record import check_kept
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 @dataclass(frozen=True)
@@ -24,13 +29,20 @@ class Verification:
     """Errors of both forms against the model in float64, on the inputs that were explained.
 
     Each is ``norm(form - oracle) / norm(oracle)`` over all outputs, or over all gradients (adapters, and inputs that
-    require them). Dropout is off while verifying.
+    require them). Dropout modules are off while verifying. See `lora_fx.exact` for what float64 means for a quantised
+    base: where the base rounds its inputs as well (float8, fake quantisation), both forms err by that.
     """
 
     output_unfused: float
     output_rewritten: float
     gradient_unfused: float | None
     gradient_rewritten: float | None
+    worst_gradient: str | None = None
+    """The parameter (or ``input``) whose gradient in the rewritten form errs most, relative to its own norm."""
+    worst_unfused: float | None = None
+    """The largest error of one gradient in the unfused form; it may be another gradient than `worst_gradient`."""
+    worst_rewritten: float | None = None
+    """The error of `worst_gradient`."""
 
 
 @dataclass
@@ -94,33 +106,50 @@ def explain(model: nn.Module, *inputs: Any, strict: bool = False, verify: bool =
         **kwargs: Keyword inputs of the model.
 
     Raises:
-        ValueError: The model has no adapters.
+        ValueError: The model has no adapters, or lost some since `lora_fx.install`.
         LoRARewriteError: ``strict``, and a branch was left as it was; the text says which and why.
     """
+    check_kept(model)
     adapters = branches(model)
     if not adapters:
         raise ValueError("the model has no adapters: call lora_fx.install(model, config) before lora_fx.explain")
     traces: list[GraphTrace] = []
+    rewritten: _Results | None = None
     with _untouched(model, inputs, kwargs):
-        _run(model, tracing_backend(traces), inputs, kwargs)
+        if verify and not any(_dropouts(model)):
+            rewritten = _results(model, tracing_backend(traces), inputs, kwargs)
+        else:
+            _run(model, tracing_backend(traces), inputs, kwargs)
+    paths = {id(module): (name, module) for name, module in model.named_modules() if isinstance(module, Adapted)}
     report = Report(
-        sites=[site for trace in traces for site in trace.report.sites],
+        sites=[_named(site, paths) for trace in traces for site in trace.report.sites],
         graphs=traces,
         failures=[failure for trace in traces for failure in trace.report.failures],
     )
     seen = {site.path for site in report.sites}
     report.sites += [_unreached(branch) for branch in adapters if branch.path not in seen]
     if verify:
-        report.verification = _verify(model, inputs, kwargs)
+        report.verification = _verify(model, inputs, kwargs, rewritten)
     if strict and report.problems():
         raise LoRARewriteError("left as they were:\n  " + "\n  ".join(report.problems()))
     return report
 
 
+def _named(site: SiteReport, modules: dict[int, tuple[str, Adapted]]) -> SiteReport:
+    """The site with its path in the model, where the graph is of a part of it."""
+    path, module = modules.get(site.module_id or 0, (site.path, None))
+    parameter = site.path.rsplit(".", 1)[-1]
+    if isinstance(module, LoRAExpertsModule) and parameter in module.adapted_parameters:
+        path = f"{path}.{parameter}".removeprefix(".")
+    return replace(site, path=path)
+
+
 def _unreached(branch: Branch) -> SiteReport:
     lora_a, lora_b = branch.factors
     rank, in_features = lora_a.shape[-2:]
-    reason = "not in the traced graphs: this call did not run it"
+    reason = (
+        "not in the traced graphs: this call did not run it, or Dynamo left it uncompiled (TORCH_LOGS=graph_breaks)"
+    )
     return SiteReport(branch.path, rank, in_features, lora_b.shape[-2], reason=reason)
 
 
@@ -146,28 +175,55 @@ def _untouched(model: nn.Module, inputs: Any, kwargs: Any) -> Iterator[None]:
 
 
 def _run(model: nn.Module, backend: Callable[..., Any], inputs: Any, kwargs: Any) -> Any:
-    """``model(*inputs, **kwargs)`` under ``backend``, without a trace in what Dynamo keeps for the model."""
-    return torch.compile(own_frame(model), backend=backend)(*inputs, **kwargs)
+    """``model(*inputs, **kwargs)`` under ``backend``, without a trace in what Dynamo keeps for the model.
+
+    Frames behind a graph break share their count of compilations with all others of their code, which must not end it.
+    """
+    with unlimited_recompiles():
+        return torch.compile(own_frame(model), backend=backend)(*inputs, **kwargs)
 
 
-def _verify(model: nn.Module, inputs: Any, kwargs: Any) -> Verification:
-    """Both forms, executed as ATen, against float64 eager."""
+@dataclass(frozen=True)
+class _Results:
+    """What a form computed, in float64; gradients by the name of their parameter."""
+
+    outputs: list[Tensor]
+    gradients: dict[str, Tensor]
+
+
+def _verify(model: nn.Module, inputs: Any, kwargs: Any, rewritten: _Results | None) -> Verification:
+    """Both forms, executed as ATen, against float64 eager; the rewritten one is run where it was not yet."""
     model = copy.deepcopy(model)
     for module in model.modules():
         module._compiled_call_impl = None
-        if isinstance(module, Adapted):
-            module.lora_dropout = 0.0
-        elif isinstance(module, (nn.Dropout, nn.AlphaDropout)):
-            module.p = 0.0
-    oracle = _results(copy.deepcopy(model).double(), None, _cast(inputs), _cast(kwargs))
-    unfused = _results(model, tracing_backend([], rewrite=False), inputs, kwargs)
-    rewritten = _results(model, tracing_backend([]), inputs, kwargs)
+    for module, name in _dropouts(model):
+        setattr(module, name, 0.0)
+    oracle = _results(exact(model), None, _cast(inputs), _cast(kwargs))
+    unfused = _results(model, tracing_backend(None, rewrite=False), inputs, kwargs)
+    rewritten = rewritten or _results(model, tracing_backend(None), inputs, kwargs)
+    names = list(oracle.gradients)
+
+    def gradient_error(form: _Results, names: list[str]) -> float | None:
+        return _error([form.gradients[n] for n in names], [oracle.gradients[n] for n in names]) if names else None
+
+    each = [{name: gradient_error(form, [name]) or 0.0 for name in names} for form in (unfused, rewritten)]
     return Verification(
-        _error(unfused[0], oracle[0]),
-        _error(rewritten[0], oracle[0]),
-        _error(unfused[1], oracle[1]) if oracle[1] else None,
-        _error(rewritten[1], oracle[1]) if oracle[1] else None,
+        _error(unfused.outputs, oracle.outputs),
+        _error(rewritten.outputs, oracle.outputs),
+        gradient_error(unfused, names),
+        gradient_error(rewritten, names),
+        max(names, key=lambda name: each[1][name], default=None),
+        *(max(errors.values(), default=None) for errors in each),
     )
+
+
+def _dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """The modules that drop something, with the name of the attribute that says how much."""
+    for module in model.modules():
+        if isinstance(module, Adapted) and module.lora_dropout:
+            yield module, "lora_dropout"
+        elif isinstance(module, _DROPOUTS) and module.p:
+            yield module, "p"
 
 
 def _cast(tree: Any) -> Any:
@@ -179,22 +235,29 @@ def _cast(tree: Any) -> Any:
     return pytree.tree_map(double, tree)
 
 
-def _results(model: nn.Module, backend: Any, inputs: Any, kwargs: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs, and gradients of a fixed weighted sum of them, as float64."""
+def _results(model: nn.Module, backend: Any, inputs: Any, kwargs: Any) -> _Results:
+    """Outputs, and gradients of a fixed weighted sum of them."""
     out = model(*inputs, **kwargs) if backend is None else _run(model, backend, inputs, kwargs)
     outputs = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
-    leaves: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-    leaves += [t for t in pytree.tree_leaves((inputs, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+    leaves: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    given = [t for t in pytree.tree_leaves((inputs, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+    leaves |= {f"input {i}" if len(given) > 1 else "input": t for i, t in enumerate(given)}
     differentiable = [t for t in outputs if t.requires_grad]
-    gradients: list[Tensor] = []
+    gradients: dict[str, Tensor] = {}
     if differentiable and torch.is_grad_enabled():
         # Different for every element, so that no error cancels, and the same in every form.
         weights = [torch.cos(torch.arange(t.numel(), device=t.device)).view_as(t) for t in differentiable]
         found = torch.autograd.grad(
-            differentiable, leaves, [w.to(t.dtype) for w, t in zip(weights, differentiable)], allow_unused=True
+            differentiable,
+            list(leaves.values()),
+            [w.to(t.dtype) for w, t in zip(weights, differentiable)],
+            allow_unused=True,
         )
-        gradients = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves)]
-    return [t.detach().double() for t in outputs], [g.double() for g in gradients]
+        gradients = {
+            name: (torch.zeros_like(leaf) if g is None else g).double()
+            for (name, leaf), g in zip(leaves.items(), found)
+        }
+    return _Results([t.detach().double() for t in outputs], gradients)
 
 
 def _error(form: list[Tensor], oracle: list[Tensor]) -> float:
@@ -235,6 +298,9 @@ def _lines(report: Report) -> Iterator[str]:
         if v.gradient_unfused is not None:
             unfused, rewritten = v.gradient_unfused, v.gradient_rewritten
             yield f"error of gradients against float64: unfused {unfused:.2e}, rewritten {rewritten:.2e}"
+        if v.worst_gradient is not None:
+            unfused, rewritten = v.worst_unfused or 0.0, v.worst_rewritten or 0.0
+            yield f"error of the worst gradient: unfused {unfused:.2e}, rewritten {rewritten:.2e} ({v.worst_gradient})"
 
 
 def _words(rewrites: tuple[str, ...]) -> str:

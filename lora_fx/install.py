@@ -4,7 +4,6 @@ import contextlib
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
 import torch
@@ -13,17 +12,19 @@ from torch import nn
 from lora_fx import _torch
 from lora_fx.adapted import Adapted
 from lora_fx.bypass import Patch, check_called, fast_path_patches
-from lora_fx.config import CHANGES_BASE, LoRAConfig
+from lora_fx.config import ALL_LINEAR, CHANGES_BASE, LoRAConfig
 from lora_fx.dora import with_magnitude
 from lora_fx.experts import ExpertAdapter, LoRAExpertsModule, new_expert_adapter, swap_experts, unswap_experts
 from lora_fx.first_factors import with_first_factors
-from lora_fx.init_weights import InitWeights, patch_init_weights
+from lora_fx.init_weights import patch_init_weights
 from lora_fx.inits import check_bases
-from lora_fx.linear import DEFAULT_NAME, LoRAModule, adapter_dtype, is_activation_dtype
+from lora_fx.linear import DEFAULT_NAME, LoRAModule, adapter_dtype
+from lora_fx.packed import is_activation_dtype
 from lora_fx.placements import is_dtensor
+from lora_fx.record import RECORD, Installation, check_kept
 from lora_fx.refusals import check_experts, check_linear, check_model, check_name, only_one, shown
 from lora_fx.swap import Adapter, new_adapter, swap, unswap
-from lora_fx.targets import Target, clean_path, find_saved, find_targets
+from lora_fx.targets import Target, clean_path, conv1d_hint, find_saved, find_targets
 from lora_fx.trained import (
     check_originals,
     check_trainable,
@@ -36,19 +37,6 @@ from lora_fx.trained import (
 )
 
 Model = TypeVar("Model", bound=nn.Module)
-
-# Where the record of an installation lives on the model.
-_RECORD = "_lora_fx"
-
-
-@dataclass
-class Installation:
-    """What `remove` needs to know. It names things instead of holding them, so copies and pickles of a model work."""
-
-    config: LoRAConfig
-    requires_grad: dict[str, bool]
-    patches: list[Patch] = field(default_factory=list)
-    init_weights: InitWeights | None = None
 
 
 def install(
@@ -103,11 +91,13 @@ def install(
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}")
     check_name(adapter_name)
-    check_model(model, _RECORD)
+    check_model(model, RECORD)
     found = find_targets(model, config)
     _check_room(found, config, max_rank)
     targets = [target for target in found if target.parameter is None]
     experts = _by_module(target for target in found if target.parameter is not None)
+    if config.target_modules == ALL_LINEAR and (hint := conv1d_hint(model)):
+        warnings.warn(f"all-linear adapts {len(targets)} nn.Linear of {type(model).__name__}{hint}", stacklevel=2)
     for target in targets:
         check_linear(target.path, cast(nn.Linear, target.module), config)
     for group in experts:
@@ -126,10 +116,11 @@ def install(
         expert_adapters = [[_new_expert_adapter(target, config) for target in group] for group in experts]
         record = Installation(
             config=config,
+            paths=tuple(target.path for target in targets),
             requires_grad={clean_path(name): p.requires_grad for name, p in _named_parameters(model)},
             patches=fast_path_patches(model, [target.module for target in targets]),
         )
-        setattr(model, _RECORD, record)
+        setattr(model, RECORD, record)
         try:
             for target, adapter in zip(targets, adapters):
                 swap(cast(nn.Linear, target.module), adapter, adapter_name)
@@ -293,7 +284,7 @@ def is_installed(model: nn.Module) -> bool:
 
 def configs(model: nn.Module) -> list[LoRAConfig]:
     """What was installed on `model` and on parts of it."""
-    records = [module.__dict__.get(_RECORD) for module in model.modules()]
+    records = [module.__dict__.get(RECORD) for module in model.modules()]
     return [record.config for record in records if isinstance(record, Installation)]
 
 
@@ -301,8 +292,9 @@ def adapted(model: nn.Module) -> list[tuple[str, Adapted]]:
     """Path and module of every linear of `model` that holds an adapter.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or one was lost (see `check_kept`).
     """
+    check_kept(model)
     found = [(path, module) for path, module in model.named_modules() if isinstance(module, Adapted)]
     if not found:
         raise ValueError(f"{type(model).__name__} holds no adapters: call lora_fx.install(model, config) first")
@@ -348,11 +340,11 @@ def check_not_in_rows(model: nn.Module) -> None:
 
 
 def _record(model: nn.Module) -> Installation:
-    record = model.__dict__.get(_RECORD)
+    record = model.__dict__.get(RECORD)
     if isinstance(record, Installation):
         return record
     for path, module in model.named_modules():
-        if _RECORD in module.__dict__:
+        if RECORD in module.__dict__:
             raise ValueError(f"adapters were installed on {shown(path)}, not on the module given: pass that one")
     raise ValueError("this module is not the one that lora_fx.install was called on")
 
@@ -370,7 +362,7 @@ def _undo(model: nn.Module, record: Installation) -> None:
         record.init_weights.undo()
     for name, parameter in _named_parameters(model):
         parameter.requires_grad = record.requires_grad.get(clean_path(name), parameter.requires_grad)
-    delattr(model, _RECORD)
+    delattr(model, RECORD)
 
 
 def _patched(model: nn.Module, record: Installation) -> list[tuple[nn.Module, Patch]]:

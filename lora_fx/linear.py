@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lora_fx.adapted import BUFFERS, Adapted, swapped_class
 from lora_fx.config import CHANGES_BASE
 from lora_fx.inits import ChangedBase, decomposed, put_back, put_residual, reset_factors
+from lora_fx.packed import check_not_quantised, is_activation_dtype
 from lora_fx.passes.low_rank import low_rank, low_rank_rows
 from lora_fx.placements import deferred, is_dtensor, placed
 from lora_fx.stored import (
@@ -82,17 +83,25 @@ class LoRAModule(Adapted, nn.Linear):
         return self.lora_a, self.lora_b
 
     def effective_weight(self) -> Tensor:
-        """``W + s B A`` [N, K] in float32 (float64 for such weights)."""
+        """``W + s B A`` in float32 (float64 for such weights): [N, K], or [K, N] where the weight is kept like that."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         update = self.lora_b.to(wide) @ self.lora_a.to(wide)
+        if getattr(self, "weight_is_transposed", False):
+            update = update.t()
         return torch.add(self.weight.to(wide), update * self.lora_scale.to(wide))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As any module's, except that distributed factors go where the distributed weight wants them.
 
         `parallelize_module` registers every parameter of a linear anew, with placements that are meant for the weight.
+
+        Raises:
+            ValueError: a packed weight is to take the place of one that is not: the base is being quantised below an
+                adapter. (A weight without values yet, on the meta device, may be filled with a packed one.)
         """
         weight = self._parameters.get("weight")
+        if name == "weight" and weight is not None and param is not None:
+            check_not_quantised(self, weight, param)
         if param is not None and name in self.lora_parameters:
             param = placed(name, param, weight)
         super().register_parameter(name, param)
@@ -243,8 +252,3 @@ def adapter_dtype(module: nn.Linear, activation_dtype: torch.dtype) -> torch.dty
         if isinstance(tensor, Tensor) and is_activation_dtype(tensor.dtype):
             return tensor.dtype
     return activation_dtype
-
-
-def is_activation_dtype(dtype: torch.dtype) -> bool:
-    """Whether matrix products on activations are done in `dtype`: floating point of 16 bits or more."""
-    return dtype.is_floating_point and dtype.itemsize >= 2

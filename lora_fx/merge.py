@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from lora_fx.dora import DoRAModule
 from lora_fx.install import adapted, adapted_linears, check_not_in_rows
-from lora_fx.linear import LoRAModule, is_activation_dtype
+from lora_fx.linear import LoRAModule
+from lora_fx.packed import is_activation_dtype
 from lora_fx.placements import is_dtensor
 from lora_fx.targets import clean_path
 from lora_fx.trained import trained_modules

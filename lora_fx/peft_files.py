@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lora_fx.linear import is_activation_dtype
+from lora_fx.packed import is_activation_dtype
 from lora_fx.peft_config import PeftConfig, read_config
 from lora_fx.targets import clean_path
 

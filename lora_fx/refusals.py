@@ -10,7 +10,8 @@ from lora_fx.adapted import BUFFERS, Adapted
 from lora_fx.config import CHANGES_BASE, LoRAConfig
 from lora_fx.dora import MAGNITUDE, DoRAModule, check_dora
 from lora_fx.experts import EXPERT_ATTRIBUTES, A, B, experts_class
-from lora_fx.linear import ATTRIBUTES, PARAMETERS, LoRAModule, is_activation_dtype, lora_class
+from lora_fx.linear import ATTRIBUTES, PARAMETERS, LoRAModule, lora_class
+from lora_fx.packed import is_activation_dtype
 from lora_fx.targets import Target
 
 
@@ -76,6 +77,8 @@ def check_linear(path: str, module: nn.Linear, config: LoRAConfig) -> None:
         raise ValueError(f"{what} is lazy and has no shape yet: run the model once before install, or {fix}")
     if _torch.has_instance_forward(module):
         raise ValueError(f"{what} has a `forward` of its own on the instance, which would hide the adapter's: {fix}")
+    if getattr(module, "weight_is_transposed", False) and (config.use_dora or config.init in CHANGES_BASE):
+        raise ValueError(f"{what} keeps its weight [K, N], which use_dora and init={CHANGES_BASE} do not read: {fix}")
     extra = _extra_arguments(type(module))
     if extra:
         raise ValueError(f"{what} takes more than its input in `forward` ({', '.join(extra)}): {fix}")

@@ -21,8 +21,9 @@ from lora_fx.install import check_not_disabled, check_not_in_rows, check_not_mer
 from lora_fx.linear import DEFAULT_NAME
 from lora_fx.peft_experts import match_experts
 from lora_fx.peft_files import PREFIX, AdapterFiles, Factors, check_rank, encoded, read_files
+from lora_fx.record import check_kept
 from lora_fx.saved import checked_adapter, gathered_factor, in_files, plain_adapter, written_config
-from lora_fx.targets import clean_path, exactly
+from lora_fx.targets import clean_path, conv1d_hint, exactly
 from lora_fx.trained_state import (
     TrainedEntry,
     check_same_trained,
@@ -59,12 +60,13 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, adapter_na
         `folder`.
 
     Raises:
-        ValueError: `model` holds no adapters, or some that cannot be written (not finite, on the meta device, flat
-            shards of FSDP1); the text names the module. What was in `folder` is still there.
+        ValueError: `model` holds no adapters, lost some since `install`, or some cannot be written (not finite, on the
+            meta device, flat shards of FSDP1); the text names the module. What was in `folder` is still there.
         OSError: writing failed; what was in `folder` is still there.
         RuntimeError: another rank raised.
     """
     where, model = Path(folder), _unwrapped(model)
+    check_kept(model)
     check_not_merged(model)
     check_not_disabled(model)
     _torch.reshard(model)
@@ -235,6 +237,7 @@ def _linear(modules: dict[str, nn.Module], linears: list[str], path: str, files:
     if module is not None:
         raise ValueError(
             f"{files.tensors}: {path} is a {type(module).__name__} and no nn.Linear: only linears can be adapted here"
+            f"{conv1d_hint(module)}"
         )
     same_end = [known for known in linears if path.endswith("." + known) or known.endswith("." + path)]
     near = same_end or difflib.get_close_matches(path, linears, n=3)

@@ -60,7 +60,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[Target]:
     """
     paths = _paths(model)
     if not paths.linears and not config.target_parameters:
-        raise ValueError(f"{type(model).__name__} holds no nn.Linear: there is nothing to adapt")
+        raise ValueError(f"{type(model).__name__} holds no nn.Linear: there is nothing to adapt{conv1d_hint(model)}")
     targeted = _targeted(config.target_modules, paths) + _targeted_stacks(config.target_parameters, paths, model)
     kept = _without_excluded(targeted, config.exclude_modules, paths)
     if not kept:
@@ -102,6 +102,23 @@ def find_saved(model: nn.Module, config: LoRAConfig) -> dict[nn.Module, str]:
 def clean_path(path: str) -> str:
     """`path` without the segments that wrappers add: activation checkpointing, FSDP, `torch.compile(model)`."""
     return ".".join(segment for segment in path.split(".") if segment not in WRAPPER_SEGMENTS)
+
+
+def conv1d_hint(model: nn.Module) -> str:
+    """What to do about the `Conv1D`s of `model`, transformers' linears that are no `nn.Linear`; empty without any."""
+    # By name, because transformers is no dependency.
+    found = [path for path, module in model.named_modules() if _is_conv1d(module)]
+    if not found:
+        return ""
+    where = f" ({len(found)} here: {found[0]}, ...)" if found[0] else ""
+    return (
+        f". A Conv1D is a linear of transformers whose class is no nn.Linear{where}: to adapt them, use "
+        f"lora_fx.convert(model, [lora_fx.Conv1DConverter(), lora_fx.LoRAConverter(config)])"
+    )
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
 def exactly(paths: Sequence[str]) -> str:
@@ -252,7 +269,7 @@ def _no_match(field: str, pattern: str, paths: _Paths) -> str:
     if hits:
         kind = type(paths.others[hits[0]]).__name__
         below = [path for path in linear_paths if any(path.startswith(hit + ".") for hit in hits)]
-        hint = f"; the linears below it: {_listed(below)}" if below else ""
+        hint = f"; the linears below it: {_listed(below)}" if below else conv1d_hint(paths.others[hits[0]])
         return f"{field}: {pattern!r} matches only modules that are no nn.Linear ({_listed(hits)}: {kind}){hint}"
     return f"{field}: {pattern!r} matches no module. {_RULE} {_near_misses(pattern, linear_paths, 'linears')}"
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_fx import _torch
 from lora_fx.dora import quantised
-from lora_fx.linear import is_activation_dtype
+from lora_fx.packed import is_activation_dtype
 from lora_fx.placements import distributed, fill, is_dtensor
 from lora_fx.targets import clean_path
 

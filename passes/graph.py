@@ -287,6 +287,19 @@ def parameter_of(node: Node) -> str:
     return str((node.meta.get("custom") or {}).get(PARAMETER, ""))
 
 
+def module_id(node: Node) -> int | None:
+    """The ``id()`` of the module that created ``node``, where Dynamo noted it.
+
+    Its path begins at whatever Dynamo captured, which behind a graph break may be a part of the compiled module.
+    """
+    for name in _STACKS:
+        stack = node.meta.get(name)
+        if stack:
+            key = str(list(stack)[-1]).split("@")[0]  # a second call of one module is "<id>@1"
+            return int(key) if key.isdigit() else None
+    return None
+
+
 def _dotted(path: str) -> str:
     """``L['self'].layers._modules['0'].wq`` -> ``layers.0.wq``."""
     for noise, plain in (("._modules[", "["), ("['", "."), ("']", ""), ('["', "."), ('"]', ""), ("[", "."), ("]", "")):

@@ -33,6 +33,7 @@ from lora_fx.passes.graph import (
     backward_nodes,
     is_call,
     is_tensor,
+    module_id,
     module_path,
     parameter_of,
     peel,
@@ -66,6 +67,7 @@ class GroupedSite:
     scaled: Node
     """What is added to the base: ``up`` after its scale."""
     dropout: bool
+    module_id: int | None = None
     grad_b: Node | None = None
     grad_b_transposed: bool = False
     """``grad_b`` is computed as [E, R, N]."""
@@ -113,7 +115,7 @@ def find_grouped_sites(graph: Graph) -> tuple[list[GroupedSite], list[Declined]]
                 raise NotASite("its base weight is trained as well")
             sites.append(site)
         except NotASite as error:
-            declined.append(Declined(_path(up), r, k, n, error.reason))
+            declined.append(Declined(_path(up), r, k, n, error.reason, module_id(up)))
     return sites, declined
 
 
@@ -183,7 +185,9 @@ def _complete(
         raise NotASite(f"rank {rank} is more than half of min({in_features}, {out_features}): merging costs less")
     ends: Any = down.args[2]
     x_key = values.key(down.args[0])
-    return GroupedSite(_path(up), down, up, add, ends, rank, in_features, out_features, x_key, scale, scaled, dropout)
+    return GroupedSite(
+        _path(up), down, up, add, ends, rank, in_features, out_features, x_key, scale, scaled, dropout, module_id(up)
+    )
 
 
 def _match_backward(site: GroupedSite, values: Values, backward: set[Node]) -> None:

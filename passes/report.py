@@ -24,6 +24,8 @@ class SiteReport:
     """Names of the rewrites in the backward half; empty when the graph has none."""
     reason: str = ""
     """Why the site, or a part of it, was left alone; empty when there is nothing to say."""
+    module_id: int | None = None
+    """``id()`` of the linear in this process, where Dynamo noted it: it finds the linear where the path does not."""
 
     @property
     def rewritten(self) -> bool:
@@ -46,13 +48,16 @@ class SiteReport:
             forward=tuple(site.forward_rewrites),
             backward=tuple(site.backward_rewrites),
             reason="; ".join(site.notes),
+            module_id=site.module_id,
         )
 
     @staticmethod
     def declined(declined: Declined) -> SiteReport:
         """The report of a branch that the search left alone."""
         return SiteReport(
-            declined.path, declined.rank, declined.in_features, declined.out_features, reason=declined.reason
+            *(declined.path, declined.rank, declined.in_features, declined.out_features),
+            reason=declined.reason,
+            module_id=declined.module_id,
         )
 
     def as_dict(self) -> dict[str, Any]:

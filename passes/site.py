@@ -39,6 +39,7 @@ from lora_fx.passes.graph import (
     is_row_view,
     is_sum,
     is_tensor,
+    module_id,
     module_path,
     parameter_of,
     peel,
@@ -76,6 +77,8 @@ class Site:
     scaled: Node
     """What is added to the base: ``up`` after its scale and views."""
     dropout: bool
+    module_id: int | None = None
+    """``id()`` of the module that made the product, where it is known."""
     grad_b: Node | None = None
     grad_b_transposed: bool = False
     """``grad_b`` is computed as [R, N] (a model that stores B transposed)."""
@@ -129,6 +132,7 @@ class Declined:
     in_features: int
     out_features: int
     reason: str
+    module_id: int | None = None
 
 
 class NotASite(Exception):
@@ -166,7 +170,8 @@ def find_sites(graph: Graph) -> tuple[list[Site], list[Declined]]:
             # Two linears in a row are common in models without LoRA: only what one module computed, or what is added
             # to a product of the same input, is worth a line in the report.
             if error.proved or module_path(up) == module_path(down):
-                declined.append(Declined(_path(up, down), rank, in_features, out_features, error.reason))
+                where = _path(up, down)
+                declined.append(Declined(where, rank, in_features, out_features, error.reason, module_id(up)))
     for site in sites:
         _match_backward(site, values, backward)
     return _drop_trained_bases(sites, declined, values, backward)
@@ -218,7 +223,10 @@ def _complete(
         reason = f"{size} for all adapters of the rows together" if chosen else f"{size}: merging costs less"
         raise NotASite(reason, proved=True)
     x_key = values.key(down.args[0])
-    return Site(_path(up, down), down, up, add, rank, in_features, out_features, x_key, scale, scaled, dropout)
+    return Site(
+        *(_path(up, down), down, up, add, rank, in_features, out_features, x_key, scale, scaled, dropout),
+        module_id=module_id(up),
+    )
 
 
 def walk_to_add(up: Node, backward: set[Node]) -> tuple[Node, Node, Scale | None]:
@@ -402,7 +410,9 @@ def _drop_trained_bases(
         if any(_is_weight_grad(user, site, values, backward) for user in uses(_output_gradient(site))):
             declined.append(
                 Declined(
-                    site.path, site.rank, site.in_features, site.out_features, "its base weight is trained as well"
+                    *(site.path, site.rank, site.in_features, site.out_features),
+                    reason="its base weight is trained as well",
+                    module_id=site.module_id,
                 )
             )
         else:

@@ -39,16 +39,19 @@ class GraphTrace:
     saved_bytes_after: int | None = None
 
 
-def tracing_backend(traces: list[GraphTrace], *, rewrite: bool = True) -> Callable[..., Any]:
-    """A Dynamo backend that appends to ``traces``, and runs graphs with or without the rewrite."""
+def tracing_backend(traces: list[GraphTrace] | None, *, rewrite: bool = True) -> Callable[..., Any]:
+    """A Dynamo backend that runs graphs with or without the rewrite, and appends what it rewrote to ``traces``."""
 
     def partition(joint: GraphModule, inputs: Any, **kwargs: Any) -> Any:
-        outputs = kwargs["num_fwd_outputs"]
-        plain, _ = _torch.partition(_prepare(_copied(joint), None), inputs, **kwargs)
         if not rewrite:
             return _torch.partition(_prepare(joint, None), inputs, **kwargs)
+        plain = None if traces is None else _copied(joint)
         trace = _Noted()
         forward, backward = _torch.partition(_prepare(joint, trace), inputs, **kwargs)
+        if traces is None or plain is None:
+            return forward, backward
+        plain, _ = _torch.partition(_prepare(plain, None), inputs, **kwargs)
+        outputs = kwargs["num_fwd_outputs"]
         traces.append(
             GraphTrace(
                 trace.report,
@@ -65,7 +68,7 @@ def tracing_backend(traces: list[GraphTrace], *, rewrite: bool = True) -> Callab
     def inference(graph: GraphModule, inputs: Any) -> Any:
         trace = _Noted() if rewrite else None
         graph = _prepare(graph, trace)
-        if trace is not None:
+        if trace is not None and traces is not None:
             traces.append(GraphTrace(trace.report, trace.before, graph_text(graph.graph)))
         return _torch.boxed(graph)
 

@@ -245,9 +245,50 @@ def test_a_graph_break_gives_two_graphs() -> None:
     assert [site.path for site in report.sites] == [f"{p}.{n}" for p in ("first", "second") for n in Mlp()._modules]
 
 
+def test_a_graph_break_below_the_model_leaves_full_paths() -> None:
+    """Dynamo then captures the forward of a part as a graph of its own, with paths that begin at that part."""
+
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Mlp(), Mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            torch._dynamo.graph_break()
+            return self.second(x)
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Part()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * self.part(x)
+
+    model = adapted(model=Whole())
+    with torch._dynamo.config.patch(recompile_limit=1):  # which must not keep the part's frame from being traced again
+        for _ in range(2):
+            report = lora_fx.explain(model, inputs())
+            assert len(report.graphs) == 3 and report.problems() == []
+    assert {site.path for site in report.sites} == {
+        f"part.{p}.{n}" for p in ("first", "second") for n in Mlp()._modules
+    }
+
+
 def test_a_linear_by_itself() -> None:
     report = lora_fx.explain(adapted(model=nn.Linear(DIM, DIM)), inputs())
     assert "(root)" in str(report) and report.rewritten == 1
+
+
+def test_the_worst_gradient_is_named() -> None:
+    errors = lora_fx.explain(adapted(), inputs(), verify=True).verification
+    assert errors is not None and errors.worst_gradient is not None
+    assert errors.worst_gradient == "input" or errors.worst_gradient.endswith(("lora_a", "lora_b"))
+    assert errors.worst_unfused is not None and errors.worst_rewritten is not None
+    assert errors.gradient_unfused is not None and errors.gradient_rewritten is not None
+    assert errors.gradient_unfused <= errors.worst_unfused < 1e-5
+    assert errors.gradient_rewritten <= errors.worst_rewritten < 1e-5
 
 
 def test_as_dict_is_json() -> None:

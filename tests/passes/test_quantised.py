@@ -5,6 +5,7 @@ more than anything else does; both compiled forms then err alike against the ora
 """
 
 import copy
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 import lora_fx
 from lora_fx.linear import lora_class
-from tests.passes.harness import Case, adapt, by_kernels, capture, check_case
+from lora_fx.passes.graph import COPIES, VIEWS, is_transpose
+from quantised import INT4
+from tests.passes.harness import Captured, Case, adapt, by_kernels, capture, check_case
 from tests.passes.modules import Mlp
 
 pytest.importorskip("torchao")
@@ -28,10 +31,23 @@ def int8(module: nn.Module) -> nn.Module:
     return module
 
 
+def int4(module: nn.Module) -> nn.Module:
+    from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
+
+    quantize_(module, IntxWeightOnlyConfig(INT4, PerGroup(16)))
+    return module
+
+
 def float8(module: nn.Module, emulate: bool = False) -> nn.Module:
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     return convert_to_float8_training(module, config=Float8LinearConfig(emulate=emulate))
+
+
+def float8_rowwise(module: nn.Module) -> nn.Module:
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    return convert_to_float8_training(module, config=Float8LinearConfig.from_recipe_name("rowwise"))
 
 
 def fake_quantised(module: nn.Module) -> nn.Module:
@@ -98,6 +114,17 @@ CASES = [
     Case(
         "float8", lambda: adapt(float8(Mlp().to(bf16))), 3, BF16, ALL_BACK, (2, 16, 48), dtype=bf16, oracle=dequantised
     ),
+    Case(
+        "float8 by rows",
+        lambda: adapt(float8_rowwise(Mlp().to(bf16))),
+        3,
+        BF16,
+        ALL_BACK,
+        (2, 16, 48),
+        dtype=bf16,
+        oracle=dequantised,
+    ),
+    Case("int4", lambda: adapt(int4(Mlp())), 3, ALL, ALL_BACK, oracle=dequantised),
     Case("emulated float8", lambda: adapt(float8(Mlp(), emulate=True)), 3, ALL, ALL_BACK, oracle=dequantised),
     Case("fake quantisation", lambda: adapt(fake_quantised(Mlp())), 3, ALL, ALL_BACK, oracle=dequantised),
     Case(
@@ -123,7 +150,13 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+def slow_if(slow: bool) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] * slow
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=slow_if(c.name in ("int4", "float8 by rows")), id=c.name) for c in CASES]
+)
 def test_graphs(case: Case) -> None:
     check_case(case)
 
@@ -140,3 +173,38 @@ def test_float8_is_a_scaled_product() -> None:
     captured = capture(module, torch.randn(32, 48, dtype=bf16, requires_grad=True))
     assert "_scaled_mm" in captured.rewrite.after
     assert captured.sites == 3
+
+
+BASES = {
+    "int8": (int8, bf16),
+    "int4": (int4, bf16),
+    "NF4": (nf4, bf16),
+    "float8": (float8, bf16),
+    "float8 by rows": (float8_rowwise, bf16),
+    "fake quantisation": (fake_quantised, torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=slow_if(n != "NF4")) for n in BASES])
+def test_the_base_is_unpacked_as_often_as_without_adapters(name: str) -> None:
+    """What has the size of a weight is made of weights: casts, table look-ups, scales. Adapters add nothing to it."""
+    quantise, dtype = BASES[name]
+    frozen = quantise(Mlp(128, 256).to(dtype)).requires_grad_(False)
+    module = adapt(copy.deepcopy(frozen))
+    x = torch.randn(32, 128).to(dtype).requires_grad_()  # no activation has as many elements as a weight
+    without = weight_sized(capture(frozen, x, rewrite=False, backward=True))
+    assert weight_sized(capture(module, x, backward=True)) == without
+    assert without.total() > 0
+
+
+def weight_sized(captured: Captured) -> Counter[str]:
+    """How often each operation makes a matrix of a weight's size, in forward and backward."""
+    made: Counter[str] = Counter()
+    for graph in (*captured.forward, *captured.backward):
+        for node in graph.graph.nodes:
+            value = node.meta.get("val")
+            if node.op != "call_function" or not isinstance(value, Tensor) or value.numel() != 128 * 256:
+                continue
+            if node.target not in VIEWS | COPIES and not is_transpose(node):
+                made[str(node.target)] += 1
+    return made

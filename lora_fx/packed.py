@@ -1,0 +1,32 @@
+"""Which weights are packed: stored in less than what their products are computed in."""
+
+import torch
+from torch import Tensor, nn
+
+
+def is_activation_dtype(dtype: torch.dtype) -> bool:
+    """Whether matrix products on activations are done in `dtype`: floating point of 16 bits or more."""
+    return dtype.is_floating_point and dtype.itemsize >= 2
+
+
+def is_packed(weight: Tensor) -> bool:
+    """Whether `weight` is stored in a dtype that no product on activations is done in: quantised, as itself or inside.
+
+    A tensor subclass may say that it is bfloat16, and hold int8 and scales.
+    """
+    if not is_activation_dtype(weight.dtype):
+        return True
+    if not hasattr(weight, "__tensor_flatten__"):
+        return False
+    return any(is_packed(getattr(weight, name)) for name in weight.__tensor_flatten__()[0])
+
+
+def check_not_quantised(module: nn.Linear, old: Tensor, new: Tensor) -> None:
+    """Raise ValueError if the weight `new` of an adapted linear is packed, and `old`, which has values, is not."""
+    if not is_packed(new) or old.is_meta or is_packed(old):
+        return
+    raise ValueError(
+        f"this {type(module).__name__} ({module.in_features} -> {module.out_features}) holds an adapter, and its "
+        f"weight is being quantised ({type(new).__name__}): quantise first, then install. For a base that is to change "
+        f"below an adapter that was trained: save_adapter, remove, quantise, load_adapter"
+    )
