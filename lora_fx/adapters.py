@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from lora_fx import _torch
+from lora_fx.branches import adapted_linears
 from lora_fx.config import ALL_LINEAR, LoRAConfig
-from lora_fx.install import adapted, adapted_linears, check_not_in_rows, check_not_merged, configs
+from lora_fx.install import adapted, check_not_in_rows, check_not_merged, configs
 from lora_fx.linear import LoRAModule
 from lora_fx.refusals import check_name, only_one
 from lora_fx.swap import new_adapter, store
@@ -195,6 +196,11 @@ def check_new_name(model: nn.Module, name: str) -> None:
 
 def _targets(model: nn.Module, config: LoRAConfig) -> Iterator[Target]:
     for target in find_targets(model, config):
+        if target.parameter is not None:
+            raise ValueError(
+                f"{target.path} holds no adapter to put another one beside, and experts have one adapter: leave "
+                f"target_parameters out"
+            )
         if not isinstance(target.module, LoRAModule):
             if config.target_modules == ALL_LINEAR:
                 continue

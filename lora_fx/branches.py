@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from lora_fx.adapted import Adapted
 from lora_fx.experts import A, B, LoRAExpertsModule
-from lora_fx.linear import PARAMETERS
+from lora_fx.install import adapted
+from lora_fx.linear import PARAMETERS, LoRAModule
 from lora_fx.placements import local
+from lora_fx.refusals import shown
 from lora_fx.targets import clean_path
 
 
@@ -105,3 +107,17 @@ def branches(model: nn.Module) -> list[Branch]:
         elif isinstance(module, Adapted):
             found.append(Branch(clean_path(path), module))
     return found
+
+
+def adapted_linears(model: nn.Module, otherwise: str) -> list[tuple[str, LoRAModule]]:
+    """As `adapted`, for what experts with adapters cannot do.
+
+    Raises:
+        ValueError: there are none, or there are such experts; the text goes on with `otherwise`.
+    """
+    linears = []
+    for path, module in adapted(model):
+        if not isinstance(module, LoRAModule):
+            raise ValueError(f"{shown(clean_path(path))} holds adapted experts, {otherwise}")
+        linears.append((path, module))
+    return linears

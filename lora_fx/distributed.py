@@ -79,7 +79,12 @@ def average_gradients(parameters: Iterable[nn.Parameter], groups: Sequence[Group
     """Sum this rank's part of each gradient over `groups` and divide it, in one all-reduce a group (and dtype).
 
     For parameters that data-parallel ranks hold, and FSDP does not: experts that are shared out over a part of these
-    ranks. Their gradients are sums over the tokens of that part; `groups` are the rest, and `divisor` is all of them.
+    ranks. Their gradients are sums over the tokens of that part.
+
+    Args:
+        parameters: with gradients; those without one are skipped.
+        groups: of the ranks that hold other parts of the batch for the same parameters.
+        divisor: how many ranks the gradient is an average over, those that hold other experts included.
 
     Returns:
         How many all-reduces were done.

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapted import Adapted
-from lora_fx.branches import Branch, branches
+from lora_fx.branches import Branch, adapted_linears, branches
 from lora_fx.config import INITS
 from lora_fx.dora import DoRAModule
-from lora_fx.install import adapted_linears
 from lora_fx.linear import LoRAModule
 from lora_fx.peft_files import Factors
 from lora_fx.placements import fill

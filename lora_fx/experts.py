@@ -21,6 +21,7 @@ from lora_fx.adapted import BUFFERS, Adapted, parent_class, swapped_class
 from lora_fx.adapted_weight import AdaptedWeight
 from lora_fx.inits import reset_factors
 from lora_fx.linear import DEFAULT_NAME
+from lora_fx.packed import check_not_quantised
 from lora_fx.placements import fill, is_dtensor, local_expert_factor, placed_experts
 from lora_fx.stored import ENABLED, SCALE, fill_numbers, keep_numbers, note_loaded_scale, number
 
@@ -87,6 +88,7 @@ class LoRAExpertsModule(Adapted):
 
     @property
     def lora_parameters(self) -> tuple[str, ...]:  # type: ignore[override]  # of linears the class knows
+        """The names of the factors, for each adapted parameter A and then B."""
         return tuple(name + end for name in self._lora_names for end in (A, B))
 
     def factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
@@ -119,7 +121,13 @@ class LoRAExpertsModule(Adapted):
         """As any module's, except that the factors of a distributed weight go where the weight wants them.
 
         Also those that are plain: whoever shards experts registers the weights, and knows nothing of factors.
+
+        Raises:
+            ValueError: a packed weight is to take the place of one that is not, as for `LoRAModule`.
         """
+        held = self._parameters.get(name)
+        if name in self._lora_names and held is not None and param is not None:
+            check_not_quantised(self, held, param)
         super().register_parameter(name, param)
         for weight in self._lora_names:
             if name in (weight, weight + A, weight + B):

@@ -3,7 +3,7 @@
 import contextlib
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TypeVar, cast
 
 import torch
@@ -22,9 +22,9 @@ from lora_fx.linear import DEFAULT_NAME, LoRAModule, adapter_dtype
 from lora_fx.packed import is_activation_dtype
 from lora_fx.placements import is_dtensor
 from lora_fx.record import RECORD, Installation, check_kept
-from lora_fx.refusals import check_experts, check_linear, check_model, check_name, only_one, shown
+from lora_fx.refusals import check_experts, check_linear, check_model, check_name, check_room, shown
 from lora_fx.swap import Adapter, new_adapter, swap, unswap
-from lora_fx.targets import Target, clean_path, conv1d_hint, find_saved, find_targets
+from lora_fx.targets import Target, by_module, clean_path, conv1d_hint, find_saved, find_targets
 from lora_fx.trained import (
     check_originals,
     check_trainable,
@@ -54,6 +54,8 @@ def install(
     the device and dtype of the weight; beside a packed weight (integers, float8) they take the activation dtype: the
     bias's if it is floating point, or else the most frequent floating point dtype of 16 bits or more among the model's
     parameters, or else torch's default dtype.
+
+    Of what `target_parameters` names each matrix gets an adapter; see `LoRAExpertsModule`.
 
     `nn.TransformerEncoderLayer`s that hold a target leave their inference fast path, which would go past the adapters.
     Two linears that share one weight get an adapter each; a linear that is registered under two names gets one. Where
@@ -93,9 +95,9 @@ def install(
     check_name(adapter_name)
     check_model(model, RECORD)
     found = find_targets(model, config)
-    _check_room(found, config, max_rank)
+    check_room(found, config, max_rank)
     targets = [target for target in found if target.parameter is None]
-    experts = _by_module(target for target in found if target.parameter is not None)
+    experts = by_module(target for target in found if target.parameter is not None)
     if config.target_modules == ALL_LINEAR and (hint := conv1d_hint(model)):
         warnings.warn(f"all-linear adapts {len(targets)} nn.Linear of {type(model).__name__}{hint}", stacklevel=2)
     for target in targets:
@@ -116,7 +118,7 @@ def install(
         expert_adapters = [[_new_expert_adapter(target, config) for target in group] for group in experts]
         record = Installation(
             config=config,
-            paths=tuple(target.path for target in targets),
+            paths=tuple(target.holder for target in found),
             requires_grad={clean_path(name): p.requires_grad for name, p in _named_parameters(model)},
             patches=fast_path_patches(model, [target.module for target in targets]),
         )
@@ -188,7 +190,8 @@ def freeze(model: Model) -> Model:
 def adapter_parameters(model: nn.Module, adapter_name: str | None = None) -> list[nn.Parameter]:
     """The parameters to give to an optimizer, in the order of `model.modules()`.
 
-    They are A and B of every swapped linear, DoRA's magnitudes, and all parameters of what `modules_to_save` names.
+    They are A and B of every swapped linear and of experts, DoRA's magnitudes, and all parameters of what
+    `modules_to_save` names.
 
     They stay the same objects when another adapter becomes active (`lora_fx.set_adapter`), so an optimizer goes on
     with the one that it was made for.
@@ -289,7 +292,7 @@ def configs(model: nn.Module) -> list[LoRAConfig]:
 
 
 def adapted(model: nn.Module) -> list[tuple[str, Adapted]]:
-    """Path and module of every linear of `model` that holds an adapter.
+    """Path and module of every linear of `model` that holds an adapter, and of all adapted experts.
 
     Raises:
         ValueError: there is none, or one was lost (see `check_kept`).
@@ -299,20 +302,6 @@ def adapted(model: nn.Module) -> list[tuple[str, Adapted]]:
     if not found:
         raise ValueError(f"{type(model).__name__} holds no adapters: call lora_fx.install(model, config) first")
     return found
-
-
-def adapted_linears(model: nn.Module, otherwise: str) -> list[tuple[str, LoRAModule]]:
-    """As `adapted`, for what experts with adapters cannot do.
-
-    Raises:
-        ValueError: there are none, or there are such experts; the text goes on with `otherwise`.
-    """
-    linears = []
-    for path, module in adapted(model):
-        if not isinstance(module, LoRAModule):
-            raise ValueError(f"{shown(clean_path(path))} holds adapted experts, {otherwise}")
-        linears.append((path, module))
-    return linears
 
 
 def check_not_disabled(model: nn.Module) -> None:
@@ -375,20 +364,6 @@ def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return model.named_parameters(remove_duplicate=False)
 
 
-def _check_room(targets: list[Target], config: LoRAConfig, max_rank: int | None) -> None:
-    if max_rank is None:
-        return
-    if reason := only_one(config):
-        raise ValueError(f"max_rank leaves room for other adapters, and {reason}: leave it out")
-    if isinstance(max_rank, bool) or not isinstance(max_rank, int):
-        raise TypeError(f"max_rank must be an int, got {max_rank!r}")
-    for target in targets:
-        if target.rank > max_rank:
-            raise ValueError(f"{shown(target.path)} gets rank {target.rank}, which is above max_rank={max_rank}")
-        if target.parameter is not None:
-            raise ValueError(f"{target.path}: adapters of experts have no room for others: leave max_rank out")
-
-
 def _new_adapters(model: nn.Module, targets: list[Target], config: LoRAConfig, max_rank: int | None) -> list[Adapter]:
     dtypes = Counter(p.dtype for p in model.parameters() if is_activation_dtype(p.dtype))
     activation_dtype = dtypes.most_common(1)[0][0] if dtypes else torch.get_default_dtype()
@@ -407,14 +382,6 @@ def _new_adapters(model: nn.Module, targets: list[Target], config: LoRAConfig, m
     if not config.use_dora:
         return adapters
     return [with_magnitude(cast(nn.Linear, target.module), adapter) for target, adapter in zip(targets, adapters)]
-
-
-def _by_module(targets: Iterable[Target]) -> list[list[Target]]:
-    """The targeted parameters of each module together."""
-    groups: dict[nn.Module, list[Target]] = {}
-    for target in targets:
-        groups.setdefault(target.module, []).append(target)
-    return list(groups.values())
 
 
 def _new_expert_adapter(target: Target, config: LoRAConfig) -> ExpertAdapter:

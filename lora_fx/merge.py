@@ -15,8 +15,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from lora_fx.branches import adapted_linears
 from lora_fx.dora import DoRAModule
-from lora_fx.install import adapted, adapted_linears, check_not_in_rows
+from lora_fx.install import adapted, check_not_in_rows
 from lora_fx.linear import LoRAModule
 from lora_fx.packed import is_activation_dtype
 from lora_fx.placements import is_dtensor

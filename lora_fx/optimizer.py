@@ -42,7 +42,7 @@ def parameter_groups(
     undecayed: list[nn.Parameter] = []
     for path, parameter in named_adapter_parameters(model):
         name = path.rpartition(".")[2]
-        if name in ("lora_b", "lora_magnitude"):
+        if name.endswith(("lora_b", "lora_magnitude")):  # of experts there is one for each parameter
             fast.append(parameter)
         elif parameter.ndim == 1:
             undecayed.append(parameter)

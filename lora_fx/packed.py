@@ -21,12 +21,13 @@ def is_packed(weight: Tensor) -> bool:
     return any(is_packed(getattr(weight, name)) for name in weight.__tensor_flatten__()[0])
 
 
-def check_not_quantised(module: nn.Linear, old: Tensor, new: Tensor) -> None:
-    """Raise ValueError if the weight `new` of an adapted linear is packed, and `old`, which has values, is not."""
+def check_not_quantised(module: nn.Module, old: Tensor, new: Tensor) -> None:
+    """Raise ValueError if the weight `new` of an adapted module is packed, and `old`, which has values, is not."""
     if not is_packed(new) or old.is_meta or is_packed(old):
         return
+    size = f" ({module.in_features} -> {module.out_features})" if isinstance(module, nn.Linear) else ""
     raise ValueError(
-        f"this {type(module).__name__} ({module.in_features} -> {module.out_features}) holds an adapter, and its "
+        f"this {type(module).__name__}{size} holds an adapter, and its "
         f"weight is being quantised ({type(new).__name__}): quantise first, then install. For a base that is to change "
         f"below an adapter that was trained: save_adapter, remove, quantise, load_adapter"
     )

@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from lora_fx.adapted import Adapted
 from lora_fx.bypass import Patch
 from lora_fx.config import LoRAConfig
 from lora_fx.init_weights import InitWeights
-from lora_fx.linear import LoRAModule
 from lora_fx.targets import clean_path
 
 # The attribute of the model that holds it.
@@ -21,15 +21,15 @@ class Installation:
     config: LoRAConfig
     requires_grad: dict[str, bool]
     paths: tuple[str, ...] = ()
-    """Of the linears that got an adapter."""
+    """Of the linears and the modules of experts that got adapters."""
     patches: list[Patch] = field(default_factory=list)
     init_weights: InitWeights | None = None
 
 
 def check_kept(model: nn.Module) -> None:
-    """Raise ValueError if something that has no adapter took the place of an adapted linear since `install`.
+    """Raise ValueError if something that has no adapter took the place of an adapted module since `install`.
 
-    Quantisation does that when it comes second: it makes new linears out of weight and bias. Linears whose path is gone
+    Quantisation does that when it comes second: it makes new linears out of weight and bias. Modules whose path is gone
     are not missed, because a pipeline stage drops other stages' layers.
     """
     for path, holder in model.named_modules():
@@ -37,7 +37,7 @@ def check_kept(model: nn.Module) -> None:
         if not isinstance(record, Installation):
             continue
         modules = {clean_path(below): module for below, module in holder.named_modules(remove_duplicate=False)}
-        lost = [at for at in record.paths if at in modules and not isinstance(modules[at], LoRAModule)]
+        lost = [at for at in record.paths if at in modules and not isinstance(modules[at], Adapted)]
         if lost:
             where = clean_path(f"{path}.{lost[0]}".strip("."))
             raise ValueError(

@@ -11,7 +11,7 @@ from lora_fx.config import CHANGES_BASE, LoRAConfig
 from lora_fx.dora import MAGNITUDE, DoRAModule, check_dora
 from lora_fx.experts import EXPERT_ATTRIBUTES, A, B, experts_class
 from lora_fx.linear import ATTRIBUTES, PARAMETERS, LoRAModule, lora_class
-from lora_fx.packed import is_activation_dtype
+from lora_fx.packed import is_packed
 from lora_fx.targets import Target
 
 
@@ -51,13 +51,14 @@ def check_experts(target: Target, config: LoRAConfig) -> None:
     module, name = target.module, cast(str, target.parameter)
     what = f"{target.path} (of {type(module).__name__})"
     fix = "leave it out of target_parameters"
-    if config.use_dora or config.init in CHANGES_BASE:
-        raise ValueError(
-            f"{what}: experts have plain adapters: leave use_dora out, and take an init that leaves weights alone"
-        )
+    if config.use_dora:
+        raise ValueError(f"{what}: use_dora is for linears: train without it, or {fix}")
+    if config.init in CHANGES_BASE:
+        raise ValueError(f"{what}: init={config.init!r} changes the base weight of linears: use another, or {fix}")
     weight: Any = module._parameters[name]
-    if not is_activation_dtype(weight.dtype):
-        raise ValueError(f"{what} is {weight.dtype}, a packed form whose products are not known here: {fix}")
+    if is_packed(weight):
+        kind = "" if type(weight.data) is Tensor else f"{type(weight.data).__name__} "
+        raise ValueError(f"{what} is {kind}{weight.dtype}, a packed form whose products are not known here: {fix}")
     if _torch.has_instance_forward(module):
         raise ValueError(f"{what} has a `forward` of its own on the instance, which would hide the adapters': {fix}")
     taken = [n for n in (name + A, name + B, *BUFFERS, *EXPERT_ATTRIBUTES) if hasattr(module, n)]
@@ -107,6 +108,21 @@ def _extra_arguments(cls: type[nn.Linear]) -> list[str]:
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     named = [name for name, parameter in signature.parameters.items() if parameter.kind not in variadic]
     return named[2:]
+
+
+def check_room(targets: list[Target], config: LoRAConfig, max_rank: int | None) -> None:
+    """Raise if there cannot be room for adapters of `max_rank`, or where that would be for nothing."""
+    if max_rank is None:
+        return
+    if reason := only_one(config):
+        raise ValueError(f"max_rank leaves room for other adapters, and {reason}: leave it out")
+    if isinstance(max_rank, bool) or not isinstance(max_rank, int):
+        raise TypeError(f"max_rank must be an int, got {max_rank!r}")
+    for target in targets:
+        if target.rank > max_rank:
+            raise ValueError(f"{shown(target.path)} gets rank {target.rank}, which is above max_rank={max_rank}")
+        if target.parameter is not None:
+            raise ValueError(f"{target.path}: adapters of experts have no room for others: leave max_rank out")
 
 
 def only_one(config: LoRAConfig) -> str:

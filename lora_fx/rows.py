@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from lora_fx import _torch
 from lora_fx.adapters import adapter_names, check_known
+from lora_fx.branches import adapted_linears
 from lora_fx.entries import held
-from lora_fx.install import adapted_linears, check_not_merged, configs
+from lora_fx.install import check_not_merged, configs
 from lora_fx.linear import LoRAModule
 from lora_fx.placements import is_dtensor
 from lora_fx.refusals import only_one

@@ -113,7 +113,7 @@ def written_config(
             stacklevel=3,
         )
         dropout = 0.0
-    if hidden := [path for path in plain if hides(trained, path)]:
+    if hidden := [path for path in plain if path not in parameters and hides(trained, path)]:
         warnings.warn(
             f"PEFT leaves out every linear whose path holds a name of modules_to_save ({', '.join(trained)}), and so "
             f"the adapter of {hidden[0]} ({len(hidden)} in all); load_adapter reads it",

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -27,6 +27,11 @@ class Target:
     rank: int
     alpha: float
     parameter: str | None = None
+
+    @property
+    def holder(self) -> str:
+        """The path of `module`."""
+        return self.path.removesuffix(self.parameter or "").removesuffix(".")
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[Target]:
         ValueError: a pattern of the configuration matches nothing, or only what it cannot be for (the message
             lists near misses); nothing is left to adapt; one module is known by several names that disagree; two
             entries of `rank_pattern` or `alpha_pattern` give one module different numbers; a pattern of
-            `target_modules` names only what `modules_to_save` trains whole.
+            `target_modules` or `target_parameters` names only what `modules_to_save` trains whole.
     """
     paths = _paths(model)
     if not paths.linears and not config.target_parameters:
@@ -73,6 +78,14 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[Target]:
         for found in kept
         for path in found.paths[:1]
     ]
+
+
+def by_module(targets: Iterable[Target]) -> list[list[Target]]:
+    """The targeted parameters of each module together."""
+    groups: dict[nn.Module, list[Target]] = {}
+    for target in targets:
+        groups.setdefault(target.module, []).append(target)
+    return list(groups.values())
 
 
 def find_saved(model: nn.Module, config: LoRAConfig) -> dict[nn.Module, str]:
@@ -221,14 +234,16 @@ def _without_excluded(
 
 def _without_saved(targeted: list[_Linear], saved: Mapping[nn.Module, str], config: LoRAConfig) -> list[_Linear]:
     kept = [linear for linear in targeted if linear.module not in saved]
-    patterns: object = config.target_modules
-    for pattern in patterns if isinstance(patterns, tuple) else ():
-        named = [linear for linear in targeted if any(matches(pattern, path) for path in linear.paths)]
-        if named and all(linear.module in saved for linear in named):
-            raise ValueError(
-                f"target_modules: {pattern!r} names only what modules_to_save trains whole "
-                f"({_listed([linear.paths[0] for linear in named])}): drop it from one of the two"
-            )
+    for field in ("target_modules", "target_parameters"):
+        patterns: object = getattr(config, field)
+        of_field = [found for found in targeted if (found.parameter is None) == (field == "target_modules")]
+        for pattern in patterns if isinstance(patterns, tuple) else ():
+            named = [found for found in of_field if any(matches(pattern, path) for path in found.paths)]
+            if named and all(found.module in saved for found in named):
+                raise ValueError(
+                    f"{field}: {pattern!r} names only what modules_to_save trains whole "
+                    f"({_listed([found.paths[0] for found in named])}): drop it from one of the two"
+                )
     if not kept:
         raise ValueError("modules_to_save leaves no linear to adapt")
     return kept

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_fx.adapted import BUFFERS
-from lora_fx.linear import PARAMETERS, LoRAModule
+from lora_fx.adapted import BUFFERS, Adapted
 from lora_fx.peft_files import PREFIX, AdapterFiles
 from lora_fx.placements import fill, gathered
 from lora_fx.targets import clean_path
@@ -137,8 +136,8 @@ def _expected(modules: Mapping[str, nn.Module], files: AdapterFiles, present: se
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """What of a module's own a `state_dict` holds; without an adapter, which is refused in another place."""
     unsaved = set(module._non_persistent_buffers_set)
-    if isinstance(module, LoRAModule):
-        unsaved |= {*PARAMETERS, *BUFFERS}
+    if isinstance(module, Adapted):
+        unsaved |= {*module.lora_parameters, *BUFFERS}
     held = {**module._parameters, **module._buffers}
     return {name: tensor for name, tensor in held.items() if tensor is not None and name not in unsaved}
 

@@ -102,7 +102,7 @@ def reasons() -> Iterator[list[str]]:
                 found = [node.value]
             elif isinstance(node, ast.Call):
                 function = getattr(node.func, "id", getattr(node.func, "attr", None))
-                if function == "_NotASite":
+                if function == "NotASite":
                     found = node.args[:1]
                 elif function == "Declined":
                     found = node.args[4:5]
