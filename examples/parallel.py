@@ -24,7 +24,8 @@ from torch.distributed.tensor.parallel import (
 import lora_fx
 from llama3 import Llama, LlamaConfig, MixtureOfExperts, rope_table
 from llama3.model import Attention
-from lora_fx import LoRAConfig, LoRAModule
+from lora_fx import LoRAConfig
+from lora_fx.adapted import Adapted
 from lora_fx.placements import fill
 from ring_attention import ring_attention, shard_sequence
 
@@ -48,8 +49,6 @@ class Degrees:
                 raise ValueError(f"--{name} {degree} is not positive")
         if self.dp % self.ep:
             raise ValueError(f"--ep {self.ep} must divide --dp {self.dp}: data-parallel ranks hold the experts")
-        if self.ep > 1 and self.tp > 1:
-            raise ValueError("--ep and --tp together are not supported by this example")
 
     @property
     def world(self) -> int:
@@ -104,9 +103,10 @@ def tensor_parallel_plan(model: Llama) -> dict[str, ParallelStyle]:
         "norm": SequenceParallel(),
         "output": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
     }
-    for name in ("attention.wq", "attention.wk", "attention.wv", "feed_forward.w1", "feed_forward.w3"):
+    dense = "feed_forward.shared" if model.config.n_experts else "feed_forward"
+    for name in ("attention.wq", "attention.wk", "attention.wv", f"{dense}.w1", f"{dense}.w3"):
         plan[f"layers.*.{name}"] = ColwiseParallel()
-    for name in ("attention.wo", "feed_forward.w2"):
+    for name in ("attention.wo", f"{dense}.w2"):
         plan[f"layers.*.{name}"] = RowwiseParallel(output_layouts=Shard(1))
     return {path: style for path, style in plan.items() if getattr(model, path.split(".")[0]) is not None}
 
@@ -123,6 +123,7 @@ def build_stage(
     dtype: torch.dtype = torch.float32,
     compiled: str = "none",
     seed: int = 0,
+    exchange: bool = False,
 ) -> Llama:
     """This rank's shards of one pipeline stage, with adapters, compiled, and filled with the initial values of `seed`.
 
@@ -137,6 +138,7 @@ def build_stage(
         dtype: of the parameters.
         compiled: "none", "block" (each block by itself) or "stage" (all in one, with breaks where FSDP gathers).
         seed: of the initial values, which do not depend on the mesh.
+        exchange: see `MixtureOfExperts.exchange`.
     """
     with torch.device("meta"):
         model = lora_fx.install(Llama(config, dtype), lora)
@@ -150,7 +152,7 @@ def build_stage(
         for module in model.modules():
             if isinstance(module, Attention):
                 module.attend = ring_attention(cp)
-    experts = shard_experts(model, mesh)
+    experts = shard_experts(model, mesh, exchange=exchange)
     compile_parts(model, compiled)
     # Context-parallel ranks hold the same parameters and other tokens, as data-parallel ones do.
     names = tuple(name for name in mesh.mesh_dim_names or () if name in ("dp", "dp_outer", "ep", "cp"))
@@ -166,28 +168,35 @@ def build_stage(
     return model
 
 
-def shard_experts(model: Llama, mesh: DeviceMesh) -> set[nn.Parameter]:
-    """Give each expert-parallel rank its part of the experts of every mixture; returns these parameters.
+def shard_experts(model: Llama, mesh: DeviceMesh, *, exchange: bool = False) -> set[nn.Parameter]:
+    """Give each rank its part of every mixture: some experts (expert parallel), some channels (tensor parallel).
+
+    Adapters follow their weights.
+
+    Returns:
+        The parameters that expert-parallel ranks hold between them, which FSDP must leave alone.
 
     Raises:
-        ValueError: the model has no experts, or not a multiple of the ranks; or it is tensor parallel as well.
+        ValueError: the model has no experts, or experts or channels that are not a multiple of the ranks.
     """
     ranks = mesh["ep"] if "ep" in (mesh.mesh_dim_names or ()) else None
+    parts = mesh["tp"] if mesh["tp"].size() > 1 else None
     mixtures = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
-    if mixtures and mesh["tp"].size() > 1:
-        raise ValueError("a mixture of experts under tensor parallelism is not supported by this example")
-    if ranks is None:
-        return set()
-    if not mixtures or model.config.n_experts % ranks.size():
+    if ranks is not None and (not mixtures or model.config.n_experts % ranks.size()):
         raise ValueError(f"{model.config.n_experts} experts cannot be shared by {ranks.size()} expert-parallel ranks")
-    found: set[nn.Parameter] = set()
+    if mixtures and parts is not None and model.config.ffn_dim % parts.size():
+        raise ValueError(f"{model.config.ffn_dim} channels cannot be shared by {parts.size()} tensor-parallel ranks")
+    names = [name for name, there in (("ep", ranks), ("tp", parts)) if there is not None]
+    if not names:
+        return set()
     for module in mixtures:
-        module.ranks = ranks
-        for name, weight in list(module.experts.named_parameters()):
-            sharded = nn.Parameter(distribute_tensor(weight, ranks, [Shard(0)]), requires_grad=weight.requires_grad)
-            setattr(module.experts, name, sharded)
-            found.add(sharded)
-    return found
+        module.ranks, module.parts, module.exchange = ranks, parts, exchange
+        for name, channels in (("w1", 1), ("w2", 2), ("w3", 1)):
+            weight = getattr(module.experts, name)
+            placements = [Shard(0) if dim == "ep" else Shard(channels) for dim in names]
+            sharded = distribute_tensor(weight, mesh[tuple(names)], placements)
+            setattr(module.experts, name, nn.Parameter(sharded, requires_grad=weight.requires_grad))
+    return set() if ranks is None else {p for module in mixtures for p in module.experts.parameters()}
 
 
 def compile_parts(model: Llama, compiled: str) -> None:
@@ -224,7 +233,7 @@ def initialise(model: Llama, seed: int) -> None:
         for name, value in alone.named_parameters():
             fill(parameters[name], value.to(parameters[name].device))
     for path, module in model.named_modules():
-        if isinstance(module, LoRAModule):
+        if isinstance(module, Adapted):
             torch.manual_seed(part_seed(seed, path))
             module.reset_adapters()
 

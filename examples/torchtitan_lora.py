@@ -37,8 +37,9 @@ from torchtitan.models.common.decoder_sharding import dense_param_placement
 from torchtitan.models.common.param_init import skip_param_init
 
 import lora_fx
+from lora_fx.adapted import BUFFERS
 from lora_fx.init_weights import InitWeights
-from lora_fx.linear import BUFFERS, LoRAModule
+from lora_fx.linear import LoRAModule
 
 
 class LoRAFxConverter(LoRAConverter):

@@ -29,7 +29,7 @@ import adapter_checkpoint
 import lora_fx
 from corpus import library_sources
 from llama3 import CONFIGS, LORA
-from lora_fx.distributed import DeferredReduction, clip_grad_norm, manual_seed
+from lora_fx.distributed import DeferredReduction, average_gradients, clip_grad_norm, manual_seed
 from parallel import Degrees, build_stage
 from ring_attention import shard_sequence
 from trainer import learning_rate, random_windows
@@ -54,6 +54,8 @@ class Settings:
     length: int = 128
     rank: int = 8
     exclude: tuple[str, ...] = ()
+    adapt_experts: bool = False
+    exchange: bool = False
     dropout: float = 0.0
     optimizer: str = "adamw"
     lr: float = 3e-3
@@ -84,6 +86,7 @@ class Settings:
             rank=self.rank,
             alpha=2.0 * self.rank,
             dropout=self.dropout,
+            target_parameters=("experts.w1", "experts.w2", "experts.w3") if self.adapt_experts else (),
             exclude_modules=(*self.exclude, *(["router"] if CONFIGS[self.model].n_experts else [])),
         )
 
@@ -163,12 +166,15 @@ class Trainer:
                 dtype=settings.dtype,
                 compiled=settings.compile,
                 seed=settings.seed,
+                exchange=settings.exchange,
             )
             for stage in self.held
         ]
         adapted = [model for model in self.models if lora_fx.is_installed(model)]
         self.adapters = {name: p for model in adapted for name, p in lora_fx.named_adapter_parameters(model)}
         parameters = list(self.adapters.values())
+        # Adapters of experts that FSDP leaves alone: their gradients hold the tokens of the ranks that share experts.
+        self.shared_out = [p for name, p in self.adapters.items() if ".experts." in name] if degrees.ep > 1 else []
         kinds: dict[str, Any] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
         # A stage may be without adapters, and torch has no optimizer of nothing.
         self.optimizer: torch.optim.Optimizer | None = None
@@ -210,6 +216,9 @@ class Trainer:
             loss = self._forward_backward(inputs, targets)
         if self.reduction is not None:
             self.reduction.reduce()
+        if self.shared_out:
+            groups = [self.mesh[name].get_group() for name in ("dp_outer", "cp") if self.mesh[name].size() > 1]
+            average_gradients(self.shared_out, groups, self.settings.degrees.dp * self.settings.degrees.cp)
         norm = None
         if self.settings.clip:
             groups = [self.mesh["pp"].get_group()] if self.settings.degrees.pp > 1 else []
@@ -364,6 +373,8 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     option("--length", type=int, default=default.length, help="bytes a window")
     option("--rank", type=int, default=default.rank, help="LoRA rank; alpha is twice that")
     option("--exclude", nargs="+", default=(), help="modules that get no adapter, as in LoRAConfig.exclude_modules")
+    option("--adapt-experts", action="store_true", help="routed experts get adapters, too")
+    option("--exchange", action="store_true", help="--ep ranks send one another the tokens asked for, not all of them")
     option("--dropout", type=float, default=default.dropout, help="of the adapters' inputs")
     option("--optimizer", choices=("adamw", "sgd"), default=default.optimizer, help="AdamW with a schedule, or SGD")
     option("--lr", type=float, default=default.lr, help="(peak) learning rate")

@@ -6,6 +6,7 @@ from lora_fx.compile import compile
 from lora_fx.config import LoRAConfig
 from lora_fx.converter import Conv1DConverter, Converters, LoRAConverter, ModelConverter, convert
 from lora_fx.dora import DoRAModule
+from lora_fx.experts import LoRAExpertsModule
 from lora_fx.explain import Report, explain
 from lora_fx.install import (
     adapter_parameters,
@@ -28,6 +29,7 @@ __all__ = [
     "DoRAModule",
     "LoRAConfig",
     "LoRAConverter",
+    "LoRAExpertsModule",
     "LoRAModule",
     "ModelConverter",
     "Report",

@@ -13,6 +13,21 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.traceback import annotate
+
+__all__ = [
+    "annotate",  # a context that notes something on the nodes of the graph that is being captured
+    "can_place_gradients",
+    "compile_in_place",
+    "data_parallel_wrapper",
+    "dispatch_grouped_mm",
+    "has_instance_forward",
+    "is_compiled",
+    "keep_address",
+    "own_frame",
+    "reshard",
+    "sizes_of_attributes_may_vary",
+]
 
 
 def compile_in_place(module: nn.Module, **options: Any) -> None:
@@ -102,6 +117,17 @@ def can_place_gradients() -> bool:
 def has_instance_forward(module: nn.Module) -> bool:
     """Whether `forward` was assigned on the instance, so that no class's `forward` runs."""
     return "forward" in module.__dict__
+
+
+def dispatch_grouped_mm() -> None:
+    """Have Dynamo ask operands of ``torch._grouped_mm`` for their ``__torch_function__``, as eager torch does.
+
+    Dynamo's list of functions that can be overridden leaves out those with an underscore, and `F.grouped_mm` is nothing
+    but a call of this one. Nothing changes for operands that are plain tensors. It can go when Dynamo's list has it.
+    """
+    from torch._dynamo.variables import torch as functions
+
+    functions.get_overridable_functions().add(torch._grouped_mm)
 
 
 def keep_address(tensor: torch.Tensor) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from lora_fx import _torch
 from lora_fx.config import ALL_LINEAR, LoRAConfig
-from lora_fx.install import adapted, check_not_in_rows, check_not_merged, configs
+from lora_fx.install import adapted, adapted_linears, check_not_in_rows, check_not_merged, configs
 from lora_fx.linear import LoRAModule
 from lora_fx.refusals import check_name, only_one
 from lora_fx.swap import new_adapter, store
@@ -171,7 +171,7 @@ def exchangeable(model: nn.Module) -> list[tuple[str, LoRAModule]]:
                 f"{_shown(path)} is wrapped by {wrapper}, which keeps the parameters that it found: add and set "
                 f"adapters before wrapping. lora_fx.load_adapter(model, folder) loads values into the active one"
             )
-    return adapted(model)
+    return adapted_linears(model, "which have one adapter: there is no other to add or to switch to")
 
 
 def check_known(model: nn.Module, name: str) -> None:

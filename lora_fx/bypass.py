@@ -41,32 +41,36 @@ class Patch:
     previous: Any
 
 
-def check_called(model: nn.Module, targets: Iterable[tuple[str, nn.Module]]) -> None:
+def check_called(model: nn.Module, targets: Iterable[tuple[str, nn.Module, str]]) -> None:
     """Raise ValueError, stating the `exclude_modules` that is needed, if the forward of `model` goes past a target.
 
     Args:
         model: the model to install on.
-        targets: path and module of every linear that is to be adapted.
+        targets: path, module and the name of the weight of everything that is to be adapted.
     """
-    readers = {id(linear): reader for linear, reader in _read(model)}
-    inert = {path: readers[id(module)] for path, module in targets if id(module) in readers}
+    targets = list(targets)
+    readers = {
+        (id(module), name): reader for name in {name for *_, name in targets} for module, reader in _read(model, name)
+    }
+    inert = {path: readers[id(module), name] for path, module, name in targets if (id(module), name) in readers}
     if not inert:
         return
     path, reader = next(iter(inert.items()))
     every = [clean_path(path) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    every += [path for path, module, _ in targets if not isinstance(module, nn.Linear)]
     raise ValueError(
         f"{path} would not run its adapter: {reader} reads its weight without calling it. "
         f"Leave it out: exclude_modules={_shortest(inert.keys(), every)!r}"
     )
 
 
-def _read(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """The modules whose weight is read, and who reads it."""
+def _read(model: nn.Module, weight: str) -> Iterator[tuple[nn.Module, str]]:
+    """The modules whose parameter called `weight` is read, and who reads it."""
     for module in model.modules():
         for name, child in _READ_BY_TORCH:
-            if isinstance(module, getattr(nn, name, ())):
+            if isinstance(module, getattr(nn, name, ())) and weight == "weight":
                 yield getattr(module, child), name
-        for below, read in weights_read(type(module)).items():
+        for below, read in weights_read(type(module), weight).items():
             found: Any = module
             for name in below.split("."):
                 found = getattr(found, name, None)

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from lora_fx._torch import compile_in_place
+from lora_fx.adapted import Adapted
 from lora_fx.config import LoRAConfig
 from lora_fx.install import install
-from lora_fx.linear import LoRAModule
 from lora_fx.passes.pipeline import hooks
 from lora_fx.record import check_kept
 
@@ -72,7 +72,7 @@ def compile(  # the name that torch and nn.Module use for it
         )
     merged = inductor_options(mode, options, dynamic, strict=strict)
     check_kept(model)
-    adapted = any(isinstance(module, LoRAModule) for module in model.modules())
+    adapted = any(isinstance(module, Adapted) for module in model.modules())
     if adapted and config is not None:
         raise ValueError(
             "the model has adapters already: call lora_fx.compile(model) without a config, or lora_fx.remove it first"

@@ -42,6 +42,9 @@ class LoRAConfig:
         alpha: the numerator of the scale, positive and finite.
         dropout: the probability of dropping an input element of the low-rank branch while training, in [0, 1).
         target_modules: ``"all-linear"`` (every `nn.Linear` and subclass), or one pattern or several that name linears.
+        target_parameters: patterns that name parameters which are stacks of matrices [E, N, K]: the routed experts of a
+            mixture (``"experts.gate_up_proj"``), each of which gets an adapter of its own. None is adapted unless it is
+            named here. With this field, which is PEFT's, `target_modules` may be empty.
         exclude_modules: patterns that are not adapted. One that names a container leaves out all linears below it.
         modules_to_save: patterns that name modules of any kind which are trained whole, with everything below them, and
             are not adapted: a new head, say. `adapter_parameters` and adapter files hold them too.
@@ -66,6 +69,7 @@ class LoRAConfig:
     alpha: float = 16.0
     dropout: float = 0.0
     target_modules: PatternLike | Sequence[PatternLike] = ALL_LINEAR
+    target_parameters: PatternLike | Sequence[PatternLike] = ()
     exclude_modules: PatternLike | Sequence[PatternLike] = ()
     modules_to_save: PatternLike | Sequence[PatternLike] = ()
     # Dictionaries are compared and left out of the hash: equal configurations still hash equal.
@@ -77,11 +81,12 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         _check_rank("rank", self.rank)
+        self._set("target_parameters", _checked_patterns("target_parameters", self.target_parameters))
         self._set("alpha", _checked_alpha("alpha", self.alpha))
         self._set("dropout", _checked_dropout(self.dropout))
         if self.target_modules != ALL_LINEAR:
             targets = _checked_patterns("target_modules", self.target_modules)
-            if not targets:
+            if not targets and not self.target_parameters:
                 raise ValueError(f'target_modules is empty: name at least one module, or pass "{ALL_LINEAR}"')
             self._set("target_modules", targets)
         self._set("exclude_modules", _checked_patterns("exclude_modules", self.exclude_modules))

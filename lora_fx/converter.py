@@ -13,9 +13,9 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import nn
 
+from lora_fx.adapted import Adapted
 from lora_fx.config import LoRAConfig
 from lora_fx.install import install
-from lora_fx.linear import LoRAModule
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -112,10 +112,10 @@ class Converters:
             RuntimeError: a converter took out adapters that an earlier one had installed.
         """
         for converter in self.converters:
-            adapted = [(path, module) for path, module in model.named_modules() if isinstance(module, LoRAModule)]
+            adapted = [(path, module) for path, module in model.named_modules() if isinstance(module, Adapted)]
             result = converter.convert(model)
             model = result if isinstance(result, nn.Module) else model
-            left = {id(module) for module in model.modules() if isinstance(module, LoRAModule)}
+            left = {id(module) for module in model.modules() if isinstance(module, Adapted)}
             lost = [path for path, module in adapted if id(module) not in left]
             if lost:
                 raise RuntimeError(

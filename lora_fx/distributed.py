@@ -19,6 +19,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from lora_fx import _torch
+from lora_fx.experts import LoRAExpertsModule
 from lora_fx.install import adapter_parameters, thawed
 from lora_fx.linear import PARAMETERS, LoRAModule
 from lora_fx.placements import adapter_placements, is_dtensor, local
@@ -27,6 +28,7 @@ from lora_fx.stored import StoredAdapter
 __all__ = [
     "DeferredReduction",
     "adapter_placements",
+    "average_gradients",
     "clip_grad_norm",
     "manual_seed",
     "reduce_gradients",
@@ -53,8 +55,13 @@ def reduce_gradients(parameters: nn.Module | Iterable[nn.Parameter]) -> int:
         ValueError: a gradient is partial in a way that is not a sum.
     """
     found = adapter_parameters(parameters) if isinstance(parameters, nn.Module) else list(parameters)
+    return _sum_over_groups(_partial_terms(found))
+
+
+def _partial_terms(parameters: Iterable[nn.Parameter]) -> list[tuple[Tensor, list[Group]]]:
+    """This rank's terms of the gradients that are partial, which become sums in name, with the groups to sum over."""
     terms: list[tuple[Tensor, list[Group]]] = []
-    for parameter in found:
+    for parameter in parameters:
         gradient: Any = parameter.grad
         if gradient is None or not is_dtensor(gradient):
             continue
@@ -65,7 +72,23 @@ def reduce_gradients(parameters: nn.Module | Iterable[nn.Parameter]) -> int:
             raise ValueError(f"a gradient is placed as {gradient.placements}: only sums can be reduced together")
         terms.append((local(gradient), [gradient.device_mesh.get_group(dim) for dim in partial]))
         parameter.grad = _as_sum(gradient)
-    return _sum_over_groups(terms)
+    return terms
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], groups: Sequence[Group], divisor: float) -> int:
+    """Sum this rank's part of each gradient over `groups` and divide it, in one all-reduce a group (and dtype).
+
+    For parameters that data-parallel ranks hold, and FSDP does not: experts that are shared out over a part of these
+    ranks. Their gradients are sums over the tokens of that part; `groups` are the rest, and `divisor` is all of them.
+
+    Returns:
+        How many all-reduces were done.
+    """
+    terms = [local(p.grad) for p in parameters if p.grad is not None]
+    count = _sum_over_groups([(term, list(groups)) for term in terms])
+    for term in terms:
+        term.div_(divisor)
+    return count
 
 
 class DeferredReduction:
@@ -92,7 +115,9 @@ class DeferredReduction:
     def __init__(self, models: nn.Module | Sequence[nn.Module], optimizer: torch.optim.Optimizer) -> None:
         self.models = [models] if isinstance(models, nn.Module) else list(models)
         self.modules = [module for model in self.models for module in model.modules() if isinstance(module, LoRAModule)]
-        if not self.modules:
+        # The gradients of these show that they are partial: there is nothing to keep from being reduced.
+        self.experts = [m for model in self.models for m in model.modules() if isinstance(m, LoRAExpertsModule)]
+        if not self.modules and not self.experts:
             raise ValueError("no model holds adapters: call lora_fx.install before deferring the reduction")
         self._owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         # Each factor with its linear's scale. The numbers of a swapped module are replicated on the tensor-parallel
@@ -100,7 +125,7 @@ class DeferredReduction:
         self._factors: list[tuple[Any, Any]] = [
             (holder._parameters[name], holder.lora_scale) for holder in self._holders() for name in PARAMETERS
         ]
-        if not self._factors:
+        if not self._factors and not self.experts:
             raise ValueError("the optimizer holds no adapter of these models: make it of lora_fx.adapter_parameters")
         if not _torch.can_place_gradients():
             raise RuntimeError(
@@ -119,7 +144,7 @@ class DeferredReduction:
     def reduce(self) -> int:
         """Reduce what is deferred and was not reduced since the last step; returns how many all-reduces it took."""
         done = {id(gradient) for ref in self._reduced if (gradient := ref()) is not None}
-        terms = []
+        terms = _partial_terms(module.get_parameter(n) for module in self.experts for n in module.lora_parameters)
         for factor, scale in self._factors:
             if not is_dtensor(scale) or factor.grad is None or id(factor.grad) in done:
                 continue

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_fx.linear import LoRAModule, lora_class, parent_class
+from lora_fx.adapted import parent_class
+from lora_fx.linear import LoRAModule, lora_class
 
 # Packages whose linears compute a rounded `F.linear` of their weight.
 _QUANTISERS = ("torchao", "bitsandbytes")

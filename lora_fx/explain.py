@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lora_fx._torch import own_frame, unlimited_recompiles
+from lora_fx.adapted import Adapted
+from lora_fx.branches import Branch, branches
 from lora_fx.exact import exact
-from lora_fx.linear import LoRAModule
+from lora_fx.experts import LoRAExpertsModule
 from lora_fx.passes.pipeline import LoRARewriteError
 from lora_fx.passes.report import SiteReport
 from lora_fx.passes.trace import GraphTrace, tracing_backend
@@ -108,7 +110,7 @@ def explain(model: nn.Module, *inputs: Any, strict: bool = False, verify: bool =
         LoRARewriteError: ``strict``, and a branch was left as it was; the text says which and why.
     """
     check_kept(model)
-    adapters = {name: module for name, module in model.named_modules() if isinstance(module, LoRAModule)}
+    adapters = branches(model)
     if not adapters:
         raise ValueError("the model has no adapters: call lora_fx.install(model, config) before lora_fx.explain")
     traces: list[GraphTrace] = []
@@ -118,14 +120,14 @@ def explain(model: nn.Module, *inputs: Any, strict: bool = False, verify: bool =
             rewritten = _results(model, tracing_backend(traces), inputs, kwargs)
         else:
             _run(model, tracing_backend(traces), inputs, kwargs)
-    paths = {id(module): name for name, module in adapters.items()}
+    paths = {id(module): (name, module) for name, module in model.named_modules() if isinstance(module, Adapted)}
     report = Report(
         sites=[_named(site, paths) for trace in traces for site in trace.report.sites],
         graphs=traces,
         failures=[failure for trace in traces for failure in trace.report.failures],
     )
     seen = {site.path for site in report.sites}
-    report.sites += [_unreached(name, module) for name, module in adapters.items() if name not in seen]
+    report.sites += [_unreached(branch) for branch in adapters if branch.path not in seen]
     if verify:
         report.verification = _verify(model, inputs, kwargs, rewritten)
     if strict and report.problems():
@@ -133,17 +135,22 @@ def explain(model: nn.Module, *inputs: Any, strict: bool = False, verify: bool =
     return report
 
 
-def _named(site: SiteReport, paths: dict[int, str]) -> SiteReport:
+def _named(site: SiteReport, modules: dict[int, tuple[str, Adapted]]) -> SiteReport:
     """The site with its path in the model, where the graph is of a part of it."""
-    return replace(site, path=paths.get(site.module_id or 0, site.path))
+    path, module = modules.get(site.module_id or 0, (site.path, None))
+    parameter = site.path.rsplit(".", 1)[-1]
+    if isinstance(module, LoRAExpertsModule) and parameter in module.adapted_parameters:
+        path = f"{path}.{parameter}".removeprefix(".")
+    return replace(site, path=path)
 
 
-def _unreached(path: str, module: LoRAModule) -> SiteReport:
-    rank, in_features = module.lora_a.shape
+def _unreached(branch: Branch) -> SiteReport:
+    lora_a, lora_b = branch.factors
+    rank, in_features = lora_a.shape[-2:]
     reason = (
         "not in the traced graphs: this call did not run it, or Dynamo left it uncompiled (TORCH_LOGS=graph_breaks)"
     )
-    return SiteReport(path, rank, in_features, module.lora_b.shape[0], reason=reason)
+    return SiteReport(branch.path, rank, in_features, lora_b.shape[-2], reason=reason)
 
 
 @contextmanager
@@ -213,7 +220,7 @@ def _verify(model: nn.Module, inputs: Any, kwargs: Any, rewritten: _Results | No
 def _dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """The modules that drop something, with the name of the attribute that says how much."""
     for module in model.modules():
-        if isinstance(module, LoRAModule) and module.lora_dropout:
+        if isinstance(module, Adapted) and module.lora_dropout:
             yield module, "lora_dropout"
         elif isinstance(module, _DROPOUTS) and module.p:
             yield module, "p"
@@ -315,8 +322,8 @@ def _collapsed(sites: list[SiteReport]) -> list[tuple[str, SiteReport]]:
 
 
 def _name(paths: list[str]) -> str:
-    if len(paths) == 1:
-        return paths[0] or "(root)"
+    if len(set(paths)) == 1:
+        return (paths[0] or "(root)") + (f" (x{len(paths)})" if len(paths) > 1 else "")
     found = [re.search(r"(?<![^.])\d+(?![^.])", path) for path in paths]
     if not all(found):
         return f"{paths[0] or '(root)'} (x{len(paths)})"

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_fx.linear import LoRAModule
+from lora_fx.adapted import Adapted
 from lora_fx.trained import keep_originals, trained_modules
 
 
@@ -32,7 +32,7 @@ class InitWeights:
         self.instance_attribute: tuple[Any, ...] = (model.__dict__[self.name],) if self.name in model.__dict__ else ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        modules = [module for module in self.model.modules() if isinstance(module, LoRAModule)]
+        modules = [module for module in self.model.modules() if isinstance(module, Adapted)]
         for module in modules:
             module.check_start()
         for module in modules:

@@ -3,16 +3,18 @@
 import contextlib
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from typing import TypeVar
+from collections.abc import Iterable, Iterator
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
 
 from lora_fx import _torch
+from lora_fx.adapted import Adapted
 from lora_fx.bypass import Patch, check_called, fast_path_patches
 from lora_fx.config import ALL_LINEAR, CHANGES_BASE, LoRAConfig
 from lora_fx.dora import with_magnitude
+from lora_fx.experts import ExpertAdapter, LoRAExpertsModule, new_expert_adapter, swap_experts, unswap_experts
 from lora_fx.first_factors import with_first_factors
 from lora_fx.init_weights import patch_init_weights
 from lora_fx.inits import check_bases
@@ -20,7 +22,7 @@ from lora_fx.linear import DEFAULT_NAME, LoRAModule, adapter_dtype
 from lora_fx.packed import is_activation_dtype
 from lora_fx.placements import is_dtensor
 from lora_fx.record import RECORD, Installation, check_kept
-from lora_fx.refusals import check_linear, check_model, check_name, only_one, shown
+from lora_fx.refusals import check_experts, check_linear, check_model, check_name, only_one, shown
 from lora_fx.swap import Adapter, new_adapter, swap, unswap
 from lora_fx.targets import Target, clean_path, conv1d_hint, find_saved, find_targets
 from lora_fx.trained import (
@@ -90,21 +92,28 @@ def install(
         raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}")
     check_name(adapter_name)
     check_model(model, RECORD)
-    targets = find_targets(model, config)
-    _check_room(targets, config, max_rank)
+    found = find_targets(model, config)
+    _check_room(found, config, max_rank)
+    targets = [target for target in found if target.parameter is None]
+    experts = _by_module(target for target in found if target.parameter is not None)
     if config.target_modules == ALL_LINEAR and (hint := conv1d_hint(model)):
         warnings.warn(f"all-linear adapts {len(targets)} nn.Linear of {type(model).__name__}{hint}", stacklevel=2)
     for target in targets:
-        check_linear(target.path, target.module, config)
-    check_called(model, [(target.path, target.module) for target in targets])
+        check_linear(target.path, cast(nn.Linear, target.module), config)
+    for group in experts:
+        for target in group:
+            check_experts(target, config)
+    check_called(model, [(target.path, target.module, target.parameter or "weight") for target in found])
     saved = find_saved(model, config)
     check_trainable(model, saved)
     if config.init in CHANGES_BASE:
-        check_bases({target.path: (target.module, target.rank) for target in targets}, config.init, model)
+        bases = {target.path: (cast(nn.Linear, target.module), target.rank) for target in targets}
+        check_bases(bases, config.init, model)
 
     # Tensors made in inference mode would never train. And what can fail comes before the first change.
     with torch.inference_mode(False):
         adapters = _new_adapters(model, targets, config, max_rank)
+        expert_adapters = [[_new_expert_adapter(target, config) for target in group] for group in experts]
         record = Installation(
             config=config,
             paths=tuple(target.path for target in targets),
@@ -114,7 +123,9 @@ def install(
         setattr(model, RECORD, record)
         try:
             for target, adapter in zip(targets, adapters):
-                swap(target.module, adapter, adapter_name)
+                swap(cast(nn.Linear, target.module), adapter, adapter_name)
+            for group, several in zip(experts, expert_adapters):
+                swap_experts(group[0].module, several, dropout=config.dropout, init=config.init, name=adapter_name)
             for module, patch in _patched(model, record):
                 setattr(module, patch.name, patch.value)
             record.init_weights = patch_init_weights(model)
@@ -138,7 +149,7 @@ def remove(model: Model) -> Model:
             what a trained module held is not known: it was on the meta device at install.
     """
     record = _record(model)
-    merged = any(isinstance(module, LoRAModule) and module._lora_merged is not None for module in model.modules())
+    merged = any(isinstance(module, Adapted) and module._lora_merged is not None for module in model.modules())
     check_not_in_rows(model)
     if not merged:
         check_originals(model, "lora_fx.remove")
@@ -146,7 +157,7 @@ def remove(model: Model) -> Model:
         wrapper = _torch.data_parallel_wrapper(module)
         if wrapper is not None:
             raise ValueError(f"{shown(path)} is wrapped by {wrapper}: remove the adapters before wrapping")
-        if isinstance(module, LoRAModule) and "_lora_parent" not in type(module).__dict__:
+        if isinstance(module, Adapted) and "_lora_parent" not in type(module).__dict__:
             raise ValueError(f"{shown(path)} became a {type(module).__name__} after install: undo that first")
     if not merged:
         restore_originals(module for _, module in trained_modules(model))
@@ -230,7 +241,7 @@ def named_adapter_parameters(model: nn.Module, adapter_name: str | None = None) 
     found: dict[nn.Parameter, str] = {}  # a trained one may be shared
     for path, module in model.named_modules():
         parameters = dict(module._parameters) if is_trained(module) else {}
-        if isinstance(module, LoRAModule):
+        if isinstance(module, Adapted):
             holder = module.holder(adapter_name)
             if holder is None:
                 raise ValueError(f"{shown(path)} has no adapter called {adapter_name!r}")
@@ -253,7 +264,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
             base weight `init` changed; or the first values of a trained module are not known.
     """
     check_not_merged(model)
-    changed = [(path, module) for path, module in adapted(model) if module._lora_base is not None]
+    changed = [(p, m) for p, m in adapted(model) if isinstance(m, LoRAModule) and m._lora_base is not None]
     modules = [module for _, module in adapted(model) if module._lora_base is None]
     before = [module.lora_enabled for module in modules]
     try:
@@ -268,7 +279,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 def is_installed(model: nn.Module) -> bool:
     """Whether `model` or a part of it holds adapters."""
-    return any(isinstance(module, LoRAModule) for module in model.modules())
+    return any(isinstance(module, Adapted) for module in model.modules())
 
 
 def configs(model: nn.Module) -> list[LoRAConfig]:
@@ -277,24 +288,38 @@ def configs(model: nn.Module) -> list[LoRAConfig]:
     return [record.config for record in records if isinstance(record, Installation)]
 
 
-def adapted(model: nn.Module) -> list[tuple[str, LoRAModule]]:
+def adapted(model: nn.Module) -> list[tuple[str, Adapted]]:
     """Path and module of every linear of `model` that holds an adapter.
 
     Raises:
         ValueError: there is none, or one was lost (see `check_kept`).
     """
     check_kept(model)
-    found = [(path, module) for path, module in model.named_modules() if isinstance(module, LoRAModule)]
+    found = [(path, module) for path, module in model.named_modules() if isinstance(module, Adapted)]
     if not found:
         raise ValueError(f"{type(model).__name__} holds no adapters: call lora_fx.install(model, config) first")
     return found
+
+
+def adapted_linears(model: nn.Module, otherwise: str) -> list[tuple[str, LoRAModule]]:
+    """As `adapted`, for what experts with adapters cannot do.
+
+    Raises:
+        ValueError: there are none, or there are such experts; the text goes on with `otherwise`.
+    """
+    linears = []
+    for path, module in adapted(model):
+        if not isinstance(module, LoRAModule):
+            raise ValueError(f"{shown(clean_path(path))} holds adapted experts, {otherwise}")
+        linears.append((path, module))
+    return linears
 
 
 def check_not_disabled(model: nn.Module) -> None:
     """Raise ValueError where `disabled` shows first values in the place of those that were trained."""
     trained = bool(trained_modules(model))
     for path, module in model.named_modules():
-        if isinstance(module, LoRAModule):
+        if isinstance(module, Adapted):
             off = trained and module.lora_enabled is module._lora_disabled
             if off or (module._lora_base is not None and module._lora_base.shown):
                 raise ValueError(f"{shown(path)} is disabled: leave lora_fx.disabled first")
@@ -303,14 +328,14 @@ def check_not_disabled(model: nn.Module) -> None:
 def check_not_merged(model: nn.Module) -> None:
     """Raise ValueError if an adapter of `model` is merged into its weight."""
     for path, module in model.named_modules():
-        if isinstance(module, LoRAModule) and module._lora_merged is not None:
+        if isinstance(module, Adapted) and module._lora_merged is not None:
             raise ValueError(f"{shown(path)} is merged: call lora_fx.unmerge(model) first")
 
 
 def check_not_in_rows(model: nn.Module) -> None:
     """Raise ValueError within `lora_fx.adapters_per_row`, which holds copies of the adapters."""
     for path, module in model.named_modules():
-        if isinstance(module, LoRAModule) and module._lora_rows is not None:
+        if isinstance(module, Adapted) and module._lora_rows is not None:
             raise ValueError(f"{shown(path)} has adapters assigned to rows: leave lora_fx.adapters_per_row first")
 
 
@@ -328,6 +353,8 @@ def _undo(model: nn.Module, record: Installation) -> None:
     for module in list(model.modules()):
         if isinstance(module, LoRAModule):
             unswap(module)
+        elif isinstance(module, LoRAExpertsModule):
+            unswap_experts(module)
     forget_originals(module for _, module in trained_modules(model))
     for module, patch in _patched(model, record):
         setattr(module, patch.name, patch.previous)
@@ -358,6 +385,8 @@ def _check_room(targets: list[Target], config: LoRAConfig, max_rank: int | None)
     for target in targets:
         if target.rank > max_rank:
             raise ValueError(f"{shown(target.path)} gets rank {target.rank}, which is above max_rank={max_rank}")
+        if target.parameter is not None:
+            raise ValueError(f"{target.path}: adapters of experts have no room for others: leave max_rank out")
 
 
 def _new_adapters(model: nn.Module, targets: list[Target], config: LoRAConfig, max_rank: int | None) -> list[Adapter]:
@@ -365,16 +394,34 @@ def _new_adapters(model: nn.Module, targets: list[Target], config: LoRAConfig, m
     activation_dtype = dtypes.most_common(1)[0][0] if dtypes else torch.get_default_dtype()
     adapters = [
         new_adapter(
-            target.module,
+            cast(nn.Linear, target.module),
             rank=target.rank,
             scale=config.scale(target.rank, target.alpha),
             dropout=config.dropout,
             init=config.init,
-            dtype=adapter_dtype(target.module, activation_dtype),
+            dtype=adapter_dtype(cast(nn.Linear, target.module), activation_dtype),
             room=target.rank if max_rank is None else max_rank,
         )
         for target in targets
     ]
     if not config.use_dora:
         return adapters
-    return [with_magnitude(target.module, adapter) for target, adapter in zip(targets, adapters)]
+    return [with_magnitude(cast(nn.Linear, target.module), adapter) for target, adapter in zip(targets, adapters)]
+
+
+def _by_module(targets: Iterable[Target]) -> list[list[Target]]:
+    """The targeted parameters of each module together."""
+    groups: dict[nn.Module, list[Target]] = {}
+    for target in targets:
+        groups.setdefault(target.module, []).append(target)
+    return list(groups.values())
+
+
+def _new_expert_adapter(target: Target, config: LoRAConfig) -> ExpertAdapter:
+    return new_expert_adapter(
+        target.module,
+        cast(str, target.parameter),
+        rank=target.rank,
+        scale=config.scale(target.rank, target.alpha),
+        init=config.init,
+    )

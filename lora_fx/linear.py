@@ -3,28 +3,23 @@
     module.__class__ = lora_class(type(module))      # Float8Linear -> LoRAFloat8Linear, and isinstance still holds
     module.forward(x) = Parent.forward(x) + scale * enabled * (dropout(x) A^T) B^T
 
-There is one class per parent class and never one per module: Dynamo guards on classes. For the same reason the numbers
-that differ between modules are 0-d buffers and not Python floats: they are inputs of a compiled graph, not guards, so
-modules of equal shape share one graph, and changing a number takes effect without recompiling.
+What it shares with swapped experts is in `lora_fx.adapted`.
 """
 
-import functools
-import types
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from lora_fx.adapted import BUFFERS, Adapted, swapped_class
 from lora_fx.config import CHANGES_BASE
 from lora_fx.inits import ChangedBase, decomposed, put_back, put_residual, reset_factors
 from lora_fx.packed import check_not_quantised, is_activation_dtype
 from lora_fx.passes.low_rank import low_rank, low_rank_rows
 from lora_fx.placements import deferred, is_dtensor, placed
 from lora_fx.stored import (
-    ENABLED,
     OWN_ATTRIBUTES,
-    SCALE,
     StoredAdapter,
     exchange,
     keep_numbers,
@@ -34,7 +29,6 @@ from lora_fx.stored import (
 
 # Everything that the swap adds to a module, in the order in which it is added.
 PARAMETERS = ("lora_a", "lora_b")
-BUFFERS = (SCALE, ENABLED)
 ATTRIBUTES = (
     *OWN_ATTRIBUTES,
     "lora_adapters",
@@ -48,7 +42,7 @@ ATTRIBUTES = (
 DEFAULT_NAME = "default"
 
 
-class LoRAModule(nn.Linear):
+class LoRAModule(Adapted, nn.Linear):
     """The half of a swapped linear that is not its parent: every ``LoRA<Parent>`` derives from this and from Parent.
 
     The buffers are 0-d, and float32 whatever dtype the module is moved to.
@@ -64,22 +58,11 @@ class LoRAModule(nn.Linear):
     """
 
     lora_parameters: ClassVar[tuple[str, ...]] = PARAMETERS
-    lora_prefix: ClassVar[str] = "LoRA"
     lora_a: nn.Parameter
     lora_b: nn.Parameter
-    lora_scale: Tensor
-    lora_enabled: Tensor
-    lora_dropout: float
-    lora_init: str
     lora_adapters: nn.ModuleDict
-    _lora_last_scale: float
     _lora_rank: int
-    _lora_active: str
-    _lora_disabled: Tensor | None
-    _lora_deferred: bool
-    _lora_merged: Any  # a lora_fx.merge.Merged, or None
     _lora_base: ChangedBase | None
-    _lora_rows: Any  # a lora_fx.rows.Rows, or None
     _lora_stack: Any  # a lora_fx.rows.Stack, or None
 
     # The parameter is called `input` because `nn.Linear.forward`'s is, and callers may name it.
@@ -151,20 +134,6 @@ class LoRAModule(nn.Linear):
         exchange(self, stored)
         self.lora_adapters[self._lora_active] = stored
         self._lora_active = adapter
-
-    def disabled_buffer(self) -> Tensor:
-        """The zero that stands in for `lora_enabled` inside `lora_fx.disabled`.
-
-        It takes the other's place instead of being written into it, because a compiled forward may have saved
-        `lora_enabled` for its backward: a loss that compares a model with itself without adapters (DPO, KL to the
-        base) runs the second forward before the backward of the first. And it is always the same tensor, because CUDA
-        graphs are recorded for addresses.
-        """
-        zero = self._lora_disabled
-        if zero is None or zero.device != self.lora_enabled.device or type(zero) is not type(self.lora_enabled):
-            with torch.inference_mode(False):  # it may be needed for training next
-                zero = self._lora_disabled = torch.zeros_like(self.lora_enabled)
-        return zero
 
     @torch.no_grad()
     def reset_adapters(self) -> None:
@@ -260,21 +229,6 @@ class LoRAModule(nn.Linear):
             ours = {below + key for key in (*stored._parameters, *stored._buffers)}
             unexpected[:] = [key for key in unexpected if key not in ours]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle by the parent class, which can be imported; the swapped class is made again where it is loaded."""
-        reduced = super().__reduce_ex__(max(protocol, 2))
-        cls = type(self)
-        if "_lora_parent" not in cls.__dict__:  # a subclass of a swapped class looks after itself
-            return reduced
-        if not isinstance(reduced, tuple) or reduced[0].__name__ != "__newobj__" or reduced[1] != (cls,):
-            raise TypeError(f"{cls.__name__} cannot be pickled: {parent_class(cls).__name__} pickles in its own way")
-        return (_new, (parent_class(cls), cls.__dict__["_lora_kind"]), *reduced[2:])
-
-
-def _new(parent: type[nn.Linear], kind: type[LoRAModule]) -> LoRAModule:
-    cls = lora_class(parent, kind)
-    return cls.__new__(cls)
-
 
 def lora_class(parent: type[nn.Linear], kind: type[LoRAModule] = LoRAModule) -> type[LoRAModule]:
     """The subclass ``LoRA<Parent>`` of `parent`: always the same class for the same parent and kind.
@@ -284,26 +238,7 @@ def lora_class(parent: type[nn.Linear], kind: type[LoRAModule] = LoRAModule) -> 
     """
     if not issubclass(parent, nn.Linear) or issubclass(parent, LoRAModule):
         raise TypeError(f"{parent.__name__} must be nn.Linear or a subclass that is not swapped yet")
-    return _lora_class(cast(Hashable, parent), cast(Hashable, kind))
-
-
-@functools.cache
-def _lora_class(parent: Any, kind: Any) -> type[LoRAModule]:
-    name = f"{kind.lora_prefix}{parent.__name__}"
-    namespace = {
-        # The parent's: torch.fx traces through a module or calls it, depending on where its class is from.
-        "__module__": parent.__module__,
-        "__qualname__": name,
-        "__doc__": f"`{parent.__module__}.{parent.__qualname__}` with an adapter; see `lora_fx.{kind.__name__}`.",
-        "_lora_parent": parent,
-        "_lora_kind": kind,
-    }
-    return cast(type[LoRAModule], types.new_class(name, (kind, parent), exec_body=lambda ns: ns.update(namespace)))
-
-
-def parent_class(cls: type) -> type[nn.Linear]:
-    """The class that a module had before its class became `cls`, a `lora_class`."""
-    return cast(type[nn.Linear], cls.__dict__["_lora_parent"])
+    return swapped_class(kind, parent)
 
 
 def adapter_dtype(module: nn.Linear, activation_dtype: torch.dtype) -> torch.dtype:

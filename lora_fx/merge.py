@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.dora import DoRAModule
-from lora_fx.install import adapted, check_not_in_rows
+from lora_fx.install import adapted, adapted_linears, check_not_in_rows
 from lora_fx.linear import LoRAModule
 from lora_fx.packed import is_activation_dtype
 from lora_fx.placements import is_dtensor
@@ -67,7 +67,7 @@ def merge(model: Model, *, keep: bool = True) -> Model:
             quantised, sharded, on the meta device or shared with another module, or the sum is not finite. The text
             names the module, and `model` is as it was.
     """
-    modules = adapted(model)
+    modules = adapted_linears(model, "which cannot be merged here: save the adapter, and merge it in PEFT")
     check_not_in_rows(model)
     holders = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     for path, module in modules:  # all of them before the first change
@@ -105,7 +105,8 @@ def unmerge(model: Model) -> Model:
     Raises:
         ValueError: `model` holds no merged adapter, or was merged with ``keep=False``. `model` is as it was.
     """
-    merged = [(path, module, module._lora_merged) for path, module in adapted(model) if module._lora_merged is not None]
+    merged = [(path, module, module._lora_merged) for path, module in adapted(model) if isinstance(module, LoRAModule)]
+    merged = [(path, module, record) for path, module, record in merged if record is not None]
     if not merged:
         raise ValueError(f"{type(model).__name__} is not merged")
     for path, _, record in merged:

@@ -33,7 +33,6 @@ _PLAIN_INITS = {
 
 # Settings that make an adapter something else than ``scale * B A`` on a linear, with what a user can do.
 _UNSUPPORTED = {
-    "target_parameters": "adapters on expert tensors are not supported yet: adapt linears alone",
     "trainable_token_indices": "trained tokens are not supported: merge the adapter into the base in PEFT",
     "lora_bias": "a bias of the low-rank branch is not supported: train with lora_bias=False",
     "layer_replication": "replicated layers are not supported: load into a model that has them, without this setting",
@@ -59,6 +58,7 @@ class PeftConfig:
     use_dora: bool
     init: str
     target_modules: str | tuple[str, ...]
+    target_parameters: tuple[str, ...]
     exclude_modules: str | tuple[str, ...]
     modules_to_save: tuple[str, ...]
     rank_pattern: Mapping[re.Pattern[str], int]
@@ -89,6 +89,10 @@ class PeftConfig:
         if path in self.target_modules:
             return True
         return _named(self.target_modules, path) and (not self.layers_to_transform or self._in_a_chosen_layer(path))
+
+    def targets_parameter(self, path: str) -> bool:
+        """Whether the parameter at `path` gets an adapter."""
+        return _named(self.target_parameters, path)
 
     def trains(self, path: str) -> bool:
         """Whether the module at `path` is trained whole. PEFT compares ends of paths, and not of whole segments."""
@@ -127,6 +131,7 @@ def config_values(
     ranks: Mapping[str, int],
     scales: Mapping[str, float],
     *,
+    parameters: Collection[str],
     others: Collection[str],
     trained: Collection[str],
     dropout: float,
@@ -138,11 +143,12 @@ def config_values(
     """The content of an `adapter_config.json` from which PEFT computes exactly these ranks and scales.
 
     Args:
-        ranks: of every adapted linear, by its path.
+        ranks: of everything adapted, by its path.
         scales: likewise; numbers that float32 holds.
+        parameters: which of them are parameters; the rest are linears.
         others: paths of the modules that are not adapted.
         trained: paths of the modules that are trained whole.
-        dropout: of all of them.
+        dropout: of all of them; PEFT loads no adapted parameters with dropout.
         use_rslora: whether alphas are to be divided by sqrt(R) and not by R. The scales are the same either way.
         use_dora: whether they have magnitudes.
         inits: how they started; PEFT's default where there are several, or where that changed the base.
@@ -158,7 +164,8 @@ def config_values(
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": dropout,
-        "target_modules": _target_modules(list(ranks), others),
+        "target_modules": _target_modules([path for path in ranks if path not in parameters], others),
+        **({"target_parameters": list(parameters)} if parameters else {}),
         "rank_pattern": {_exactly(path): other for path, other in ranks.items() if other != rank},
         "alpha_pattern": {_exactly(path): other for path, other in alphas.items() if other != alpha},
         "use_rslora": use_rslora,
@@ -240,7 +247,10 @@ def _checked(file: Path, values: Any) -> PeftConfig:
     if (bias := values.get("bias", "none")) != "none":
         raise ValueError(f"bias is {bias!r}: trained biases are not supported, train with bias='none'")
     targets = _names(values, "target_modules")
-    if not targets:
+    parameters = _names(values, "target_parameters")
+    if isinstance(parameters, str):
+        raise ValueError(f"target_parameters must be a list of strings, got {parameters!r}")
+    if not targets and not parameters:
         raise ValueError("target_modules is empty: name the adapted linears")
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         targets = ALL_LINEAR
@@ -253,6 +263,7 @@ def _checked(file: Path, values: Any) -> PeftConfig:
         use_dora=bool(values.get("use_dora")),
         init=_PLAIN_INITS[init],
         target_modules=targets,
+        target_parameters=parameters,
         exclude_modules=_names(values, "exclude_modules"),
         modules_to_save=_several(_names(values, "modules_to_save")),
         rank_pattern=_patterns(values, "rank_pattern", _rank),

@@ -4,6 +4,7 @@ adapter_config.json          see `lora_fx.peft_config`
 adapter_model.safetensors    base_model.model.<path>.lora_A.weight [R, K], base_model.model.<path>.lora_B.weight [N, R],
                              base_model.model.<path>.lora_magnitude_vector [N] (DoRA),
                              base_model.model.<path>.<name in its state_dict> of modules that are trained whole
+                             of experts, see `lora_fx.peft_experts`
 """
 
 import json
@@ -29,7 +30,7 @@ _KEYS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "lora_magnitude":
 
 @dataclass(frozen=True)
 class Factors:
-    """A [R, K] and B [N, R] of one linear, and DoRA's magnitudes [N], on the CPU."""
+    """A [R, K] and B [N, R] of one linear, and DoRA's magnitudes [N]; or A [E, R, K] and B [E, N, R] of experts."""
 
     lora_a: Tensor
     lora_b: Tensor
@@ -38,7 +39,7 @@ class Factors:
     @property
     def rank(self) -> int:
         """R."""
-        return self.lora_a.shape[0]
+        return self.lora_a.shape[-2]
 
     def named(self) -> dict[str, Tensor]:
         """The tensors by the names that they have as parameters."""
@@ -48,7 +49,7 @@ class Factors:
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """What a folder holds: `factors` by the path of their linear, without what wrappers put into paths.
+    """What a folder holds: `factors` by their path in it, without what wrappers put into paths, as matrices.
 
     `trained` has, by their full names, the tensors of modules that are trained whole.
     """
@@ -94,6 +95,15 @@ def read_files(folder: Path) -> AdapterFiles:
     return AdapterFiles(file, config, factors, trained)
 
 
+def check_rank(config: PeftConfig, file: Path, path: str, rank: int) -> None:
+    """Raise ValueError if `config` gives what is at `path` another rank than its tensors in `file` have."""
+    if rank != config.rank_of(path):
+        raise ValueError(
+            f"{config.file} gives {path} rank {config.rank_of(path)}, and its tensors in {file} have rank "
+            f"{rank}: the two files are not of one adapter, or r and rank_pattern were edited"
+        )
+
+
 def encoded(
     factors: Mapping[str, Factors], trained: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> dict[str, bytes]:
@@ -135,10 +145,7 @@ def _split(file: Path, key: str, config: PeftConfig) -> tuple[str, str]:
     path = clean_path(key.removeprefix(PREFIX))
     for name, end in _KEYS.items():
         if path.endswith("." + end):
-            linear = path.removesuffix("." + end)
-            if linear.endswith(".base_layer"):
-                raise ValueError(f"{file}: {key!r}: adapters on expert tensors are not supported yet")
-            return linear, name
+            return path.removesuffix("." + end), name
     segments = path.split(".")
     if any(config.trains(".".join(segments[:end])) for end in range(1, len(segments))):
         return path, ""
@@ -176,11 +183,8 @@ def _factors(file: Path, config: PeftConfig, path: str, half: Mapping[str, Tenso
             f"{file}: {path} has lora_B {list(factors.lora_b.shape)} and lora_magnitude_vector "
             f"{list(magnitude.shape)}, which do not belong together: save the adapter again"
         )
-    if factors.rank != config.rank_of(path):
-        raise ValueError(
-            f"{config.file} gives {path} rank {config.rank_of(path)}, and its tensors in {file} have rank "
-            f"{factors.rank}: the two files are not of one adapter, or r and rank_pattern were edited"
-        )
+    if not config.target_parameters:  # or else the model has to say what these are of
+        check_rank(config, file, path, factors.rank)
     for name, tensor in half.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{file}: {PREFIX}{path}.{_KEYS[name]} holds NaN or infinity: take an earlier checkpoint")

@@ -68,6 +68,77 @@ def placed(name: str, parameter: nn.Parameter, weight: object) -> nn.Parameter:
     return nn.Parameter(moved, requires_grad=parameter.requires_grad)
 
 
+def expert_placements(weight: Sequence[Any], *, transposed: bool = False) -> dict[str, tuple[Any, ...]]:
+    """The placements of A [E, R, K] and B [E, N, R], as "lora_a" and "lora_b", that those of the weight imply.
+
+        experts          W [E, N, K] Shard(0)     A Shard(0)     B Shard(0)
+        columns of each  W [E, N, K] Shard(1)     A Replicate    B Shard(1)
+        rows of each     W [E, N, K] Shard(2)     A Shard(2)     B Replicate
+
+    Args:
+        weight: one placement for each dimension of the mesh.
+        transposed: the weight is [E, K, N].
+
+    Raises:
+        ValueError: the weight is partial on some dimension.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    def shard(placement: Any, dim: int) -> Any:
+        return placement if placement.dim == dim else Shard(dim)
+
+    outputs, inputs = (2, 1) if transposed else (1, 2)
+    a: list[Any] = []
+    b: list[Any] = []
+    for placement in weight:
+        if placement.is_partial():
+            raise ValueError(f"a weight placed as {tuple(weight)} is partial: reduce it before it gets an adapter")
+        dim = getattr(placement, "dim", None)
+        a.append(placement if dim == 0 else shard(placement, 2) if dim == inputs else Replicate())
+        b.append(placement if dim == 0 else shard(placement, 1) if dim == outputs else Replicate())
+    return {"lora_a": tuple(a), "lora_b": tuple(b)}
+
+
+@torch.no_grad()
+def placed_experts(name: str, parameter: nn.Parameter, weight: object, transposed: bool) -> nn.Parameter:
+    """`parameter`, the factor `name` of a stack of experts, on the placements that `weight` implies.
+
+    Also if it is plain: whoever shards the weights of experts by hand knows nothing of factors. All ranks then get the
+    values of the mesh's first one. What lives on another mesh is returned as it is.
+    """
+    if not is_dtensor(weight):
+        return parameter
+    base: Any = weight
+    wanted = expert_placements(base.placements, transposed=transposed)[name]
+    tensor: Any = parameter
+    if not is_dtensor(parameter):
+        moved = distributed(tensor.detach(), base.device_mesh, wanted)
+    elif tensor.placements == wanted or tensor.device_mesh != base.device_mesh:
+        return parameter
+    else:
+        moved = tensor.detach().redistribute(placements=wanted)
+    return nn.Parameter(moved, requires_grad=parameter.requires_grad)
+
+
+def local_expert_factor(factor: Tensor, weight: Tensor) -> Tensor:
+    """This rank's part of a factor, for products with this rank's part of the weight; a plain factor itself.
+
+    Where ranks hold parts of each expert, a factor that is replicated over them gets a term of its gradient on each.
+    """
+    if not is_dtensor(factor):
+        return factor
+    from torch.distributed.tensor import Partial
+
+    theirs: Any = factor
+    base: Any = weight
+    gradient = [
+        Partial() if mine.is_replicate() and not whole.is_replicate() else mine
+        for mine, whole in zip(theirs.placements, base.placements)
+    ]
+    part: Tensor = theirs.to_local(grad_placements=gradient)
+    return part
+
+
 @torch.no_grad()
 def like_weight(name: str, full: Tensor, weight: object) -> Tensor:
     """The factor `name` with the values `full`, distributed as the DTensor `weight` implies; plain if that is plain.

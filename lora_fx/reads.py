@@ -33,18 +33,18 @@ class Read:
     line: int
 
 
-def weights_read(cls: type) -> Mapping[str, Read]:
+def weights_read(cls: type, weight: str = "weight") -> Mapping[str, Read]:
     """Dotted name below `self` -> where its ``.weight`` is used, in ``cls.forward`` and the methods that it reaches.
 
-    Used means: an operand of ``@``, an argument beside another that is no constant, or the start of an expression on
-    its values. ``self.wo.weight.dtype`` and ``self.norm(self.fc.weight)`` are not. torch's own classes are left out:
-    `lora_fx.bypass` lists them.
+    Used means: an operand of ``@``, an argument beside another that is no constant, indexed, or the start of an
+    expression on its values. ``self.wo.weight.dtype`` and ``self.norm(self.fc.weight)`` are not. torch's own classes
+    are left out: `lora_fx.bypass` lists them. `weight` is the name of the parameter to look for.
     """
-    return _weights_read(cast(Hashable, cls))
+    return _weights_read(cast(Hashable, cls), weight)
 
 
 @functools.cache
-def _weights_read(cls: Any) -> Mapping[str, Read]:
+def _weights_read(cls: Any, weight: str) -> Mapping[str, Read]:
     found: dict[str, Read] = {}
     waiting, seen = ["forward"], {"forward"}
     while waiting:
@@ -54,7 +54,7 @@ def _weights_read(cls: Any) -> Mapping[str, Read]:
         if parsed is None:
             continue
         tree, file, first = parsed
-        for submodule, line in _reads(tree):
+        for submodule, line in _reads(tree, f".{weight}"):
             found.setdefault(submodule, Read(f"{cls.__name__}.{name}", file, first + line - 1))
         for called in _methods_called(tree):
             if called not in seen and inspect.isfunction(getattr(cls, called, None)):
@@ -74,7 +74,7 @@ def _parse(function: Any) -> tuple[ast.AST, str, int] | None:
         return None
 
 
-def _reads(tree: ast.AST) -> Iterator[tuple[str, int]]:
+def _reads(tree: ast.AST, end: str) -> Iterator[tuple[str, int]]:
     for node in ast.walk(tree):
         used: list[ast.expr] = []
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
@@ -84,12 +84,12 @@ def _reads(tree: ast.AST) -> Iterator[tuple[str, int]]:
             harmless = isinstance(node.func, ast.Name) and node.func.id in _HARMLESS_CALLS
             if not harmless and sum(not isinstance(argument, ast.Constant) for argument in arguments) > 1:
                 used = arguments
-        elif isinstance(node, ast.Attribute) and node.attr not in _HARMLESS:
+        elif isinstance(node, ast.Subscript) or (isinstance(node, ast.Attribute) and node.attr not in _HARMLESS):
             used = [node.value]
         for expression in used:
             path = _below_self(expression)
-            if path is not None and path.endswith(".weight"):
-                yield path.removesuffix(".weight"), expression.lineno
+            if path is not None and path.endswith(end):
+                yield path.removesuffix(end), expression.lineno
 
 
 def _methods_called(tree: ast.AST) -> Iterator[str]:

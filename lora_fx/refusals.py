@@ -1,13 +1,18 @@
 """What `install` refuses, before it changes anything."""
 
 import inspect
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from lora_fx import _torch
+from lora_fx.adapted import BUFFERS, Adapted
 from lora_fx.config import CHANGES_BASE, LoRAConfig
 from lora_fx.dora import MAGNITUDE, DoRAModule, check_dora
-from lora_fx.linear import ATTRIBUTES, BUFFERS, PARAMETERS, LoRAModule, lora_class
+from lora_fx.experts import EXPERT_ATTRIBUTES, A, B, experts_class
+from lora_fx.linear import ATTRIBUTES, PARAMETERS, LoRAModule, lora_class
+from lora_fx.packed import is_activation_dtype
+from lora_fx.targets import Target
 
 
 def shown(path: str) -> str:
@@ -26,7 +31,7 @@ def check_model(model: nn.Module, record: str) -> None:
         ValueError: naming the module, and the fix.
     """
     for path, module in model.named_modules():
-        if isinstance(module, LoRAModule) or record in module.__dict__:
+        if isinstance(module, Adapted) or record in module.__dict__:
             raise ValueError(f"{shown(path)} holds adapters already: call lora_fx.remove(model) before a new install")
         if _torch.is_compiled(module):
             raise ValueError(
@@ -39,6 +44,29 @@ def check_model(model: nn.Module, record: str) -> None:
                 f"{shown(path)} is wrapped by {wrapper} already: install first, then wrap "
                 f"(the order is: quantise, install, parallelise, shard, compile)"
             )
+
+
+def check_experts(target: Target, config: LoRAConfig) -> None:
+    """Refuse a parameter on which adapters could not work."""
+    module, name = target.module, cast(str, target.parameter)
+    what = f"{target.path} (of {type(module).__name__})"
+    fix = "leave it out of target_parameters"
+    if config.use_dora or config.init in CHANGES_BASE:
+        raise ValueError(
+            f"{what}: experts have plain adapters: leave use_dora out, and take an init that leaves weights alone"
+        )
+    weight: Any = module._parameters[name]
+    if not is_activation_dtype(weight.dtype):
+        raise ValueError(f"{what} is {weight.dtype}, a packed form whose products are not known here: {fix}")
+    if _torch.has_instance_forward(module):
+        raise ValueError(f"{what} has a `forward` of its own on the instance, which would hide the adapters': {fix}")
+    taken = [n for n in (name + A, name + B, *BUFFERS, *EXPERT_ATTRIBUTES) if hasattr(module, n)]
+    if taken:
+        raise ValueError(f"{what}: its module has an attribute called {taken[0]} already: {fix}")
+    try:
+        experts_class(type(module))
+    except Exception as error:
+        raise ValueError(f"{what}: its module has a class that refuses to be subclassed ({error}): {fix}") from error
 
 
 def check_linear(path: str, module: nn.Linear, config: LoRAConfig) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora_fx import _torch
 from lora_fx.adapters import adapter_names, check_known
 from lora_fx.entries import held
-from lora_fx.install import adapted, check_not_merged, configs
+from lora_fx.install import adapted_linears, check_not_merged, configs
 from lora_fx.linear import LoRAModule
 from lora_fx.placements import is_dtensor
 from lora_fx.refusals import only_one
@@ -76,7 +76,8 @@ def adapters_per_row(model: nn.Module, rows: Sequence[str | None]) -> Iterator[N
     for config in configs(model):
         if reason := only_one(config):
             raise ValueError(f"{reason}: rows of several adapters run in models of plain LoRA")
-    names, modules = adapter_names(model), adapted(model)
+    names = adapter_names(model)
+    modules = adapted_linears(model, "which have one adapter for all rows: use a model whose linears alone are adapted")
     wanted = list(rows)
     if isinstance(rows, str) or not wanted:
         raise ValueError(f"rows must be a list with a name or None for each row of the batch, got {rows!r}")

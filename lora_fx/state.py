@@ -11,16 +11,18 @@ from torch import nn
 
 from lora_fx import _torch
 from lora_fx.adapters import adapter_names, check_known, check_new_name, exchangeable
+from lora_fx.branches import branches
 from lora_fx.config import ALL_LINEAR, LoRAConfig
 from lora_fx.distributed import largest_mesh, together, writes
 from lora_fx.dora import DoRAModule
-from lora_fx.entries import Entry, fill_adapter, held, store_adapter, widen
+from lora_fx.entries import Entry, fill_adapter, store_adapter, widen
 from lora_fx.files import write_together
 from lora_fx.install import check_not_disabled, check_not_in_rows, check_not_merged, install, is_installed, remove
-from lora_fx.linear import DEFAULT_NAME, LoRAModule
-from lora_fx.peft_files import PREFIX, AdapterFiles, Factors, encoded, read_files
+from lora_fx.linear import DEFAULT_NAME
+from lora_fx.peft_experts import match_experts
+from lora_fx.peft_files import PREFIX, AdapterFiles, Factors, check_rank, encoded, read_files
 from lora_fx.record import check_kept
-from lora_fx.saved import checked_adapter, gathered_factor, plain_adapter, written_config
+from lora_fx.saved import checked_adapter, gathered_factor, in_files, plain_adapter, written_config
 from lora_fx.targets import clean_path, conv1d_hint, exactly
 from lora_fx.trained_state import (
     TrainedEntry,
@@ -68,30 +70,31 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, adapter_na
     check_not_merged(model)
     check_not_disabled(model)
     _torch.reshard(model)
-    modules = {clean_path(path): module for path, module in model.named_modules() if isinstance(module, LoRAModule)}
-    if not modules:
+    found = {branch.path: branch for branch in branches(model)}
+    if not found:
         raise ValueError(f"{type(model).__name__} holds no adapters to save: call lora_fx.install(model, config) first")
     if adapter_name is not None:
         check_known(model, adapter_name)
     mesh = largest_mesh(model)
-    holders = {path: held(module, adapter_name) for path, module in modules.items()}
+    holders = {path: branch.holder(adapter_name) for path, branch in found.items()}
     whole = {
-        path: {name: gathered_factor(holders[path]._parameters[name]) for name in module.lora_parameters}
-        for path, module in modules.items()
+        path: {key: gathered_factor(holders[path]._parameters[name]) for key, name in branch.keys.items()}
+        for path, branch in found.items()
     }
     trained = gathered_trained(model)
     with together(mesh):
         plain = {
-            path: plain_adapter(module, holders[path], checked_adapter(path, module, holders[path], whole[path]))
-            for path, module in modules.items()
+            path: plain_adapter(branch, holders[path], checked_adapter(branch, holders[path], whole[path]))
+            for path, branch in found.items()
         }
         plain = {path: saved for path, saved in plain.items() if saved[0].rank}
         if not plain:
             raise ValueError(f"the adapter has rank 0 in all of {', '.join(holders)}: there is nothing to save")
-        config = written_config(model, holders, plain, check_trained(model, trained))
+        parameters = [path for path, branch in found.items() if branch.parameter is not None]
+        config = written_config(model, holders, plain, check_trained(model, trained), parameters)
         if writes(mesh):
             factors = {path: factors for path, (factors, _) in plain.items()}
-            write_together(where, encoded(factors, trained, config))
+            write_together(where, encoded(in_files(found, factors), trained, config))
     return where
 
 
@@ -181,14 +184,18 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _matched(model: nn.Module, files: AdapterFiles) -> list[Entry]:
-    """The entries of the files with their linears, which must be those that the configuration names."""
+    """The entries of the files with what they are for, which must be what the configuration names."""
     modules = {clean_path(path): module for path, module in model.named_modules(remove_duplicate=False)}
     first: dict[nn.Module, str] = {}
     for path, module in modules.items():
         first.setdefault(module, path)
     linears = {path: module for module, path in first.items() if isinstance(module, nn.Linear)}
     entries: dict[str, Entry] = {}
+    config = files.config
+    experts, used = match_experts(modules, files)
     for path, factors in files.factors.items():
+        if path in used:
+            continue
         linear = _linear(modules, list(linears), path, files)
         shape = [linear.out_features, linear.in_features]
         if [factors.lora_b.shape[0], factors.lora_a.shape[1]] != shape:
@@ -198,7 +205,7 @@ def _matched(model: nn.Module, files: AdapterFiles) -> list[Entry]:
             )
         if first[linear] in entries:
             raise ValueError(f"{files.tensors} has {entries[first[linear]].path} and {path}, which are one module here")
-        config = files.config
+        check_rank(config, files.tensors, path, factors.rank)
         entries[first[linear]] = Entry(path, linear, factors, config.alpha_of(path), config.scale_of(path))
     targeted = {path for path in linears if files.config.targets(path)}
     if files.config.target_modules == ALL_LINEAR:  # of which PEFT excepts the head, but only in transformers' models
@@ -214,7 +221,13 @@ def _matched(model: nn.Module, files: AdapterFiles) -> list[Entry]:
                 f"{files.tensors} has tensors for {path}, which target_modules in {files.config.file} does not name: "
                 f"the two files are not of one adapter; PEFT would ignore these tensors"
             )
-    return list(entries.values())
+    return [
+        *entries.values(),
+        *(
+            Entry(e.path, e.module, e.factors, config.alpha_of(e.path), config.scale_of(e.path), e.parameter)
+            for e in experts
+        ),
+    ]
 
 
 def _linear(modules: dict[str, nn.Module], linears: list[str], path: str, files: AdapterFiles) -> nn.Linear:
@@ -243,7 +256,7 @@ def _heads(model: nn.Module, first: dict[nn.Module, str]) -> list[str]:
 
 def _check_storage(found: Iterable[Entry | TrainedEntry]) -> None:
     for entry in found:
-        if any(parameter.is_meta for parameter in entry.module.parameters()):
+        if any(parameter.is_meta for parameter in entry.module.parameters(recurse=False)):
             raise ValueError(
                 f"{entry.path} is on the meta device, where there is nothing to write into: give the model storage "
                 f"and weights first (to_empty)"
@@ -255,34 +268,41 @@ _FRESH = "call lora_fx.remove(model) first, and load_adapter installs what the f
 
 def _fitting(model: nn.Module, found: list[Entry], files: AdapterFiles) -> list[Factors]:
     """The factors of the files in the dtypes of those that `model` holds, which must have room for them."""
+    known = {(branch.module, branch.parameter) for branch in branches(model)}
     values = []
     for entry in found:
-        if not isinstance(entry.module, LoRAModule):
+        if (entry.module, entry.parameter) not in known:
             raise ValueError(
                 f"{files.tensors} has an adapter for {entry.path}, and the model has none there: {_FRESH}, or install "
                 f"on the linears of all adapters"
             )
-        if entry.module.lora_b.ndim != 2:
+        module, (lora_a, lora_b) = entry.branch.module, entry.branch.factors
+        if lora_b.ndim != entry.factors.lora_b.ndim:
             raise ValueError(
                 f"{entry.path} is a flat shard of FullyShardedDataParallel: load within "
                 f"FullyShardedDataParallel.summon_full_params(model)"
             )
-        if entry.module._lora_base is not None:
+        if module._lora_base is not None:
             raise ValueError(
-                f"{entry.path} holds the residual that init={entry.module.lora_init!r} left of its weight, and "
+                f"{entry.path} holds the residual that init={module.lora_init!r} left of its weight, and "
                 f"{files.tensors} is for the weight as it was: {_FRESH}"
             )
-        if (room := entry.module.lora_b.shape[1]) < entry.factors.rank:
+        if entry.parameter is not None and lora_b.shape[-1] != entry.factors.rank:
+            raise ValueError(
+                f"{entry.path} has rank {lora_b.shape[-1]} in the model and rank {entry.factors.rank} in "
+                f"{files.tensors}: {_FRESH}"
+            )
+        if (room := lora_b.shape[-1]) < entry.factors.rank:
             raise ValueError(
                 f"{entry.path} has room for rank {room} in the model and rank {entry.factors.rank} in "
                 f"{files.tensors}: {_FRESH}; lora_fx.install(model, config, max_rank=...) leaves room for several"
             )
-        if isinstance(entry.module, DoRAModule) != files.config.use_dora:
+        if entry.parameter is None and isinstance(module, DoRAModule) != files.config.use_dora:
             raise ValueError(
                 f"{entry.path} is a {type(entry.module).__name__}, and use_dora in {files.config.file} is "
                 f"{files.config.use_dora}: {_FRESH}"
             )
-        values.append(_converted(entry, entry.module.lora_a.dtype, files))
+        values.append(_converted(entry, lora_a.dtype, files))
     return values
 
 
@@ -307,7 +327,7 @@ def _install_files(
         with together(mesh):
             values = [_converted(entry, _wider(entry), files) for entry in found]
         for entry, factors in zip(found, values):
-            widen(entry.swapped, factors.lora_a.dtype)
+            widen(entry.branch, factors.lora_a.dtype)
         fill_adapter(model, found, values, name)
     except BaseException:
         remove(model)
@@ -315,7 +335,7 @@ def _install_files(
 
 
 def _wider(entry: Entry) -> torch.dtype:
-    dtype: torch.dtype = entry.swapped.lora_a.dtype
+    dtype: torch.dtype = entry.branch.factors[0].dtype
     for tensor in entry.factors.named().values():
         dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
@@ -323,6 +343,8 @@ def _wider(entry: Entry) -> torch.dtype:
 
 def _lora_config(found: list[Entry], trained: list[TrainedEntry], files: AdapterFiles) -> LoRAConfig:
     """The configuration that installs the adapters of the files: exact paths, one expression for each number."""
+    linears = [entry.path for entry in found if entry.parameter is None]
+    parameters = [entry.path for entry in found if entry.parameter is not None]
     ranks: dict[int, list[str]] = {}
     alphas: dict[float, list[str]] = {}
     for entry in found:
@@ -335,7 +357,8 @@ def _lora_config(found: list[Entry], trained: list[TrainedEntry], files: Adapter
         rank=rank,
         alpha=alpha,
         dropout=files.config.dropout,
-        target_modules=exactly([entry.path for entry in found]),
+        target_modules=exactly(linears) if linears else (),
+        target_parameters=exactly(parameters) if parameters else (),
         modules_to_save=exactly(sorted({entry.path for entry in trained})) if trained else (),
         rank_pattern={exactly(paths): value for value, paths in ranks.items() if value != rank},
         alpha_pattern={exactly(paths): value for value, paths in alphas.items() if value != alpha},

@@ -91,7 +91,7 @@ def _moved(module: Any, name: str, old: Tensor, new: Tensor) -> Tensor:
         if name == SCALE and value is not None:
             module._lora_last_scale = value
     elif old.is_meta:
-        moved.fill_(module._lora_last_scale if name == SCALE else 1.0)
+        fill_numbers(moved, module._lora_last_scale if name == SCALE else 1.0)
     elif type(new) is type(old) or moved is not new:
         # A change of tensor type (a fake tensor, a DTensor) at equal dtype already holds the number.
         moved.copy_(old)
@@ -107,7 +107,15 @@ def note_loaded_scale(module: Any) -> None:
         module._lora_last_scale = value
 
 
-def number(buffer: Tensor) -> float | None:
-    """The value of a 0-d buffer, or None where there is none to read (meta, fake)."""
+def fill_numbers(buffer: Tensor, last: Any) -> None:
+    """Give a buffer of numbers `last`: one for all, or a list with one for each."""
+    if isinstance(last, list):
+        buffer.copy_(torch.tensor(last, dtype=buffer.dtype, device=buffer.device))
+    else:
+        buffer.fill_(last)
+
+
+def number(buffer: Tensor) -> Any:
+    """The value of a 0-d buffer, a list of several; None where there is nothing to read (meta, fake)."""
     buffer = local(buffer)  # the same on every rank
-    return None if type(buffer) is not Tensor or buffer.is_meta else buffer.item()
+    return None if type(buffer) is not Tensor or buffer.is_meta else buffer.tolist()

@@ -7,9 +7,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from lora_fx.adapted import BUFFERS, parent_class
 from lora_fx.config import CHANGES_BASE
 from lora_fx.inits import ChangedBase, decomposed, put_back, put_residual, reset_factors
-from lora_fx.linear import ATTRIBUTES, BUFFERS, DEFAULT_NAME, LoRAModule, lora_class, parent_class
+from lora_fx.linear import ATTRIBUTES, DEFAULT_NAME, LoRAModule, lora_class
 from lora_fx.placements import like_weight, replicated_like
 from lora_fx.stored import ENABLED, SCALE, StoredAdapter
 
@@ -118,4 +119,4 @@ def unswap(module: nn.Linear) -> None:
     for name in (*cast(LoRAModule, module).lora_parameters, *BUFFERS, *ATTRIBUTES):
         if name in module._parameters or name in module._buffers or name in module.__dict__:
             delattr(module, name)
-    module.__class__ = parent_class(type(module))
+    module.__class__ = cast(type[nn.Linear], parent_class(type(module)))

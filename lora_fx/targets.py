@@ -1,8 +1,8 @@
-"""Which linears a configuration adapts, with which rank and alpha. Reads the model, changes nothing."""
+"""Which linears and stacks of experts a configuration adapts, with which rank and alpha. Changes nothing."""
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,54 +20,58 @@ _RULE = "A name matches whole path segments from the end, and 're:...' the full 
 
 @dataclass(frozen=True)
 class Target:
-    """A linear to adapt; `path` is its first path in the model."""
+    """A linear to adapt, or a parameter of `module`; `path` is its first path in the model."""
 
     path: str
-    module: nn.Linear
+    module: nn.Module
     rank: int
     alpha: float
+    parameter: str | None = None
 
 
 @dataclass(frozen=True)
 class _Linear:
-    """A linear and every path that leads to it: one module may be registered in several places."""
+    """A linear (or a parameter) and every path that leads to it: one module may be registered in several places."""
 
-    module: nn.Linear
+    module: nn.Module
     paths: tuple[str, ...]
+    parameter: str | None = None
 
 
 @dataclass(frozen=True)
 class _Paths:
-    """All paths of a model, those of its linears apart."""
+    """All paths of a model, those of its linears and of its stacks of matrices apart."""
 
     linears: tuple[_Linear, ...]
     others: Mapping[str, nn.Module]
+    stacks: tuple[_Linear, ...]
 
 
 def find_targets(model: nn.Module, config: LoRAConfig) -> list[Target]:
-    """The linears of `model` that `config` adapts, in the order of ``model.named_modules()``.
+    """What `config` adapts of `model`: linears, then parameters, each in the order of ``model.named_modules()``.
 
     The path of a model that is a linear itself is the empty string: ``"all-linear"`` and regular expressions reach it.
 
     Raises:
-        ValueError: a pattern of the configuration matches nothing, or only modules that are no linear (the message
+        ValueError: a pattern of the configuration matches nothing, or only what it cannot be for (the message
             lists near misses); nothing is left to adapt; one module is known by several names that disagree; two
             entries of `rank_pattern` or `alpha_pattern` give one module different numbers; a pattern of
             `target_modules` names only what `modules_to_save` trains whole.
     """
     paths = _paths(model)
-    if not paths.linears:
+    if not paths.linears and not config.target_parameters:
         raise ValueError(f"{type(model).__name__} holds no nn.Linear: there is nothing to adapt{conv1d_hint(model)}")
-    kept = _without_excluded(_targeted(config.target_modules, paths), config.exclude_modules, paths)
+    targeted = _targeted(config.target_modules, paths) + _targeted_stacks(config.target_parameters, paths, model)
+    kept = _without_excluded(targeted, config.exclude_modules, paths)
     if not kept:
         raise ValueError("exclude_modules leaves no linear to adapt")
     kept = _without_saved(kept, find_saved(model, config), config)
     ranks = _numbers("rank_pattern", config.rank_pattern, kept, paths)
     alphas = _numbers("alpha_pattern", config.alpha_pattern, kept, paths)
     return [
-        Target(path, linear.module, ranks.get(path, config.rank), alphas.get(path, config.alpha))
-        for linear in kept
-        for path in linear.paths[:1]
+        Target(path, found.module, ranks.get(path, config.rank), alphas.get(path, config.alpha), found.parameter)
+        for found in kept
+        for path in found.paths[:1]
     ]
 
 
@@ -131,7 +135,24 @@ def _paths(model: nn.Module) -> _Paths:
             linears.setdefault(module, []).append(path)
         else:
             others[path] = module
-    return _Paths(tuple(_Linear(module, tuple(where)) for module, where in linears.items()), others)
+    return _Paths(
+        tuple(_Linear(module, tuple(where)) for module, where in linears.items()), others, tuple(_stacks(others))
+    )
+
+
+def _stacks(others: Mapping[str, nn.Module]) -> Iterator[_Linear]:
+    """Every parameter [E, N, K] of a module that is no linear."""
+    where: dict[nn.Module, list[str]] = {}
+    for path, module in others.items():
+        where.setdefault(module, []).append(path)
+    for module, paths in where.items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and _ndim(parameter) == 3:
+                yield _Linear(module, tuple(f"{path}.{name}".removeprefix(".") for path in paths), name)
+
+
+def _ndim(parameter: nn.Parameter) -> int:
+    return -1 if isinstance(parameter, nn.UninitializedParameter) else parameter.ndim
 
 
 def _targeted(target_modules: object, paths: _Paths) -> list[tuple[_Linear, tuple[str, ...]]]:
@@ -149,12 +170,40 @@ def _targeted(target_modules: object, paths: _Paths) -> list[tuple[_Linear, tupl
     return [(linear, where) for linear, where in named if where]
 
 
+def _targeted_stacks(
+    target_parameters: object, paths: _Paths, model: nn.Module
+) -> list[tuple[_Linear, tuple[str, ...]]]:
+    """Every targeted parameter with those of its paths that are targeted."""
+    assert isinstance(target_parameters, tuple)
+    for pattern in target_parameters:
+        if any(matches(pattern, path) for stack in paths.stacks for path in stack.paths):
+            continue
+        others = [name for name, _ in model.named_parameters() if matches(pattern, clean_path(name))]
+        if others:
+            shape = list(model.get_parameter(others[0]).shape)
+            raise ValueError(
+                f"target_parameters: {pattern!r} matches {clean_path(others[0])} {shape}, which is no stack of "
+                f"matrices [E, N, K] outside of a linear: linears are named in target_modules"
+            )
+        known = [path for stack in paths.stacks for path in stack.paths]
+        raise ValueError(
+            f"target_parameters: {pattern!r} matches no parameter. A name matches whole path segments from the end. "
+            + (_near_misses(pattern, known, "stacks of matrices") if known else "The model has no parameter [E, N, K]")
+        )
+    named = [
+        (stack, tuple(path for path in stack.paths if any(matches(pattern, path) for pattern in target_parameters)))
+        for stack in paths.stacks
+    ]
+    return [(stack, where) for stack, where in named if where]
+
+
 def _without_excluded(
     targeted: list[tuple[_Linear, tuple[str, ...]]], exclude_modules: object, paths: _Paths
 ) -> list[_Linear]:
     assert isinstance(exclude_modules, tuple)
     for pattern in exclude_modules:
-        if not any(_covers(pattern, path) for linear in paths.linears for path in linear.paths):
+        known = (*paths.linears, *(found for found, _ in targeted if found.parameter is not None))
+        if not any(_covers(pattern, path) for found in known for path in found.paths):
             raise ValueError(_no_match("exclude_modules", pattern, paths))
     kept = []
     for linear, where in targeted:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_fx.linear import BUFFERS, PARAMETERS, LoRAModule
+from lora_fx.adapted import BUFFERS
+from lora_fx.linear import PARAMETERS, LoRAModule
 from lora_fx.peft_files import PREFIX, AdapterFiles
 from lora_fx.placements import fill, gathered
 from lora_fx.targets import clean_path

@@ -1,18 +1,22 @@
 """Graph passes that rewrite LoRA branches inside ``torch.compile``. They know graphs only, never modules.
 
-=====================  ============================================  =============================================
-pass                   before                                        after
-=====================  ============================================  =============================================
-``fold_scale``         ``mm(h, B^T) * s``                            ``scaled_mm(h, B^T, s)``
-``stack_siblings``     ``mm(x, A_q^T), mm(x, A_k^T), mm(x, A_v^T)``  ``mm(x, cat(A_q, A_k, A_v)^T)`` and slices of it
-``pair_gradients``     ``mm(dy, B) * s, mm(dy^T, h) * s``            ``gradient_pair(dy, B, h, s)``
-``accumulate``         ``base + scaled_mm(h, B^T, s)``, written      ``accumulate(base, h, B^T, s)``
-``recompute_branch``   saves ``base`` and the product                saves ``base``; on a GPU, ``residual + y`` if
-                                                                     that is what reads y (``save sum``)
-``recompute_input``    saves ``x = silu(gate) * up`` for dA          saves what the frozen model does (on a GPU)
-``recompute_dropout``  saves ``drop(x)`` and its mask                saves a seed
-``fuse_tiles``         products of rank R, pointwise between         ``tile(program, inputs)``: one kernel (on a GPU)
-=====================  ============================================  =============================================
+======================  ============================================  =============================================
+pass                    before                                        after
+======================  ============================================  =============================================
+``fold_scale``          ``mm(h, B^T) * s``                            ``scaled_mm(h, B^T, s)``
+``stack_siblings``      ``mm(x, A_q^T), mm(x, A_k^T), mm(x, A_v^T)``  ``mm(x, cat(A_q, A_k, A_v)^T)`` and slices of it
+``pair_gradients``      ``mm(dy, B) * s, mm(dy^T, h) * s``            ``gradient_pair(dy, B, h, s)``
+``accumulate``          ``base + scaled_mm(h, B^T, s)``, written      ``accumulate(base, h, B^T, s)``
+``recompute_branch``    saves ``base`` and the product                saves ``base``; on a GPU, ``residual + y`` if
+                                                                      that is what reads y (``save sum``)
+``recompute_input``     saves ``x = silu(gate) * up`` for dA          saves what the frozen model does (on a GPU)
+``recompute_dropout``   saves ``drop(x)`` and its mask                saves a seed
+``fuse_tiles``          products of rank R, pointwise between         ``tile(program, inputs)``: one kernel (on a GPU)
+``pair_grouped``        grouped products ``g`` and ``dB``, scaled     ``grouped_gradient_pair(dy, B, h, ends, s)``
+``fold_grouped_scale``  ``grouped_mm(h, B^T, ends) * s``              ``grouped_scaled_mm(h, B^T, ends, s)``
+``accumulate_grouped``  ``base + grouped_scaled_mm(...)``, written    ``grouped_accumulate(base, ...)`` (on a CPU)
+``recompute_grouped``   saves ``base`` and the product, or their sum  saves ``base``; not ``x`` for dA
+======================  ============================================  =============================================
 
 ``site`` finds LoRA branches and proves what they are; ``rewriter`` is the only way to change a graph; ``pipeline``
 holds the order, the hooks in Inductor and the cache identity; ``printer`` and ``report`` say what happened; ``kernels``
@@ -21,4 +25,5 @@ says what ``fuse_tiles`` cuts out of a GPU's forward and backward graphs, ``tile
 ``tile_writer`` writes a region's program, ``kernels.tile_program`` says what a program means,
 ``kernels.tile_triton`` writes its kernel and ``kernels.tile_launch`` runs it. The entry points are
 :func:`lora_fx.passes.pipeline.hooks` and :func:`lora_fx.passes.pipeline.rewrite_graph`.
+``grouped_site`` finds the branches of experts, for the passes that have ``grouped`` in their names.
 """

@@ -20,12 +20,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch.fx import Node
 
-from lora_fx.passes.graph import aten, peel, val
+from lora_fx.passes.graph import peel
 from lora_fx.passes.kernels import operators
-from lora_fx.passes.rewriter import Rewriter
+from lora_fx.passes.rewriter import Rewriter, scale_node
 from lora_fx.passes.site import Site, scale_operand
 
 
@@ -37,12 +36,8 @@ def find(sites: list[Site]) -> Iterator[list[Site]]:
 def rewrite(group: list[Site], rewriter: Rewriter) -> None:
     """Fold in both halves; each half is right without the other."""
     (site,) = group
-    scale = site.scale
-    if not isinstance(scale, Node):
-        product = val(site.up)
-        # Not less precise than the literal was; a 0-d tensor promotes nothing.
-        dtype = torch.float64 if product.dtype == torch.float64 else torch.float32
-        scale = rewriter.emit(aten.full.default, [], scale, dtype=dtype, device=product.device, like=site.down)
+    scale = scale_node(site.scale, rewriter, like=site.down)
+    assert scale is not None
     up = rewriter.emit(operators.scaled_mm, *site.up.args, scale, like=site.up)
     scaled = rewriter.view_like(up, site.scaled)
     rewriter.replace(site.scaled, scaled)

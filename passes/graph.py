@@ -266,6 +266,9 @@ def backward_nodes(graph: Graph) -> set[Node]:
     return found
 
 
+PARAMETER = "lora_fx_parameter"
+"""In the ``custom`` metadata of a branch's nodes: which parameter of its module it adapts, where there are several."""
+
 _STACKS = ("nn_module_stack", "fwd_nn_module_stack")
 
 
@@ -277,6 +280,11 @@ def module_path(node: Node) -> str:
             path = str(list(stack.values())[-1][0])
             return _dotted(path)
     return ""
+
+
+def parameter_of(node: Node) -> str:
+    """The name of the parameter that a branch adapts, where its module notes it, or nothing."""
+    return str((node.meta.get("custom") or {}).get(PARAMETER, ""))
 
 
 def module_id(node: Node) -> int | None:

@@ -1,9 +1,9 @@
-"""The low-rank branch of a LoRA linear, written once: the module runs it and tests compare with it.
+"""The low-rank branch of LoRA, written once: modules run it and tests compare with it.
 
 Legend, as everywhere in this package: M tokens (all leading dimensions), K inputs, N outputs, R rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ def low_rank(
     scale: Tensor | float,
     dropout: float = 0.0,
     training: bool = False,
+    product: Callable[[Tensor, Tensor], Tensor] = F.linear,
 ) -> Tensor:
     """What LoRA adds to a linear's output: ``scale * (dropout(x) A^T) B^T`` (arXiv:2106.09685, section 4.1).
 
@@ -32,14 +33,16 @@ def low_rank(
         scale: a number, or a 0-d tensor (which does not promote the dtype of the product).
         dropout: the probability that an element of ``x`` is dropped in this branch; the base sees ``x`` itself.
         training: dropout acts in training only.
+        product: how the base multiplies its input by its weight. Other than ``F.linear`` for a stack of experts, say,
+            where the factors are stacks as well; they are laid out as the weight is.
 
     Returns:
-        [..., N], in the dtype of ``F.linear(x, lora_a)``.
+        [..., N], in the dtype of ``product(x, lora_a)``.
     """
     if training and dropout > 0.0:
         x = F.dropout(x, dropout)
-    h = F.linear(x, lora_a.to(x.dtype))
-    return torch.mul(F.linear(h, lora_b.to(h.dtype)), scale)
+    h = product(x, lora_a.to(x.dtype))
+    return torch.mul(product(h, lora_b.to(h.dtype)), scale)
 
 
 def low_rank_rows(x: Tensor, rows: Tensor, stack: Sequence[Tensor], enabled: Tensor | float = 1.0) -> Tensor:

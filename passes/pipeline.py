@@ -16,16 +16,21 @@ from torch.fx import Graph
 
 from lora_fx.passes import (
     accumulate,
+    accumulate_grouped,
+    fold_grouped_scale,
     fold_scale,
     fuse_tiles,
     pair_gradients,
+    pair_grouped,
     recompute_branch,
     recompute_dropout,
+    recompute_grouped,
     recompute_input,
     stack_siblings,
 )
 from lora_fx.passes._torch import CustomGraphPass, inductor_config, trace_structured
 from lora_fx.passes.graph import module_path
+from lora_fx.passes.grouped_site import GroupedSite, find_grouped_sites
 from lora_fx.passes.kernels import lowering
 from lora_fx.passes.printer import graph_text, target_name
 from lora_fx.passes.report import GraphReport, SiteReport
@@ -40,8 +45,10 @@ class Pass:
     """One rewrite: ``find`` decides which groups of sites it is for, ``rewrite`` does one group."""
 
     name: str
-    find: Callable[[list[Site]], Iterable[list[Site]]]
-    rewrite: Callable[[list[Site], Rewriter], None]
+    find: Callable[[list[Any]], Iterable[list[Any]]]
+    rewrite: Callable[[list[Any], Rewriter], None]
+    grouped: bool = False
+    """Whether its sites are those of experts."""
 
 
 PASSES = (
@@ -57,6 +64,13 @@ PASSES = (
     Pass("recompute_branch", recompute_branch.find, recompute_branch.rewrite),
     # Last: its chains lead through sums whose products are to be recomputed as well.
     Pass("recompute_input", recompute_input.find, recompute_input.rewrite),
+    # Experts. Before the scale is gone from the forward half, of which the backward half has a copy.
+    Pass("pair_grouped", pair_grouped.find, pair_grouped.rewrite, grouped=True),
+    Pass("fold_grouped_scale", fold_grouped_scale.find, fold_grouped_scale.rewrite, grouped=True),
+    # It swallows what the scale was folded into, where the sum is written.
+    Pass("accumulate_grouped", accumulate_grouped.find, accumulate_grouped.rewrite, grouped=True),
+    # For the up-projections that are left.
+    Pass("recompute_grouped", recompute_grouped.find, recompute_grouped.rewrite, grouped=True),
 )
 
 
@@ -72,16 +86,18 @@ def rewrite_graph(graph: Graph, passes: tuple[Pass, ...] = PASSES) -> GraphRepor
     report = GraphReport()
     try:
         sites, declined = find_sites(graph)
+        experts, declined_experts = find_grouped_sites(graph)
     except Exception as error:
         report.failures.append(_failure("find_sites", "", error))
         return report
-    report.sites = [SiteReport.declined(d) for d in declined]
-    if not sites:
+    report.sites = [SiteReport.declined(d) for d in (*declined, *declined_experts)]
+    every: list[Site | GroupedSite] = [*sites, *experts]
+    if not every:
         return report
     rewriter = Rewriter(graph)
     for step in passes:
         try:
-            groups = list(step.find(sites))
+            groups = list(step.find(experts if step.grouped else sites))
         except Exception as error:
             report.failures.append(_failure(step.name, "", error))
             continue
@@ -93,7 +109,7 @@ def rewrite_graph(graph: Graph, passes: tuple[Pass, ...] = PASSES) -> GraphRepor
         report.failures.append(_failure("commit", "", error))
         report.sites += [
             SiteReport(s.path, s.rank, s.in_features, s.out_features, reason="the rewritten graph was not valid")
-            for s in sites
+            for s in every
         ]
         return report
     for site in sites:
@@ -102,11 +118,11 @@ def rewrite_graph(graph: Graph, passes: tuple[Pass, ...] = PASSES) -> GraphRepor
                 product.meta[MARK] = True
         if site.dropout:
             site.down.meta[recompute_dropout.MARK] = True
-    report.sites = [SiteReport.of(site) for site in sites] + report.sites
+    report.sites = [SiteReport.of(site) for site in every] + report.sites
     return report
 
 
-def _attempt(step: Pass, group: list[Site], rewriter: Rewriter, report: GraphReport) -> None:
+def _attempt(step: Pass, group: list[Any], rewriter: Rewriter, report: GraphReport) -> None:
     """One rewrite of one group: all of it, or nothing and a line in the report."""
     before = [copy.copy(site.__dict__) for site in group]
     for state in before:

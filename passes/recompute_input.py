@@ -40,14 +40,14 @@ def rewrite(group: list[Site], rewriter: Rewriter) -> None:
     """Tag what lies between each input and what it is made of."""
     sums = {site.add for site in group}
     for site in group:
-        chain = _chain(peel(before_dropout(site.x)[0]), sums)
+        chain = pointwise_chain(peel(before_dropout(site.x)[0]), sums)
         for node in chain:
             rewriter.tag(node, recompute=CheckpointPolicy.PREFER_RECOMPUTE, ac_graph_id=REGION)
         if chain:
             site.forward_rewrites.append("recompute x")
 
 
-def _chain(x: Any, sums: set[Node]) -> list[Node]:
+def pointwise_chain(x: Any, sums: set[Node]) -> list[Node]:
     """The pointwise operations that make ``x``, as far as they are of its size and nobody else has tagged them."""
     found: list[Node] = []
     pending = [x]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_fx.passes.grouped_site import GroupedSite
 from lora_fx.passes.site import Declined, Site
 
 
@@ -37,7 +38,7 @@ class SiteReport:
         return self.path or "(root)"
 
     @staticmethod
-    def of(site: Site) -> SiteReport:
+    def of(site: Site | GroupedSite) -> SiteReport:
         """The report of a site after the passes ran."""
         return SiteReport(
             path=site.path,

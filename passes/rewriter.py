@@ -159,6 +159,16 @@ class Rewriter:
         del self._made[made:], self._redirected[redirected:], self._tagged[tagged:]
 
 
+def scale_node(scale: float | int | Node | None, rewriter: Rewriter, *, like: Node) -> Node | None:
+    """A scale as a 0-d tensor, on the device of the product ``like``, before which it is made if it is a number."""
+    if scale is None or isinstance(scale, Node):
+        return scale
+    product = val(like)
+    # Not less precise than the literal was; a 0-d tensor promotes nothing.
+    dtype = torch.float64 if product.dtype == torch.float64 else torch.float32
+    return rewriter.emit(aten.full.default, [], scale, dtype=dtype, device=product.device, like=like)
+
+
 def describe(node: Node) -> str:
     """``float32[4, 8]``: the type of a node, for messages."""
     value = node.meta.get("val")

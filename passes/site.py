@@ -41,6 +41,7 @@ from lora_fx.passes.graph import (
     is_tensor,
     module_id,
     module_path,
+    parameter_of,
     peel,
     root,
     same_shape,
@@ -134,7 +135,7 @@ class Declined:
     module_id: int | None = None
 
 
-class _NotASite(Exception):
+class NotASite(Exception):
     """Why two products in a row are not rewritten; ``proved`` when they are a LoRA branch all the same."""
 
     def __init__(self, reason: str, proved: bool = False) -> None:
@@ -160,12 +161,12 @@ def find_sites(graph: Graph) -> tuple[list[Site], list[Declined]]:
         rank, in_features, out_features = (int(size) for size in sizes)
         try:
             if chosen and backward:
-                raise _NotASite("its rows use different adapters, which is rewritten for inference alone", proved=True)
+                raise NotASite("its rows use different adapters, which is rewritten for inference alone", proved=True)
             site = _complete(up, down, values, backward, rank, in_features, out_features)
             # Scales and choice act on h already, which is all that there is to do where the sum is the reader's.
             site.forward_rewrites += ["rows"] * chosen
             sites.append(site)
-        except _NotASite as error:
+        except NotASite as error:
             # Two linears in a row are common in models without LoRA: only what one module computed, or what is added
             # to a product of the same input, is worth a line in the report.
             if error.proved or module_path(up) == module_path(down):
@@ -177,8 +178,15 @@ def find_sites(graph: Graph) -> tuple[list[Site], list[Declined]]:
 
 
 def _is_parameter(node: Any) -> bool:
-    """A factor must be an input of the graph (through casts and transposes) or the result of a collective on one."""
+    """A factor must be an input of the graph (through casts and transposes) or the result of a collective on one.
+
+    Or one matrix of a stack that is: experts that are multiplied one by one.
+    """
     source = root(node)
+    if is_call(source, aten.select.int):
+        source = root(source.args[0])
+    elif is_call(source, operator.getitem) and is_call(source.args[0], aten.unbind.int):
+        source = root(source.args[0].args[0])
     while isinstance(source, Node) and "wait_tensor" in str(source.target):
         source = root(root(source.args[0]).args[0])
     return isinstance(source, Node) and source.op in ("placeholder", "get_attr")
@@ -187,7 +195,8 @@ def _is_parameter(node: Any) -> bool:
 def _path(up: Node, down: Node) -> str:
     """The module of a branch: of both products, or what is common to the modules that hold one factor each."""
     pairs = zip(module_path(up).split("."), module_path(down).split("."), strict=False)
-    return ".".join(left for left, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    common = ".".join(left for left, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return ".".join(filter(None, (common, parameter_of(up))))
 
 
 def _complete(
@@ -195,24 +204,24 @@ def _complete(
 ) -> Site:
     """Walk from the up-projection to the add, and prove that what it is added to is a product of the same input."""
     if any(user.op == "output" for user in uses(down)):
-        raise _NotASite(f"its rank-{rank} activations are returned to the caller")
-    add, scaled, scale = _walk_to_add(up, backward)
+        raise NotASite(f"its rank-{rank} activations are returned to the caller")
+    add, scaled, scale = walk_to_add(up, backward)
     left, right = add.args[:2]
     base = right if left is scaled else left
     if not (isinstance(base, Node) and is_tensor(base) and same_shape(base, add)):
-        raise _NotASite("it is added to something of another shape")
+        raise NotASite("it is added to something of another shape")
     source, dropout = before_dropout(down.args[0])
     if not _is_product_of(base, root(source)):
-        raise _NotASite("what it is added to is not a matrix product of the same input")
+        raise NotASite("what it is added to is not a matrix product of the same input")
     if not val(base).dtype == val(scaled).dtype == val(add).dtype == val(up).dtype:
         names = [str(val(n).dtype).removeprefix("torch.") for n in (base, up)]
         reason = f"the base is {names[0]} and the branch {names[1]}: give the adapters the dtype of the base's output"
-        raise _NotASite(reason, proved=True)
+        raise NotASite(reason, proved=True)
     if 2 * rank > min(in_features, out_features):
         _, chosen = before_choice(up.args[0])
         size = f"rank {rank} is more than half of min({in_features}, {out_features})"
         reason = f"{size} for all adapters of the rows together" if chosen else f"{size}: merging costs less"
-        raise _NotASite(reason, proved=True)
+        raise NotASite(reason, proved=True)
     x_key = values.key(down.args[0])
     return Site(
         *(_path(up, down), down, up, add, rank, in_features, out_features, x_key, scale, scaled, dropout),
@@ -220,19 +229,19 @@ def _complete(
     )
 
 
-def _walk_to_add(up: Node, backward: set[Node]) -> tuple[Node, Node, Scale | None]:
+def walk_to_add(up: Node, backward: set[Node]) -> tuple[Node, Node, Scale | None]:
     """From ``up`` through views and one scale to the add: returns the add, its operand, and the scale."""
     node, scale = up, None
     while True:
         users = [user for user in node.users if user not in backward]
         if len(users) != 1:
-            raise _NotASite(f"its product has {len(users)} readers, where the sum with the base should be the only one")
+            raise NotASite(f"its product has {len(users)} readers, where the sum with the base should be the only one")
         (user,) = users
         found = _scale_of(user, node) if scale is None and is_call(user, aten.mul.Tensor) else None
         if not (is_row_view(user) or is_sum(user) or found is not None):
-            raise _NotASite(f"its product goes into {_name(user)}, not into a sum with the base")
+            raise NotASite(f"its product goes into {_name(user)}, not into a sum with the base")
         if len(node.users) > 1:
-            raise _NotASite("the backward pass reads its product" if found is None else "its scale is trained")
+            raise NotASite("the backward pass reads its product" if found is None else "its scale is trained")
         if is_sum(user):
             return user, node, scale
         node = user
@@ -352,7 +361,7 @@ def _match_backward(site: Site, values: Values, backward: set[Node]) -> None:
         return
     (site.grad_h,) = grad_h
     t = peel(site.grad_h.args[0])
-    if site.scale is not None and not (is_call(t, aten.mul.Tensor) and _same_scale(scale_operand(t), site.scale)):
+    if site.scale is not None and not (is_call(t, aten.mul.Tensor) and same_scale(scale_operand(t), site.scale)):
         site.grad_b = site.grad_h = None
         site.notes.append("backward: its gradient is not scaled like its output")
         return
@@ -386,7 +395,7 @@ def scale_operand(mul: Node) -> Any:
     return next((a for a in reversed(mul.args[:2]) if not is_tensor(a) or shape(a) == ()), None)  # type: ignore[arg-type]
 
 
-def _same_scale(a: Any, b: Any) -> bool:
+def same_scale(a: Any, b: Any) -> bool:
     if isinstance(a, Node) and isinstance(b, Node):
         return root(a) is root(b)
     return not isinstance(a, Node) and not isinstance(b, Node) and bool(a == b)

@@ -191,7 +191,7 @@ REFUSED = {
     "embedding": ({"target_modules": ["tokens", "wq"]}, "adapter of an embedding"),
     "biases": ({"target_modules": ["w1"], "lora_bias": True}, "lora_bias is True"),
     "pissa": ({"target_modules": ["w1"], "init_lora_weights": "pissa"}, "changed the base weights"),
-    "experts": ({"target_modules": [], "target_parameters": ["layers.0.w1.weight"]}, "expert tensors are not"),
+    "experts": ({"target_modules": [], "target_parameters": ["layers.0.w1.weight"]}, "no such stack of matrices"),
 }
 
 

@@ -69,7 +69,7 @@ BAD_TENSORS = {
     ),
     "experts": (
         lambda t: t.update({f"{PREFIX}experts.base_layer.lora_A.weight": torch.ones(8, 4)}),
-        r"expert tensors are not supported yet",
+        r"experts\.base_layer\.lora_B\.weight is missing",
     ),
     "embedding": (
         lambda t: t.update({f"{PREFIX}tokens.lora_embedding_A": torch.ones(4, 12)}),
@@ -85,7 +85,8 @@ BAD_CONFIGS = {
     "foreign": ({"peft_type": "IA3"}, r"peft_type is 'IA3', and only 'LORA'"),
     "no type": ({"peft_type": None}, r"peft_type is None"),
     "dora": ({"use_dora": True}, r"layers\.0\.attention\.\w+\.lora_magnitude_vector is missing"),
-    "experts": ({"target_parameters": ["experts.w1"]}, r"expert tensors are not supported yet"),
+    "experts": ({"target_parameters": ["experts.w1"]}, r"names experts\.w1, and the model has no such stack"),
+    "experts as text": ({"target_parameters": "experts.w1"}, r"target_parameters must be a list of strings"),
     "head": ({"modules_to_save": ["output"]}, r"lacks base_model\.model\.output\.weight, and modules_to_save"),
     "pissa": ({"init_lora_weights": "pissa"}, r"'pissa', which changed the base weights: .*path_initial_model"),
     "bias": ({"bias": "all"}, r"bias is 'all'"),
@@ -180,7 +181,7 @@ def test_models_that_cannot_be_saved_or_loaded(tmp_path):
         lora_fx.save_adapter(Toy(), tmp_path / "a")
     with pytest.raises(TypeError, match="must be an nn"):
         lora_fx.load_adapter("model", tmp_path / "a")
-    with pytest.raises(ValueError, match="the model is itself the adapted linear"):
+    with pytest.raises(ValueError, match="the model is itself the adapted module"):
         lora_fx.save_adapter(lora_fx.install(nn.Linear(4, 4)), tmp_path / "a")
     with pytest.raises(ValueError, match="is on the meta device: there are no values"):
         lora_fx.save_adapter(toy().to("meta"), tmp_path / "a")

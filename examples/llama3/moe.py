@@ -1,7 +1,8 @@
 """A mixture of experts in place of the feed-forward: a router, grouped experts, and a shared expert beside them.
 
 The experts' weights are stacked, [E, N, K], and applied by a grouped product: they are no `nn.Linear`s, so
-`target_modules="all-linear"` adapts the router and the shared expert and leaves routed experts as they are.
+`target_modules="all-linear"` adapts the router and the shared expert and leaves routed experts as they are;
+`target_parameters=["experts.w1", "experts.w2", "experts.w3"]` adapts these, too.
 
 Legend of shapes: T tokens, D width, F feed-forward size, E experts, P experts that a token is sent to.
 """
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from torch.distributed._functional_collectives import (
     all_gather_tensor,
     all_gather_tensor_autograd,
+    all_to_all_single,
+    all_to_all_single_autograd,
     reduce_scatter_tensor_autograd,
 )
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Shard
 
 from llama3.config import LlamaConfig
 
@@ -46,7 +49,6 @@ class Experts(nn.Module):
 
     def __init__(self, config: LlamaConfig, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.count = config.n_experts
         sizes = {"w1": (config.ffn_dim, config.dim), "w2": (config.dim, config.ffn_dim)}
         sizes["w3"] = sizes["w1"]
         for name, size in sizes.items():
@@ -55,11 +57,6 @@ class Experts(nn.Module):
     w1: nn.Parameter
     w2: nn.Parameter
     w3: nn.Parameter
-
-    @property
-    def held(self) -> int:
-        """How many experts this rank holds: all, or its part when the weights are sharded over ranks."""
-        return len(_local(self.w1))
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """Map rows `x` [T * P, D], sorted by expert, to rows of the same size.
@@ -110,42 +107,79 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.router = Router(config, dtype)
         self.experts = Experts(config, dtype)
+        self.count = config.n_experts
         self.shared = shared
         self.ranks: DeviceMesh | None = None
         """The ranks that hold the experts between them; None where this rank holds all of them."""
+        self.parts: DeviceMesh | None = None
+        """The tensor-parallel ranks, which hold some channels of each expert; None where this rank holds all."""
+        self.exchange = False
+        """Whether `ranks` exchange the tokens that are asked for, instead of collecting all of them."""
+
+    @property
+    def held(self) -> int:
+        """How many experts this rank holds: all, or its part of them."""
+        return self.count // (self.ranks.size() if self.ranks is not None else 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [B, S, D] to [B, S, D]."""
-        tokens = x.flatten(0, 1)
+        """Map [B, S, D] to [B, S, D]; under tensor parallelism to this rank's part of the sequence."""
+        whole: Any = x
+        # With some channels of each expert, this rank's outputs and gradients are terms of a sum over `parts`.
+        own = x if self.parts is None else whole.to_local(grad_placements=[Partial()])
+        tokens = own.flatten(0, 1)
         weights, experts = self.router(tokens)
-        return self.shared(x) + self.routed(tokens, weights, experts).view_as(x)
+        routed: Any = self.routed(tokens, weights, experts).view_as(own)
+        if self.parts is not None:
+            terms = DTensor.from_local(routed, self.parts, [Partial()], run_check=False)
+            routed = terms.redistribute(placements=[Shard(1)]).to_local()
+        return self.shared(x) + routed
 
     def routed(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """Send tokens [T, D] to their experts [T, P] and sum what comes back by `weights` [T, P]: [T, D].
 
         With experts on several ranks, each rank collects the tokens of all, does what is for its own experts, and
-        gives every rank its sums. That moves more than an all-to-all of what is asked for, but the sizes of a compiled
-        graph do not depend on where tokens go.
+        gives every rank its sums. That moves more than an exchange of what is asked for, but the sizes of a compiled
+        graph do not depend on where tokens go; `exchange` chooses the other way.
         """
         if self.ranks is None:
             return self._own(tokens, weights, experts, 0)
+        if self.exchange:
+            return self._exchanged(tokens, weights, experts, (self.ranks, 0))
         group = (self.ranks, 0)
         tokens, weights = (all_gather_tensor_autograd(t, 0, group) for t in (tokens.contiguous(), weights.contiguous()))
         experts = all_gather_tensor(experts.contiguous(), 0, group)
-        first = self.ranks.get_local_rank() * (self.experts.count // self.ranks.size())
+        first = self.ranks.get_local_rank() * self.held
         return reduce_scatter_tensor_autograd(self._own(tokens, weights, experts, first), "sum", 0, group)
+
+    def _exchanged(self, tokens: Tensor, weights: Tensor, experts: Tensor, group: Any) -> Tensor:
+        """The sums of this rank's tokens, by an all-to-all there and one back, of sizes that are read on the way."""
+        count, chosen, held = self.count, experts.flatten(), self.held
+        order = chosen.argsort(stable=True)
+        sources = order // experts.shape[1]
+        sent = (chosen == torch.arange(count, device=chosen.device)[:, None]).sum(-1)  # [E], by this rank
+        got = all_to_all_single(sent, None, None, group).view(-1, held)  # [ranks, own experts], by each rank
+        there, here = sent.view(-1, held).sum(-1).tolist(), got.sum(-1).tolist()
+        rows = all_to_all_single_autograd(tokens[sources], here, there, group)
+        # They come by rank and then by expert.
+        expert = torch.arange(held, device=got.device).repeat(len(got)).repeat_interleave(got.flatten())
+        by_expert = expert.argsort(stable=True)
+        outputs = self.experts(rows[by_expert], got.sum(0).cumsum(0).to(torch.int32))
+        back = all_to_all_single_autograd(outputs[by_expert.argsort()], there, here, group)
+        return torch.zeros_like(tokens).index_add(0, sources, back * weights.flatten()[order, None])
 
     def _own(self, tokens: Tensor, weights: Tensor, experts: Tensor, first: int) -> Tensor:
         """The part of the sums that experts `first`, `first` + 1, ... of this rank contribute."""
-        held = self.experts.held
+        held = self.held
         own = experts.flatten() - first
         own = torch.where((own >= 0) & (own < held), own, held)  # behind the last: somebody else's
         order = own.argsort(stable=True)
         # By comparison: the sizes of a compiled graph must not depend on where tokens go.
         ends = (own == torch.arange(held, device=own.device)[:, None]).sum(-1).cumsum(0).to(torch.int32)
         sources = order // experts.shape[1]
-        outputs = self.experts(tokens[sources], ends) * weights.flatten()[order, None]
-        outputs = torch.where((own[order] < held)[:, None], outputs, 0.0)
+        mine = (own[order] < held)[:, None]
+        # Both ways: what a grouped product leaves in the rows of nobody, and in their gradients, is unspecified.
+        rows = torch.where(mine, tokens[sources], 0.0)
+        outputs = torch.where(mine, self.experts(rows, ends) * weights.flatten()[order, None], 0.0)
         return torch.zeros_like(tokens).index_add(0, sources, outputs)
 
     def init_weights(self, output_std: float) -> None:

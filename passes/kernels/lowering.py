@@ -16,7 +16,8 @@ from torch.fx import Graph, Node
 
 from lora_fx.passes._torch import auto_functionalized, detect_fake_mode
 from lora_fx.passes.graph import CONVERT, MM, aten, is_call, is_pointwise, is_transpose, readers, shape, val
-from lora_fx.passes.kernels import dropout, native, operators
+from lora_fx.passes.grouped_site import GROUPED_MM
+from lora_fx.passes.kernels import dropout, grouped, native, operators
 from lora_fx.passes.site import MARK
 
 Lowering = Callable[[Node], None]
@@ -216,6 +217,39 @@ def _emit(like: Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     return node
 
 
+def grouped_accumulate(node: Node) -> None:
+    """On the CPU, let Inductor add into the base's buffer, as `accumulate`. No pass makes it elsewhere."""
+    base, a, b, ends, scale = _operands(node, 5)
+    operands = {"base": base, "a": a, "b": b, "ends": ends, "scale": scale}
+    wrapper = _emit(node, auto_functionalized, (grouped.grouped_accumulate_,), operands, value=(None, val(node)))
+    _replace(node, _emit(node, operator.getitem, (wrapper, 1), value=val(node)))
+
+
+def grouped_scaled_mm(node: Node) -> None:
+    """On an accelerator, torch's grouped product; the scale goes into the smaller operand, the factor."""
+    a, b, ends, scale = _operands(node, 4)
+    if val(node).device.type != "cpu":
+        _replace(node, _emit(node, GROUPED_MM, (a, _scaled(node, b, scale), ends), value=val(node)))
+
+
+def grouped_gradient_pair(node: Node) -> None:
+    """On an accelerator, torch's two grouped products, and scales on what is as small as the factor."""
+    dy, b, h, ends, scale = _operands(node, 5)
+    grad_h, grad_b = val(node)
+    if grad_h.device.type == "cpu":
+        return
+    first = _emit(node, GROUPED_MM, (dy, _scaled(node, b, scale), ends), value=grad_h)
+    dy_t = _emit(node, aten.permute.default, (dy, [1, 0]), value=val(dy).t())
+    second = _scaled(node, _emit(node, GROUPED_MM, (dy_t, h, ends), value=grad_b), scale)
+    for user in list(node.users):
+        _replace(user, (first, second)[cast(int, user.args[1])])
+    node.graph.erase_node(node)
+
+
+def _scaled(like: Node, factor: Node, scale: Node | None) -> Node:
+    return factor if scale is None else _emit(like, aten.mul.Tensor, (factor, scale), value=val(factor))
+
+
 LOWERINGS: dict[Callable[..., Any], Lowering] = {
     MM: thin_mm,
     operators.accumulate: accumulate,
@@ -223,6 +257,9 @@ LOWERINGS: dict[Callable[..., Any], Lowering] = {
     operators.scaled_mm: scaled_mm,
     operators.gradient_pair: gradient_pair,
     operators.keep: keep,
+    grouped.grouped_accumulate: grouped_accumulate,
+    grouped.grouped_scaled_mm: grouped_scaled_mm,
+    grouped.grouped_gradient_pair: grouped_gradient_pair,
 }
 
 

@@ -119,9 +119,18 @@ def test_a_stage_without_adapters(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_experts_on_several_ranks(tmp_path):
-    """Four data-parallel ranks, of which two at a time hold the experts of a mixture between them."""
-    check(["--model", "tiny-moe", "--layers", "2", "--dp", "4", "--ep", "2"], tmp_path, timeout=600)
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        ["--dp", "4", "--ep", "2"],  # two at a time hold the experts of a mixture between them
+        # Two hold the experts, two the channels of each; tokens are sent by all-to-all.
+        ["--dp", "2", "--ep", "2", "--tp", "2", "--exchange"],
+        ["--dp", "2", "--tp", "2"],  # all hold all experts
+    ],
+    ids=["ep", "ep-tp", "tp"],
+)
+def test_adapted_experts_on_several_ranks(degrees, tmp_path):
+    check(["--model", "tiny-moe", "--layers", "1", "--adapt-experts", *degrees], tmp_path, timeout=600)
 
 
 @pytest.mark.slow
@@ -152,7 +161,6 @@ def test_stages_hold_every_layer_once():
         (["--schedule", "interleaved"], "--schedule interleaved needs --pp 2 or more"),
         (["--length", "30", "--cp", "2"], "--length 30 cannot be cut into 4 equal pieces"),
         (["--dp", "4", "--ep", "3"], "--ep 3 must divide --dp 4"),
-        (["--dp", "2", "--ep", "2", "--tp", "2"], "--ep and --tp together are not supported"),
         (["--save-every", "2"], "--save-every needs --checkpoints"),
     ],
 )
