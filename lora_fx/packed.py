@@ -12,8 +12,8 @@ def is_activation_dtype(dtype: torch.dtype) -> bool:
 def is_packed(weight: Tensor) -> bool:
     """Whether `weight` is stored in a dtype that no product on activations is done in: quantised, as itself or inside.
 
-    A tensor subclass may say that it is bfloat16, and hold int8 and scales; it may also name what is no tensor among its
-    parts, as a distributed tensor does its mesh.
+    A tensor subclass may say that it is bfloat16, and hold int8 and scales. Among its parts it may name what is no
+    tensor, as a distributed tensor does its mesh.
     """
     if not is_activation_dtype(weight.dtype):
         return True
