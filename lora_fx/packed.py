@@ -12,13 +12,15 @@ def is_activation_dtype(dtype: torch.dtype) -> bool:
 def is_packed(weight: Tensor) -> bool:
     """Whether `weight` is stored in a dtype that no product on activations is done in: quantised, as itself or inside.
 
-    A tensor subclass may say that it is bfloat16, and hold int8 and scales.
+    A tensor subclass may say that it is bfloat16, and hold int8 and scales. Among its parts it may name what is no
+    tensor, as a distributed tensor does its mesh.
     """
     if not is_activation_dtype(weight.dtype):
         return True
     if not hasattr(weight, "__tensor_flatten__"):
         return False
-    return any(is_packed(getattr(weight, name)) for name in weight.__tensor_flatten__()[0])
+    parts = (getattr(weight, name) for name in weight.__tensor_flatten__()[0])
+    return any(isinstance(part, Tensor) and is_packed(part) for part in parts)
 
 
 def check_not_quantised(module: nn.Module, old: Tensor, new: Tensor) -> None:
