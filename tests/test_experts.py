@@ -494,3 +494,20 @@ def test_experts_that_were_replaced_are_missed():
     model.layers["1"].feed_forward.experts = plain
     with pytest.raises(ValueError, match=r"layers\.1\.feed_forward\.experts became a Experts after install"):
         lora_fx.adapter_parameters(model)
+
+
+@pytest.mark.slow
+def test_experts_beside_quantised_linears():
+    quantization = pytest.importorskip("torchao.quantization")
+    model = llama().bfloat16()
+
+    def attention(module, path):
+        return isinstance(module, nn.Linear) and "attention" in path
+
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig(), filter_fn=attention)
+    lora_fx.install(model, LoRAConfig(rank=4, target_modules=["wq", "wo"], target_parameters=["experts.w1"]))
+    report = lora_fx.explain(shake(model), TOKENS, strict=True, verify=True)
+    assert report.rewritten == len(report.sites) == 6
+    errors = report.verification
+    assert errors.output_rewritten < 1.2 * errors.output_unfused < 0.02
+    assert errors.gradient_rewritten < 1.2 * errors.gradient_unfused < 0.02

@@ -183,3 +183,16 @@ def test_adapters_that_the_files_do_not_name_add_nothing(tmp_path):
     wider = LoRAConfig(rank=3, target_modules="wq", target_parameters=["w1", "w2", "w3"])
     other = shake(lora_fx.install(llama(), wider), seed=7)
     torch.testing.assert_close(lora_fx.load_adapter(other, tmp_path)(TOKENS), model(TOKENS))
+
+
+def test_there_and_back_with_a_head_that_is_trained_whole(tmp_path):
+    config = LoRAConfig(rank=4, target_modules="wq", target_parameters=MODELS["example"][1], modules_to_save="output")
+    model = shake(lora_fx.install(llama(), config), std=0.1)
+    lora_fx.save_adapter(model, tmp_path / "ours")
+    theirs = in_peft(llama(), tmp_path / "ours")
+    torch.testing.assert_close(logits(theirs), logits(model), **TOLERANCE)
+    assert (logits(model) - logits(llama())).abs().max() > 0.1
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = lora_fx.load_adapter(llama(), tmp_path / "theirs")
+    torch.testing.assert_close(logits(again), logits(model), **TOLERANCE)
+    assert not torch.equal(again.output.weight, llama().output.weight)
