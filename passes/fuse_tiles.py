@@ -55,9 +55,9 @@ def cut(graph: Graph, choose: Choose = choose) -> Iterator[tuple[Node, Exception
         if failure:
             yield seed, failure[0]
     if changed:
+        graph.eliminate_dead_code()
         with _undone(graph) as failure:
             tile_sums.join(graph)
-        graph.eliminate_dead_code()
         if failure:
             yield graph.output_node(), failure[0]
 

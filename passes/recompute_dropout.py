@@ -63,7 +63,8 @@ def tag(graph: Graph) -> list[Node]:
 def has_kernels(down: Node) -> bool:
     """Whether the products with x of a branch will be kernels of ours, which can draw a mask themselves."""
     rows = shape(down)[0]
-    return columns_of(down) is not None and not (isinstance(rows, int) and rows < FEWEST_ROWS)
+    few = isinstance(rows, int) and rows < FEWEST_ROWS
+    return val(down).device.type == "cuda" and columns_of(down) is not None and not few
 
 
 def _with_cheap_mask(chain: list[Node]) -> list[Node]:

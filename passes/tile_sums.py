@@ -51,9 +51,9 @@ def join(graph: Graph) -> None:
 
 
 def _is_returned(node: Node) -> bool:
-    """Whether all that reads a sum, under views, is the graph's output."""
-    return all(
-        user.op == "output" or (_is_view(user) and _is_returned(user)) for result in node.users for user in [result]
+    """Whether what reads a sum, under views, is the graph's output and nothing else. What nobody reads is not made."""
+    return bool(node.users) and all(
+        user.op == "output" or (_is_view(user) and _is_returned(user)) for user in node.users
     )
 
 

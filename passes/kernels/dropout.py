@@ -11,9 +11,9 @@ come from, takes ten rounds of two wide multiplications an element.
     bits    = mix(row key ^ pair * odd),  pair = column // 2
     kept    = (column odd ? bits >> 16 : bits & 0xFFFF) >= round(p * 65536)
 
-``mix`` is the bijection of 32 bits with the constants of Hash Function Prospector's best two rounds
-(https://github.com/skeeto/hash-prospector, bias 0.107): each bit of its input changes each bit of its result with a
-probability of one half, nearly.
+``mix`` is the bijection of 32 bits with the constants [16 21f0aaad 15 735a2d97 15] that Hash Function Prospector found
+(https://github.com/skeeto/hash-prospector/issues/19, bias 0.107): each bit of its input changes each bit of its result
+with a probability of one half, nearly.
 """
 
 from __future__ import annotations

@@ -83,19 +83,19 @@ def prepare(parts: list[Tensor], scales: list[Tensor | None], dtype: torch.dtype
         outputs = [part.new_empty(part.shape[1:], dtype=dtype) for part in parts]
         scaled = tuple(s is not None for s in scales)
         make = functools.partial(kernel, scaled)
-        compiler().start(_key(parts, scaled), make, arguments(outputs, parts, scales), parts[0].device)
+        compiler().start(_key(parts, scaled, dtype), make, arguments(outputs, parts, scales), parts[0].device)
 
 
-def _key(parts: list[Tensor], scaled: tuple[bool, ...]) -> Any:
-    """What Triton compiles anew for: numbers that are 1, or multiples of 16."""
-    numbers = [(int(part.shape[0]), part[0].numel()) for part in parts]
-    return (scaled, *((count == 1, count % 16 == 0, size == 1, size % 16 == 0) for count, size in numbers))
+def _key(parts: list[Tensor], scaled: tuple[bool, ...], dtype: torch.dtype) -> Any:
+    """What Triton compiles anew for: types, and numbers that are 1 or multiples of 16."""
+    numbers = [(part.shape[0], part.shape[1:].numel()) for part in parts]
+    return (scaled, dtype, *((count == 1, count % 16 == 0, size == 1, size % 16 == 0) for count, size in numbers))
 
 
 def run(parts: list[Tensor], scales: list[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
-    """``parts[i].sum(0) * scales[i]`` in ``dtype``, for parts [P, E...] that are contiguous."""
+    """``parts[i].sum(0) * scales[i]`` in ``dtype``, for parts [P, E...]; zeros where there are none, for no tokens."""
     scaled = tuple(s is not None for s in scales)
-    compiler().wait(_key(parts, scaled))
+    compiler().wait(_key(parts, scaled, dtype))
     outputs = [part.new_empty(part.shape[1:], dtype=dtype) for part in parts]
     blocks = sum(-(-out.numel() // _BLOCK) for out in outputs)
     if blocks:

@@ -1,8 +1,8 @@
 """How a tile program walks, chosen by what it does and how large it is.
 
-The tiles are the best of 26 to 145 on an H200 for the programs of a Llama-3-8B block (M 8192, R 16, bfloat16; of 11
-for those with masks). Microseconds with a cold cache, and what moving the program's bytes takes at the rate of a copy,
-by ``examples/benchmarks/tiles.py``:
+The tiles are the best of 26 to 145 that a search tried on an H200 for the programs of a Llama-3-8B block (M 8192, R 16,
+bfloat16; of 11 for those with masks). Microseconds with a cold cache, and what moving the program's bytes takes at the
+rate of a copy. ``examples/benchmarks/tiles.py`` prints both for what is chosen, and with ``--tune`` for tiles near it.
 
     ===========================================  ======  ====  ====================================================
     program                                          us  copy  others that were tried
@@ -14,7 +14,7 @@ by ``examples/benchmarks/tiles.py``:
     g, dB of dy, N 4096                            27.8    20  32.9 with 256 rows, which are more parts
     g, dB of dy, N 14336                           74.0    62  85.5 with 512 rows and steps of 32
     silu(gate) * up and h of its result           185.3   167  198 in one part
-    SwiGLU backward and dA                        348.2   279  363 with 1024 rows, 418 with steps of 64
+    SwiGLU backward and dA                        348.2   279  363 with 1024 rows
     h of q, k and v under a mask each              66.6    17  89.5 with steps of 128
     dX of q, k and v under a mask each             61.3    16  68.8 with 32 rows
     ===========================================  ======  ====  ====================================================

@@ -13,7 +13,8 @@ from tests.passes.on_gpu import capture
 from tests.passes.test_fuse_tiles import mlp, normed, x
 
 Runner = Any
-SHAPES = [(1, 5, 3), (8, 160, 4), (13, 1030), (28, 7, 16)]
+SHAPES = [(1, 5, 3), (8, 160, 4), (13, 1030), (28, 7, 16), (0, 6, 4), (3, 0, 4)]
+"""Of parts; without any, or without elements, where there are no tokens."""
 
 
 def parts_and_scales(device: str = "cpu") -> tuple[list[Tensor], list[Tensor | None]]:
@@ -62,6 +63,17 @@ def returning(*, read: bool) -> Graph:
         results.append(tile_sums.emit(list(graph.nodes)[-1], parts, None, torch.bfloat16))
     graph.output((*results, graph.call_function(torch.ops.aten.neg.default, (results[0],)) if read else None))
     return graph
+
+
+def test_what_nobody_reads_is_not_summed() -> None:
+    """dB of a frozen B: its parts are left by a program that has others to make."""
+    graph = returning(read=False)
+    results: Any = graph.output_node().args[0]
+    graph.output_node().args = ((results[0], None, None),)
+    tile_sums.join(graph)
+    assert [len(node.args[0]) for node in sums(graph)] == [1, 1]  # type: ignore[arg-type]  # its schema: a list
+    graph.eliminate_dead_code()
+    assert len(sums(graph)) == 1
 
 
 def test_what_the_graph_reads_is_summed_where_it_is_read() -> None:
