@@ -19,15 +19,15 @@ cannot take comes padded with zeros. Where experts are multiplied one by one, th
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import Graph, Node
 
+from lora_fx.passes.branch import Branch, Declined, NotASite
 from lora_fx.passes.graph import (
     CONVERT,
     COPIES,
-    Key,
     Values,
     aten,
     backward_nodes,
@@ -43,49 +43,16 @@ from lora_fx.passes.graph import (
     uses,
     val,
 )
-from lora_fx.passes.site import Declined, NotASite, Scale, before_dropout, same_scale, scale_operand, walk_to_add
+from lora_fx.passes.site import before_dropout, same_scale, scale_operand, walk_to_add
 
 GROUPED_MM = aten._grouped_mm.default
 
 
-@dataclass
-class GroupedSite:
-    """The branch of one stack of experts. Node fields are re-pointed by passes as they replace what they name."""
+@dataclass(kw_only=True)
+class GroupedSite(Branch):
+    """The branch of one stack of experts."""
 
-    path: str
-    """Path of the parameter, relative to what was compiled."""
-    down: Node
-    up: Node
-    add: Node
     ends: Node
-    rank: int
-    in_features: int
-    out_features: int
-    x_key: Key
-    scale: Scale | None
-    """Multiplies the product: a number, a 0-d tensor node, or None when there is nothing (left) to multiply."""
-    scaled: Node
-    """What is added to the base: ``up`` after its scale."""
-    dropout: bool
-    module_id: int | None = None
-    grad_b: Node | None = None
-    grad_b_transposed: bool = False
-    """``grad_b`` is computed as [E, R, N]."""
-    grad_h: Node | None = None
-    grad_a: Node | None = None
-    grad_x: Node | None = None
-    forward_rewrites: list[str] = field(default_factory=list)
-    backward_rewrites: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    """Reasons why a pass left this site, or half of it, alone."""
-
-    @property
-    def base(self) -> Node:
-        """What the branch is added to, as it stands in the graph now."""
-        left, right = self.add.args[:2]
-        other = right if left is self.scaled else left
-        assert isinstance(other, Node)
-        return other
 
 
 def find_grouped_sites(graph: Graph) -> tuple[list[GroupedSite], list[Declined]]:
@@ -186,7 +153,9 @@ def _complete(
     ends: Any = down.args[2]
     x_key = values.key(down.args[0])
     return GroupedSite(
-        _path(up), down, up, add, ends, rank, in_features, out_features, x_key, scale, scaled, dropout, module_id(up)
+        *(_path(up), down, up, add, rank, in_features, out_features, x_key, scale, scaled, dropout),
+        ends=ends,
+        module_id=module_id(up),
     )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_fx.passes.branch import Declined
 from lora_fx.passes.grouped_site import GroupedSite
-from lora_fx.passes.site import Declined, Site
+from lora_fx.passes.site import Site
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,15 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
+from lora_fx.passes.branch import Branch, Declined, NotASite, Scale
 from lora_fx.passes.graph import (
     MM,
-    Key,
     Values,
     aten,
     backward_nodes,
@@ -52,44 +52,15 @@ from lora_fx.passes.graph import (
     val,
 )
 
-Scale = float | int | Node
-
 MARK = "lora_fx_product"
 """In the metadata of the matrix products that were proved to be part of a LoRA branch."""
 
 
 @dataclass
-class Site:
-    """One LoRA branch. Node fields are re-pointed by passes as they replace what they name."""
+class Site(Branch):
+    """The branch of one linear."""
 
-    path: str
-    """Module path of the linear, relative to what was compiled; empty for the compiled module itself."""
-    down: Node
-    up: Node
-    add: Node
-    rank: int
-    in_features: int
-    out_features: int
-    x_key: Key
-    """Equal for two sites that read the same input."""
-    scale: Scale | None
-    """Multiplies the product: a number, a 0-d tensor node, or None when there is nothing (left) to multiply."""
-    scaled: Node
-    """What is added to the base: ``up`` after its scale and views."""
-    dropout: bool
-    module_id: int | None = None
-    """``id()`` of the module that made the product, where it is known."""
-    grad_b: Node | None = None
-    grad_b_transposed: bool = False
-    """``grad_b`` is computed as [R, N] (a model that stores B transposed)."""
-    grad_h: Node | None = None
-    grad_a: Node | None = None
     grad_a_transposed: bool = False
-    grad_x: Node | None = None
-    forward_rewrites: list[str] = field(default_factory=list)
-    backward_rewrites: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    """Reasons why a pass left this site, or half of it, alone."""
 
     @property
     def x(self) -> Any:
@@ -98,15 +69,6 @@ class Site:
         while is_call(down, aten.slice.Tensor):
             down = down.args[0]
         return down.args[0]
-
-    @property
-    def base(self) -> Node:
-        """What the branch is added to, as it stands in the graph now."""
-        left, right = self.add.args[:2]
-        assert left is self.scaled or right is self.scaled
-        other = right if left is self.scaled else left
-        assert isinstance(other, Node)
-        return other
 
     @property
     def has_backward(self) -> bool:
@@ -121,26 +83,6 @@ class Site:
             if is_call(node, MM):
                 assert isinstance(node, Node)
                 yield node
-
-
-@dataclass(frozen=True)
-class Declined:
-    """A low-rank branch that is left alone, and why."""
-
-    path: str
-    rank: int
-    in_features: int
-    out_features: int
-    reason: str
-    module_id: int | None = None
-
-
-class NotASite(Exception):
-    """Why two products in a row are not rewritten; ``proved`` when they are a LoRA branch all the same."""
-
-    def __init__(self, reason: str, proved: bool = False) -> None:
-        super().__init__(reason)
-        self.reason, self.proved = reason, proved
 
 
 def find_sites(graph: Graph) -> tuple[list[Site], list[Declined]]:
