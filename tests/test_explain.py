@@ -229,17 +229,20 @@ def test_blocks_that_are_compiled_by_themselves() -> None:
     assert [site.path for site in part.sites] == ["gate", "up", "down"]
 
 
+class Broken(nn.Module):
+    """Two MLPs, and a graph break between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Mlp(), Mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        return self.second(x)
+
+
 def test_a_graph_break_gives_two_graphs() -> None:
-    class Broken(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = Mlp(), Mlp()
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.first(x)
-            torch._dynamo.graph_break()
-            return self.second(x)
-
     report = lora_fx.explain(adapted(model=Broken()), inputs())
     assert len(report.graphs) == 2
     assert [site.path for site in report.sites] == [f"{p}.{n}" for p in ("first", "second") for n in Mlp()._modules]
@@ -248,20 +251,10 @@ def test_a_graph_break_gives_two_graphs() -> None:
 def test_a_graph_break_below_the_model_leaves_full_paths() -> None:
     """Dynamo then captures the forward of a part as a graph of its own, with paths that begin at that part."""
 
-    class Part(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = Mlp(), Mlp()
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.first(x)
-            torch._dynamo.graph_break()
-            return self.second(x)
-
     class Whole(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.part = Part()
+            self.part = Broken()
 
         def forward(self, x: Tensor) -> Tensor:
             return 2 * self.part(x)
