@@ -20,11 +20,11 @@ pass                    before                                        after
 
 ``site`` finds the LoRA branches of linears and proves what they are, ``grouped_site`` those of experts, for the passes
 that have ``grouped`` in their names; ``branch`` is what both find. ``rewriter`` is the only way to change a graph;
-``pipeline`` holds the order, the hooks in Inductor and the cache identity; ``printer`` and ``report`` say what happened;
-``kernels`` holds the operators and their lowerings; ``low_rank`` is the expression that all of this rewrites.
-``tile_regions`` says what ``fuse_tiles`` cuts out of a GPU's forward and backward graphs, ``tile_copies`` what is computed
-twice for it, ``tile_siblings`` what is read once; ``tile_writer`` writes a region's program, ``kernels.tile_program`` says
-what a program means, ``kernels.tile_triton`` writes its kernel and ``kernels.tile_launch`` runs it; ``tile_sums`` adds up
-what programs leave in parts. The entry points are
+``pipeline`` holds the order, the hooks in Inductor and the cache identity; ``printer`` and ``report`` say what
+happened; ``kernels`` holds the operators and their lowerings; ``low_rank`` is the expression that all of this rewrites.
+``tile_regions`` says what ``fuse_tiles`` cuts out of a GPU's forward and backward graphs, ``tile_copies`` what is
+computed twice for it, ``tile_siblings`` what is read once; ``tile_writer`` writes a region's program,
+``kernels.tile_program`` says what a program means, ``kernels.tile_triton`` writes its kernel and
+``kernels.tile_launch`` runs it; ``tile_sums`` adds up what programs leave in parts. The entry points are
 :func:`lora_fx.passes.pipeline.hooks` and :func:`lora_fx.passes.pipeline.rewrite_graph`.
 """
