@@ -79,6 +79,23 @@ def stable_topological_sort(graph: torch.fx.Graph) -> None:
     _private("torch._inductor.pattern_matcher:stable_topological_sort")(graph)
 
 
+def lower_as_donated(operator: Any) -> None:
+    """Have Inductor lower ``operator(saved, size)`` to the memory of ``saved`` as a view of ``size``.
+
+    Only where AOTAutograd gives that memory away with the backward graph's inputs (never what the user sees, and
+    nothing where the graph is retained); elsewhere to fresh memory.
+    """
+    lowering = {name: _private(f"torch._inductor.lowering:{name}") for name in ("register_lowering", "view", "empty")}
+    donated = _private("torch._inductor.ir:DonatedBuffer")
+
+    def lower(saved: Any, size: Any) -> Any:
+        if isinstance(getattr(saved.data, "data", None), donated):
+            return lowering["view"](saved, size)
+        return lowering["empty"](size, dtype=saved.get_dtype(), device=saved.get_device())
+
+    lowering["register_lowering"](operator, type_promotion_kind=None)(lower)
+
+
 def compile_cpp(source: str, flags: tuple[str, ...] = ()) -> Any:
     """A ``ctypes.CDLL`` of C++ source, built with Inductor's compiler and flags (and these) and kept in its cache."""
     return _private("torch._inductor.codecache:CppCodeCache").load(source, extra_flags=flags)

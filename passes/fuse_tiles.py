@@ -23,7 +23,7 @@ from lora_fx.passes.graph import (
 )
 from lora_fx.passes.kernels import operators
 from lora_fx.passes.kernels.tile_choice import choose
-from lora_fx.passes.kernels.tile_program import Program, Statement, Tile
+from lora_fx.passes.kernels.tile_program import Program, Statement, Tile, row_parts
 from lora_fx.passes.site import MARK
 from lora_fx.passes.tile_copies import separate
 from lora_fx.passes.tile_regions import Region, columns_of, grow, reads, value_of
@@ -144,28 +144,40 @@ def _accumulate(like: Node, base: Node, product: Node) -> Node:
 
 
 def _outputs(program: Program, writer: Writer, region: Region, like: Node) -> list[Node]:
-    """Memory for the outputs: fresh, or that of a large product which nobody reads but the region."""
+    """Memory for the outputs: fresh, or that of an input which nobody reads but the region.
+
+    That is a large product, or what forward saved: Inductor says whether backward may write over it.
+    """
     source = next(node for node, kind in zip(writer.inputs, writer.kinds) if kind[0] in ("full", "thin"))
-    rows = val(source).numel() // shape(source)[-1]
-    if not isinstance(rows, int):
-        rows = _row_node(source, like)
-    fresh = _compute(like, operators.tile_outputs, program.dumps(), source, rows)
+    rows, parts = _row_sizes(source, program.tile.rows, like)
     spare = [n for n, kind in zip(writer.inputs, writer.kinds) if kind == ["full"] and is_read_last_in(n, region)]
+    spare.sort(key=lambda node: node.op == "placeholder")
     found = []
-    for index, (statement, value) in enumerate(zip(program.outputs, val(fresh))):
-        reused = next((n for n in spare if statement[0] == "store" and val(n).dtype == value.dtype), None)
-        if reused is not None:
-            spare.remove(reused)
-        found.append(_call(like, operator.getitem, (fresh, index), value) if reused is None else reused)
+    for statement in program.outputs:
+        sizes, dtype = program.output_shape(statement, rows, parts)
+        reused = next((n for n in spare if statement[0] == "store" and val(n).dtype == dtype), None)
+        if reused is None:
+            found.append(_compute(like, aten.empty.memory_format, list(sizes), dtype=dtype, device=val(source).device))
+            continue
+        spare.remove(reused)
+        if reused.op == "placeholder":
+            operators.lower_donated()
+            reused = _compute(like, operators.donated, reused, list(sizes))
+        found.append(reused)
     return found
 
 
-def _row_node(source: Node, like: Node) -> Node:
-    """The node of M, which is a symbol."""
+def _row_sizes(source: Node, tile_rows: int, like: Node) -> tuple[Any, Any]:
+    """M and the number of tiles along it, as numbers or, where M is a symbol, as nodes."""
+    rows = val(source).numel() // shape(source)[-1]
+    if isinstance(rows, int):
+        return rows, row_parts(rows, tile_rows)
     matrix = (
         source if len(shape(source)) == 2 else _compute(like, aten.reshape.default, source, [-1, shape(source)[-1]])
     )
-    return _compute(like, aten.sym_size.int, matrix, 0)
+    node = _compute(like, aten.sym_size.int, matrix, 0)
+    above = _compute(like, operator.add, node, tile_rows - 1)
+    return node, _compute(like, operator.floordiv, above, tile_rows)
 
 
 def _rows(member: Node) -> Any:
@@ -195,11 +207,12 @@ def _finish(like: Node, out: Node, whole: bool, member: Node, which: int, region
     return total if val(total).dtype == value.dtype else _compute(like, CONVERT, total, value.dtype)
 
 
-def _compute(like: Node, target: Any, *args: Any) -> Node:
+def _compute(like: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
     """A node with its fake value computed."""
     values = torch.fx.node.map_arg(args, val)
-    with detect_fake_mode([v for v in values if isinstance(v, torch.Tensor)]):
-        return _call(like, target, args, target(*values))
+    tensors = [v for v in torch.utils._pytree.tree_leaves(values) if isinstance(v, torch.Tensor)]
+    with detect_fake_mode(tensors or [val(like)]):
+        return _call(like, target, args, target(*values, **kwargs), kwargs)
 
 
 def _sizes(node: Node, region: Region, like: Node) -> list[Any]:

@@ -254,9 +254,14 @@ class Values:
         return is_row_view(node) or is_transpose(node) or is_call(node, *COPIES, CONVERT)
 
 
+def is_tangent(node: Node) -> bool:
+    """Whether ``node`` is the gradient of an output: an input of a joint or a backward graph."""
+    return node.op == "placeholder" and "tangents" in str(node.target)
+
+
 def backward_nodes(graph: Graph) -> set[Node]:
     """Every node that depends on a gradient of an output (a ``tangents`` input): the backward half of a joint graph."""
-    pending = [node for node in graph.find_nodes(op="placeholder") if "tangents" in str(node.target)]
+    pending = [node for node in graph.find_nodes(op="placeholder") if is_tangent(node)]
     found: set[Node] = set(pending)
     while pending:
         for user in pending.pop().users:

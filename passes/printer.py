@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from lora_fx.passes.graph import is_tangent
+
 _SHORT = {
     "float64": "f64",
     "float32": "f32",
@@ -61,7 +63,7 @@ def _number_symbols(type_: str, symbols: dict[str, str]) -> str:
 
 def _call(node: Node, names: dict[Node, str]) -> str:
     if node.op == "placeholder":
-        return "tangent" if "tangents" in str(node.target) else "input"
+        return "tangent" if is_tangent(node) else "input"
     if node.op == "get_attr":
         return f"attribute {node.target}"
     operands = [_operand(a, names) for a in node.args]

@@ -7,7 +7,7 @@ from typing import Any
 from torch.fx import Node
 
 from lora_fx.passes._torch import inductor_config
-from lora_fx.passes.graph import MM, aten, is_call, is_tensor, is_transpose, peel_views, readers, shape, val
+from lora_fx.passes.graph import MM, aten, is_call, is_tangent, is_tensor, is_transpose, peel_views, readers, shape, val
 from lora_fx.passes.kernels import operators
 from lora_fx.passes.kernels.tile_program import OUTPUTS, Statement
 from lora_fx.passes.tile_copies import descendants
@@ -211,12 +211,16 @@ def _dies_in(node: Node, region: Region) -> bool:
 
 
 def is_read_last_in(node: Node, region: Region) -> bool:
-    """Whether a matrix was made by this graph and all that reads it is the region, or what the region waits for, so
-    that the region may overwrite it."""
+    """Whether a matrix was made by this graph, or saved by forward for it, and all that reads it is the region, or what
+    the region waits for, so that the region may overwrite it."""
     computed = region.nodes - region.copies
     return (
-        is_call(node, MM, aten.addmm.default)
-        and len(shape(node)) == 2
+        (_is_saved(node) or (is_call(node, MM, aten.addmm.default) and len(shape(node)) == 2))
         and node not in region.nodes
         and all(reader in computed or not computed.isdisjoint(descendants(reader)) for reader in readers(node))
     )
+
+
+def _is_saved(node: Node) -> bool:
+    """Whether a matrix is an input of a backward graph, and no gradient."""
+    return node.op == "placeholder" and not is_tangent(node) and any(map(is_tangent, node.graph.nodes))

@@ -6,9 +6,12 @@ Legend: M tokens, K in, N out, R rank. ``scale`` is a 0-d tensor or None for 1.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
+from lora_fx.passes._torch import lower_as_donated
 from lora_fx.passes.kernels import dropout, native, tile_program
 
 _library = torch.library.Library("lora_fx", "DEF")
@@ -20,7 +23,7 @@ for _schema in (
     "keep(Tensor seed, SymInt[] size, float p) -> Tensor",
     "tile_(Tensor(a!)[] outputs, str program, Tensor[] inputs) -> ()",
     "sum_parts(Tensor[] parts, Tensor?[] scales, ScalarType dtype) -> Tensor[]",
-    "tile_outputs(str program, Tensor like, SymInt rows) -> Tensor[]",
+    "donated(Tensor saved, SymInt[] size) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -118,6 +121,12 @@ def _sum_parts_cuda(parts: list[Tensor], scales: list[Tensor | None], dtype: tor
     return run(parts, scales, dtype)
 
 
+@functools.cache
+def lower_donated() -> None:
+    """Teach Inductor what :data:`donated` is; once, when a graph has it, because Inductor takes seconds to import."""
+    lower_as_donated(donated)
+
+
 def prepare_tile(program: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
     """Begin to compile the kernel of a tile program, in the background, for tensors like these, which may be fake."""
     from lora_fx.passes.kernels.tile_launch import prepare
@@ -132,11 +141,12 @@ def prepare_sums(parts: list[Tensor], scales: list[Tensor | None], dtype: torch.
     prepare(parts, scales, dtype)
 
 
-def _tile_outputs(program: str, like: Tensor, rows: int | torch.SymInt) -> list[Tensor]:
-    """Memory for the outputs of a program over ``rows`` = M, on the device of ``like``."""
-    plan = tile_program.loads(program)
-    shapes = [plan.output_shape(statement, rows) for statement in plan.outputs]
-    return [like.new_empty(shape, dtype=dtype) for shape, dtype in shapes]
+def _donated(saved: Tensor, size: list[int | torch.SymInt]) -> Tensor:
+    """Memory for a matrix that may be that of ``saved``, which backward reads for the last time where this is written.
+
+    Inductor knows whether it may (:func:`lora_fx.passes._torch.lower_as_donated`); anywhere else it is fresh.
+    """
+    return saved.new_empty(size)
 
 
 _library.impl("keep", dropout.keep_eager, "CompositeExplicitAutograd")
@@ -144,7 +154,7 @@ _library.impl("tile_", _tile_, "CPU")
 _library.impl("tile_", _tile_cuda_, "CUDA")
 _library.impl("sum_parts", _sum_parts, "CPU")
 _library.impl("sum_parts", _sum_parts_cuda, "CUDA")
-_library.impl("tile_outputs", _tile_outputs, "CompositeExplicitAutograd")
+_library.impl("donated", _donated, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("lora_fx::sum_parts", lib=_library)
@@ -212,4 +222,4 @@ gradient_pair = torch.ops.lora_fx.gradient_pair.default
 keep = torch.ops.lora_fx.keep.default
 tile_ = torch.ops.lora_fx.tile_.default
 sum_parts = torch.ops.lora_fx.sum_parts.default
-tile_outputs = torch.ops.lora_fx.tile_outputs.default
+donated = torch.ops.lora_fx.donated.default

@@ -102,8 +102,8 @@ class Program:
         """R of a thin or factor input."""
         return int(self.inputs[index][1])
 
-    def output_shape(self, statement: Statement, rows: Any) -> tuple[tuple[Any, ...], torch.dtype]:
-        """Shape and dtype of an output for ``rows`` = M, which may be symbolic. A stored value is a matrix."""
+    def output_shape(self, statement: Statement, rows: Any, parts: Any) -> tuple[tuple[Any, ...], torch.dtype]:
+        """Shape and dtype of an output for ``rows`` = M and :func:`row_parts`. A stored value is a matrix."""
         kind = statement[0]
         if kind == "store":
             return (rows, self.columns), getattr(torch, statement[2])
@@ -113,7 +113,7 @@ class Program:
         if kind == "down":
             return (-(-self.columns // self.tile.columns), rows, r), torch.float32
         sizes = (self.columns, r) if statement[3] == "NR" else (r, self.columns)
-        return (-(-rows // self.tile.rows), *sizes), torch.float32
+        return (parts, *sizes), torch.float32
 
     def row_count(self, inputs: list[Tensor]) -> Any:
         """M, as the inputs have it."""
@@ -123,6 +123,11 @@ class Program:
             if kind[0] == "thin":
                 return tensor.shape[0]
         raise AssertionError("a program reads something that has rows")
+
+
+def row_parts(rows: int, tile_rows: int) -> int:
+    """Tiles along M: the parts of a sum over rows."""
+    return -(-rows // tile_rows)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -188,7 +193,7 @@ def evaluate(program: Program, inputs: list[Tensor]) -> list[Tensor]:
             operands = [_constant(o[0], inputs[0]) if isinstance(o, list) else values[o] for o in statement[2]]
             value = POINTWISE[statement[1]](*operands)
         else:
-            shape, out_dtype = program.output_shape(statement, m)
+            shape, out_dtype = program.output_shape(statement, m, row_parts(m, program.tile.rows))
             full = values[statement[1]].expand(m, program.columns)
             if kind == "store":
                 results.append(full.to(out_dtype).contiguous())

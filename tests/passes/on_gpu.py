@@ -128,8 +128,8 @@ def programs(graph: Graph) -> list[Program]:
 def text(graph: Graph) -> str:
     """`graph_text` with the programs listed below the graph, statement by statement and without their tiles."""
     printed, listings = graph_text(graph), []
-    for node in [*calls(graph), *graph.find_nodes(op="call_function", target=operators.tile_outputs)]:
-        whole = str(node.kwargs["program"] if "program" in node.kwargs else node.args[0])
+    for node in calls(graph):
+        whole = str(node.kwargs["program"])
         listing = _listing(loads(whole))
         if listing not in listings:
             listings.append(listing)

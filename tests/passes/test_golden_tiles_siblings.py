@@ -47,41 +47,37 @@ def test_qkv_of_a_norm() -> None:
 %29 = getitem(%27, 1) f32[]
 %30 = getitem(%27, 2) f32[]
 %31 = cat([%5, %10, %15], 0) bf16[12, 136]
-%32 = lora_fx.tile_outputs(#0, %24, 160) (bf16[160, 12])
-%33 = getitem(%32, 0) bf16[160, 12]
-%34 = tile(outputs=[%33], program=#0, inputs=[%24, %31]) (None, (bf16[160, 12]))
-%35 = getitem(%34, 1) (bf16[160, 12])
-%36 = getitem(%35, 0) bf16[160, 12]
-%37 = slice(%36, 1, 0, 4) bf16[160, 4]
-%38 = lora_fx.tile_outputs(#1, %37, 160) (bf16[160, 136])
-%39 = getitem(%38, 0) bf16[160, 136]
-%40 = tile(outputs=[%39], program=#1, inputs=[%37, %6, %28]) (None, (bf16[160, 136]))
-%41 = getitem(%40, 1) (bf16[160, 136])
-%42 = getitem(%41, 0) bf16[160, 136]
-%43 = auto_functionalized(lora_fx.accumulate_, base=%42, a=%26, b=%25, scale=None) (None, bf16[160, 136])
-%44 = getitem(%43, 1) bf16[160, 136]
-%45 = view(%44, [2, 80, 136]) bf16[2, 80, 136]
-%46 = permute(%7, [1, 0]) bf16[136, 136]
-%47 = slice(%36, 1, 4, 8) bf16[160, 4]
-%48 = lora_fx.tile_outputs(#1, %47, 160) (bf16[160, 136])
+%32 = empty([160, 12], dtype=bf16, device=cpu) bf16[160, 12]
+%33 = tile(outputs=[%32], program=#0, inputs=[%24, %31]) (None, (bf16[160, 12]))
+%34 = getitem(%33, 1) (bf16[160, 12])
+%35 = getitem(%34, 0) bf16[160, 12]
+%36 = slice(%35, 1, 0, 4) bf16[160, 4]
+%37 = empty([160, 136], dtype=bf16, device=cpu) bf16[160, 136]
+%38 = tile(outputs=[%37], program=#1, inputs=[%36, %6, %28]) (None, (bf16[160, 136]))
+%39 = getitem(%38, 1) (bf16[160, 136])
+%40 = getitem(%39, 0) bf16[160, 136]
+%41 = auto_functionalized(lora_fx.accumulate_, base=%40, a=%26, b=%25, scale=None) (None, bf16[160, 136])
+%42 = getitem(%41, 1) bf16[160, 136]
+%43 = view(%42, [2, 80, 136]) bf16[2, 80, 136]
+%44 = permute(%7, [1, 0]) bf16[136, 136]
+%45 = slice(%35, 1, 4, 8) bf16[160, 4]
+%46 = empty([160, 136], dtype=bf16, device=cpu) bf16[160, 136]
+%47 = tile(outputs=[%46], program=#1, inputs=[%45, %11, %29]) (None, (bf16[160, 136]))
+%48 = getitem(%47, 1) (bf16[160, 136])
 %49 = getitem(%48, 0) bf16[160, 136]
-%50 = tile(outputs=[%49], program=#1, inputs=[%47, %11, %29]) (None, (bf16[160, 136]))
-%51 = getitem(%50, 1) (bf16[160, 136])
-%52 = getitem(%51, 0) bf16[160, 136]
-%53 = auto_functionalized(lora_fx.accumulate_, base=%52, a=%26, b=%46, scale=None) (None, bf16[160, 136])
-%54 = getitem(%53, 1) bf16[160, 136]
-%55 = view(%54, [2, 80, 136]) bf16[2, 80, 136]
-%56 = permute(%12, [1, 0]) bf16[136, 136]
-%57 = slice(%36, 1, 8, 12) bf16[160, 4]
-%58 = lora_fx.tile_outputs(#1, %57, 160) (bf16[160, 136])
-%59 = getitem(%58, 0) bf16[160, 136]
-%60 = tile(outputs=[%59], program=#1, inputs=[%57, %16, %30]) (None, (bf16[160, 136]))
-%61 = getitem(%60, 1) (bf16[160, 136])
-%62 = getitem(%61, 0) bf16[160, 136]
-%63 = auto_functionalized(lora_fx.accumulate_, base=%62, a=%26, b=%56, scale=None) (None, bf16[160, 136])
-%64 = getitem(%63, 1) bf16[160, 136]
-%65 = view(%64, [2, 80, 136]) bf16[2, 80, 136]
-return %45, %55, %65, %0, %1, %2, %5, %6, %7, %10, %11, %12, %15, %16, %21, %28, %37, %29, %47, %30, %57
+%50 = auto_functionalized(lora_fx.accumulate_, base=%49, a=%26, b=%44, scale=None) (None, bf16[160, 136])
+%51 = getitem(%50, 1) bf16[160, 136]
+%52 = view(%51, [2, 80, 136]) bf16[2, 80, 136]
+%53 = permute(%12, [1, 0]) bf16[136, 136]
+%54 = slice(%35, 1, 8, 12) bf16[160, 4]
+%55 = empty([160, 136], dtype=bf16, device=cpu) bf16[160, 136]
+%56 = tile(outputs=[%55], program=#1, inputs=[%54, %16, %30]) (None, (bf16[160, 136]))
+%57 = getitem(%56, 1) (bf16[160, 136])
+%58 = getitem(%57, 0) bf16[160, 136]
+%59 = auto_functionalized(lora_fx.accumulate_, base=%58, a=%26, b=%53, scale=None) (None, bf16[160, 136])
+%60 = getitem(%59, 1) bf16[160, 136]
+%61 = view(%60, [2, 80, 136]) bf16[2, 80, 136]
+return %43, %52, %61, %0, %1, %2, %5, %6, %7, %10, %11, %12, %15, %16, %21, %28, %36, %29, %45, %30, %54
 #0: bfloat16, 136 columns; in0 full, in1 factor 12 RN
     0: load in0
     1: down %0 in1
@@ -113,87 +109,82 @@ return %45, %55, %65, %0, %1, %2, %5, %6, %7, %10, %11, %12, %15, %16, %21, %28,
 | %18 = tangent bf16[2, 80, 136]
 | %19 = tangent bf16[2, 80, 136]
 | %20 = tangent bf16[2, 80, 136]
-| %21 = lora_fx.tile_outputs(#0, %20, 160) (f32[5, 160, 4], f32[1, 136, 4])
-| %22 = getitem(%21, 0) f32[5, 160, 4]
-| %23 = getitem(%21, 1) f32[1, 136, 4]
-| %24 = tile(outputs=[%22, %23], program=#0, inputs=[%20, %10, %17]) (None, (f32[5, 160, 4], f32[1, 136, 4]))
-| %25 = getitem(%24, 1) (f32[5, 160, 4], f32[1, 136, 4])
-| %26 = getitem(%25, 0) f32[5, 160, 4]
-| %27 = lora_fx.sum_parts([%26], [%16], bf16) (bf16[160, 4])
-| %28 = getitem(%27, 0) bf16[160, 4]
-| %29 = getitem(%25, 1) f32[1, 136, 4]
-| %30 = view(%20, [160, 136]) bf16[160, 136]
-%31 = permute(%8, [1, 0]) bf16[136, 136]
-| %32 = permute(%31, [1, 0]) bf16[136, 136]
-| %33 = lora_fx.tile_outputs(#0, %19, 160) (f32[5, 160, 4], f32[1, 136, 4])
-| %34 = getitem(%33, 0) f32[5, 160, 4]
-| %35 = getitem(%33, 1) f32[1, 136, 4]
-| %36 = tile(outputs=[%34, %35], program=#0, inputs=[%19, %7, %15]) (None, (f32[5, 160, 4], f32[1, 136, 4]))
-| %37 = getitem(%36, 1) (f32[5, 160, 4], f32[1, 136, 4])
-| %38 = getitem(%37, 0) f32[5, 160, 4]
-| %39 = lora_fx.sum_parts([%38], [%14], bf16) (bf16[160, 4])
-| %40 = getitem(%39, 0) bf16[160, 4]
-| %41 = getitem(%37, 1) f32[1, 136, 4]
-| %42 = view(%19, [160, 136]) bf16[160, 136]
-%43 = permute(%5, [1, 0]) bf16[136, 136]
-| %44 = permute(%43, [1, 0]) bf16[136, 136]
-| %45 = mm(%42, %44) bf16[160, 136]
-| %46 = lora_fx.tile_outputs(#0, %18, 160) (f32[5, 160, 4], f32[1, 136, 4])
-| %47 = getitem(%46, 0) f32[5, 160, 4]
-| %48 = getitem(%46, 1) f32[1, 136, 4]
-| %49 = tile(outputs=[%47, %48], program=#0, inputs=[%18, %4, %13]) (None, (f32[5, 160, 4], f32[1, 136, 4]))
-| %50 = getitem(%49, 1) (f32[5, 160, 4], f32[1, 136, 4])
-| %51 = getitem(%50, 0) f32[5, 160, 4]
-| %52 = lora_fx.sum_parts([%51], [%12], bf16) (bf16[160, 4])
-| %53 = getitem(%52, 0) bf16[160, 4]
-| %54 = getitem(%50, 1) f32[1, 136, 4]
-| %55 = cat([%53, %40, %28], 1) bf16[160, 12]
-%56 = convert_element_type(%1, f32) f32[2, 80, 136]
-| %57 = lora_fx.tile_outputs(#1, %1, 160) (f32[1, 12, 136])
-| %58 = getitem(%57, 0) f32[1, 12, 136]
-| %59 = tile(outputs=[%58], program=#1, inputs=[%1, %11, %0, %55]) (None, (f32[1, 12, 136]))
-| %60 = getitem(%59, 1) (f32[1, 12, 136])
-| %61 = getitem(%60, 0) f32[1, 12, 136]
-%62 = cat([%3, %6, %9], 0) bf16[12, 136]
-| %63 = view(%18, [160, 136]) bf16[160, 136]
-%64 = permute(%2, [1, 0]) bf16[136, 136]
-| %65 = permute(%64, [1, 0]) bf16[136, 136]
-| %66 = mm(%63, %65) bf16[160, 136]
-| %67 = lora_fx.tile_outputs(#2, %55, 160) (bf16[160, 136])
-| %68 = getitem(%67, 0) bf16[160, 136]
-| %69 = tile(outputs=[%68], program=#2, inputs=[%55, %62]) (None, (bf16[160, 136]))
-| %70 = getitem(%69, 1) (bf16[160, 136])
-| %71 = getitem(%70, 0) bf16[160, 136]
-| %72 = auto_functionalized(lora_fx.accumulate_, base=%71, a=%30, b=%32, scale=None) (None, bf16[160, 136])
-| %73 = getitem(%72, 1) bf16[160, 136]
-| %74 = add(%73, %45) bf16[160, 136]
-| %75 = add(%74, %66) bf16[160, 136]
-| %76 = reshape(%75, [2, 80, 136]) bf16[2, 80, 136]
-| %77 = convert_element_type(%76, f32) f32[2, 80, 136]
-| %78 = mul(%77, %0) f32[2, 80, 136]
-| %79 = mul(%78, %56) f32[2, 80, 136]
-| %80 = mul(%78, %11) f32[2, 80, 136]
-| %81 = sum(%79, [2], True) f32[2, 80, 1]
-| %82 = pow(%11, 3) f32[2, 80, 1]
-| %83 = mul(%81, -0.5) f32[2, 80, 1]
-| %84 = mul(%83, %82) f32[2, 80, 1]
-| %85 = expand(%84, [2, 80, 136]) f32[2, 80, 136]
-| %86 = div(%85, 136) f32[2, 80, 136]
-| %87 = pow(%56, 1.0) f32[2, 80, 136]
-| %88 = mul(%87, 2.0) f32[2, 80, 136]
-| %89 = mul(%86, %88) f32[2, 80, 136]
-| %90 = add(%80, %89) f32[2, 80, 136]
-| %91 = convert_element_type(%90, bf16) bf16[2, 80, 136]
-| %92 = lora_fx.sum_parts([%29, %41, %54, %61], [%16, %14, %12, None], bf16) (bf16[136, 4], bf16[136, 4], bf16[136,
+| %21 = empty([5, 160, 4], dtype=f32, device=cpu) f32[5, 160, 4]
+| %22 = empty([1, 136, 4], dtype=f32, device=cpu) f32[1, 136, 4]
+| %23 = tile(outputs=[%21, %22], program=#0, inputs=[%20, %10, %17]) (None, (f32[5, 160, 4], f32[1, 136, 4]))
+| %24 = getitem(%23, 1) (f32[5, 160, 4], f32[1, 136, 4])
+| %25 = getitem(%24, 0) f32[5, 160, 4]
+| %26 = lora_fx.sum_parts([%25], [%16], bf16) (bf16[160, 4])
+| %27 = getitem(%26, 0) bf16[160, 4]
+| %28 = getitem(%24, 1) f32[1, 136, 4]
+| %29 = view(%20, [160, 136]) bf16[160, 136]
+%30 = permute(%8, [1, 0]) bf16[136, 136]
+| %31 = permute(%30, [1, 0]) bf16[136, 136]
+| %32 = empty([5, 160, 4], dtype=f32, device=cpu) f32[5, 160, 4]
+| %33 = empty([1, 136, 4], dtype=f32, device=cpu) f32[1, 136, 4]
+| %34 = tile(outputs=[%32, %33], program=#0, inputs=[%19, %7, %15]) (None, (f32[5, 160, 4], f32[1, 136, 4]))
+| %35 = getitem(%34, 1) (f32[5, 160, 4], f32[1, 136, 4])
+| %36 = getitem(%35, 0) f32[5, 160, 4]
+| %37 = lora_fx.sum_parts([%36], [%14], bf16) (bf16[160, 4])
+| %38 = getitem(%37, 0) bf16[160, 4]
+| %39 = getitem(%35, 1) f32[1, 136, 4]
+| %40 = view(%19, [160, 136]) bf16[160, 136]
+%41 = permute(%5, [1, 0]) bf16[136, 136]
+| %42 = permute(%41, [1, 0]) bf16[136, 136]
+| %43 = mm(%40, %42) bf16[160, 136]
+| %44 = empty([5, 160, 4], dtype=f32, device=cpu) f32[5, 160, 4]
+| %45 = empty([1, 136, 4], dtype=f32, device=cpu) f32[1, 136, 4]
+| %46 = tile(outputs=[%44, %45], program=#0, inputs=[%18, %4, %13]) (None, (f32[5, 160, 4], f32[1, 136, 4]))
+| %47 = getitem(%46, 1) (f32[5, 160, 4], f32[1, 136, 4])
+| %48 = getitem(%47, 0) f32[5, 160, 4]
+| %49 = lora_fx.sum_parts([%48], [%12], bf16) (bf16[160, 4])
+| %50 = getitem(%49, 0) bf16[160, 4]
+| %51 = getitem(%47, 1) f32[1, 136, 4]
+| %52 = cat([%50, %38, %27], 1) bf16[160, 12]
+%53 = convert_element_type(%1, f32) f32[2, 80, 136]
+| %54 = empty([1, 12, 136], dtype=f32, device=cpu) f32[1, 12, 136]
+| %55 = tile(outputs=[%54], program=#1, inputs=[%1, %11, %0, %52]) (None, (f32[1, 12, 136]))
+| %56 = getitem(%55, 1) (f32[1, 12, 136])
+| %57 = getitem(%56, 0) f32[1, 12, 136]
+%58 = cat([%3, %6, %9], 0) bf16[12, 136]
+| %59 = view(%18, [160, 136]) bf16[160, 136]
+%60 = permute(%2, [1, 0]) bf16[136, 136]
+| %61 = permute(%60, [1, 0]) bf16[136, 136]
+| %62 = mm(%59, %61) bf16[160, 136]
+| %63 = empty([160, 136], dtype=bf16, device=cpu) bf16[160, 136]
+| %64 = tile(outputs=[%63], program=#2, inputs=[%52, %58]) (None, (bf16[160, 136]))
+| %65 = getitem(%64, 1) (bf16[160, 136])
+| %66 = getitem(%65, 0) bf16[160, 136]
+| %67 = auto_functionalized(lora_fx.accumulate_, base=%66, a=%29, b=%31, scale=None) (None, bf16[160, 136])
+| %68 = getitem(%67, 1) bf16[160, 136]
+| %69 = add(%68, %43) bf16[160, 136]
+| %70 = add(%69, %62) bf16[160, 136]
+| %71 = reshape(%70, [2, 80, 136]) bf16[2, 80, 136]
+| %72 = convert_element_type(%71, f32) f32[2, 80, 136]
+| %73 = mul(%72, %0) f32[2, 80, 136]
+| %74 = mul(%73, %53) f32[2, 80, 136]
+| %75 = mul(%73, %11) f32[2, 80, 136]
+| %76 = sum(%74, [2], True) f32[2, 80, 1]
+| %77 = pow(%11, 3) f32[2, 80, 1]
+| %78 = mul(%76, -0.5) f32[2, 80, 1]
+| %79 = mul(%78, %77) f32[2, 80, 1]
+| %80 = expand(%79, [2, 80, 136]) f32[2, 80, 136]
+| %81 = div(%80, 136) f32[2, 80, 136]
+| %82 = pow(%53, 1.0) f32[2, 80, 136]
+| %83 = mul(%82, 2.0) f32[2, 80, 136]
+| %84 = mul(%81, %83) f32[2, 80, 136]
+| %85 = add(%75, %84) f32[2, 80, 136]
+| %86 = convert_element_type(%85, bf16) bf16[2, 80, 136]
+| %87 = lora_fx.sum_parts([%28, %39, %51, %57], [%16, %14, %12, None], bf16) (bf16[136, 4], bf16[136, 4], bf16[136,
         4], bf16[12, 136])
-| %93 = getitem(%92, 0) bf16[136, 4]
-| %94 = getitem(%92, 1) bf16[136, 4]
-| %95 = getitem(%92, 2) bf16[136, 4]
-| %96 = getitem(%92, 3) bf16[12, 136]
-| %97 = slice(%96, 0, 8, 12) bf16[4, 136]
-| %98 = slice(%96, 0, 4, 8) bf16[4, 136]
-| %99 = slice(%96, 0, 0, 4) bf16[4, 136]
-return None, %91, None, None, None, %99, %95, None, None, None, %98, %94, None, None, None, %97, %93
+| %88 = getitem(%87, 0) bf16[136, 4]
+| %89 = getitem(%87, 1) bf16[136, 4]
+| %90 = getitem(%87, 2) bf16[136, 4]
+| %91 = getitem(%87, 3) bf16[12, 136]
+| %92 = slice(%91, 0, 8, 12) bf16[4, 136]
+| %93 = slice(%91, 0, 4, 8) bf16[4, 136]
+| %94 = slice(%91, 0, 0, 4) bf16[4, 136]
+return None, %86, None, None, None, %94, %90, None, None, None, %93, %89, None, None, None, %92, %88
 #0: bfloat16, 136 columns; in0 full, in1 factor 4 NR, in2 thin 4
     0: load in0
     1: down %0 in1

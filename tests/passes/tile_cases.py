@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_fx.passes.kernels import dropout, operators
-from lora_fx.passes.kernels.tile_program import Program, Statement, Tile
+from lora_fx.passes.kernels import dropout
+from lora_fx.passes.kernels.tile_program import Program, Statement, Tile, row_parts
 
 EPS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 """Half of the distance of two neighbours, in units of either: what a rounded value is wrong by, at the most."""
@@ -321,8 +321,9 @@ Runner = Callable[[Program, list[Tensor], list[Tensor]], None]
 
 def outputs(program: Program, inputs: list[Tensor], rows: int) -> list[Tensor]:
     """Memory for the outputs that holds NaN: all of it must be written."""
-    found = operators.tile_outputs(program.dumps(), inputs[0], rows)
-    return [tensor.fill_(float("nan")) for tensor in found]
+    parts = row_parts(rows, program.tile.rows)
+    found = [program.output_shape(statement, rows, parts) for statement in program.outputs]
+    return [inputs[0].new_full(sizes, float("nan"), dtype=dtype) for sizes, dtype in found]
 
 
 def totals(program: Program, results: list[Tensor]) -> list[Tensor]:
