@@ -96,6 +96,11 @@ def lower_as_donated(operator: Any) -> None:
     lowering["register_lowering"](operator, type_promotion_kind=None)(lower)
 
 
+def read_from_memory(operators: list[Any]) -> None:
+    """Have Inductor write values that these operators and others read, once, instead of computing them for each."""
+    _private("torch._inductor.lowering:add_needs_realized_inputs")(operators)
+
+
 def compile_cpp(source: str, flags: tuple[str, ...] = ()) -> Any:
     """A ``ctypes.CDLL`` of C++ source, built with Inductor's compiler and flags (and these) and kept in its cache."""
     return _private("torch._inductor.codecache:CppCodeCache").load(source, extra_flags=flags)

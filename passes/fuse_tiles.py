@@ -161,7 +161,6 @@ def _outputs(program: Program, writer: Writer, region: Region, like: Node) -> li
             continue
         spare.remove(reused)
         if reused.op == "placeholder":
-            operators.lower_donated()
             reused = _compute(like, operators.donated, reused, list(sizes))
         found.append(reused)
     return found

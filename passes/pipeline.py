@@ -31,7 +31,7 @@ from lora_fx.passes import (
 from lora_fx.passes._torch import CustomGraphPass, inductor_config, trace_structured
 from lora_fx.passes.graph import module_path
 from lora_fx.passes.grouped_site import GroupedSite, find_grouped_sites
-from lora_fx.passes.kernels import lowering
+from lora_fx.passes.kernels import lowering, operators
 from lora_fx.passes.printer import graph_text, target_name
 from lora_fx.passes.report import GraphReport, SiteReport
 from lora_fx.passes.rewriter import Rewriter
@@ -219,6 +219,7 @@ class LoweringStage(Stage):
     """Chooses implementations (``post_grad_custom_pre_pass``: forward and backward are apart by then)."""
 
     def __call__(self, graph: Graph) -> None:
+        operators.teach_inductor()
         failures = [
             _failure(f"{step} {target_name(node.target)}", module_path(node) or "(root)", error)
             for step, lower in (("tile", fuse_tiles.cut), ("lowering", lowering.lower))

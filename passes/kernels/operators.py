@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from lora_fx.passes._torch import lower_as_donated
+from lora_fx.passes._torch import lower_as_donated, read_from_memory
 from lora_fx.passes.kernels import dropout, native, tile_program
 
 _library = torch.library.Library("lora_fx", "DEF")
@@ -122,9 +122,14 @@ def _sum_parts_cuda(parts: list[Tensor], scales: list[Tensor | None], dtype: tor
 
 
 @functools.cache
-def lower_donated() -> None:
-    """Teach Inductor what :data:`donated` is; once, when a graph has it, because Inductor takes seconds to import."""
+def teach_inductor() -> None:
+    """Tell Inductor about these operators, once: importing it takes seconds, and it is there where graphs are lowered.
+
+    Their operands are in memory. It finds that out by itself at the first call of each, which is too late for what was
+    lowered before: a norm that three of them read was written three times.
+    """
     lower_as_donated(donated)
+    read_from_memory([tile_, accumulate_, scaled_mm, gradient_pair, sum_parts])
 
 
 def prepare_tile(program: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:

@@ -55,17 +55,16 @@ def choose(kinds: list[list[Any]], body: list[Statement], rows: Any, columns: in
 def _across(names: list[str], rank: int, m: int, columns: int) -> Tile:
     """For sums over rows, which are kept in registers while a program walks down."""
     if "product" in names:
-        height = _shrunk(512, 64, m, columns, 64, BUSY_TWICE)
-        return Tile(rows=height, columns=64, step=32, walk="rows", stages=3 if rank <= 32 else 2)
-    if "down" in names and rank <= 32:
+        height = _shrunk(512 if rank <= 32 else 1024, 64, m, columns, 64, BUSY_TWICE)
+        return Tile(rows=height, columns=64, step=32, walk="rows", stages=3 if rank <= 64 else 2)
+    if "down" in names and rank <= 64:
         # Parts are fewer where they are longest.
-        width, strips = (512, 4) if columns > 8192 else (256, 2)
+        width, strips = (512, 4) if columns > 8192 and rank <= 32 else (256, 2)
         height = _shrunk(1024, width, m, columns, 64, BUSY)
         return Tile(rows=height, columns=width, step=64, walk="rows", strips=strips, stages=3)
     if "down" in names:
-        width = 128 if rank <= 64 else 64
-        height = _shrunk(1024, width, m, columns, 64, BUSY_TWICE)
-        return Tile(rows=height, columns=width, step=64, walk="rows", stages=3 if rank <= 64 else 2)
+        height = _shrunk(1024, 64, m, columns, 64, BUSY_TWICE)
+        return Tile(rows=height, columns=64, step=64, walk="rows", stages=2)
     width = 128 if rank <= 32 else 64
     height = _shrunk(512 if "keep" in names or rank > 32 else 1024, width, m, columns, 64, BUSY_TWICE)
     return Tile(rows=height, columns=width, step=32, walk="rows", stages=3 if "keep" in names or rank > 32 else 4)
@@ -73,9 +72,11 @@ def _across(names: list[str], rank: int, m: int, columns: int) -> Tile:
 
 def _down(names: list[str], rank: int, m: int, columns: int) -> Tile:
     """For sums over columns, which are kept in registers while a program walks along."""
+    heavy = "product" in names and rank > 32
+    if heavy and rank <= 64 and m >= 64 * BUSY:
+        return Tile(rows=64, columns=-(-columns // 64) * 64, step=64, walk="columns", stages=4)
     if "product" in names or "keep" in names:
         width = _shrunk(1024, 64, columns, m, 128, BUSY_TWICE)
-        heavy = "product" in names and rank > 32
         step = 64 if heavy or names.count("keep") > 1 else 128
         return Tile(rows=64, columns=width, step=step, walk="columns", stages=2 if heavy and rank > 64 else 3)
     width = _shrunk(4096, 64, columns, m, 128, BUSY)

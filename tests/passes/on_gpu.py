@@ -70,6 +70,7 @@ class OnGpu(CustomGraphPass):
 
 def lower(graph: Graph, choose: fuse_tiles.Choose = one_tile) -> None:
     """As `LoweringStage`, with one tile for all."""
+    operators.teach_inductor()
     for node, error in (*fuse_tiles.cut(graph, choose), *lowering.lower(graph)):
         raise AssertionError(f"{node.format_node()} was left as it was") from error
 
