@@ -37,8 +37,8 @@ def has_few_rows(node: Node) -> bool:
     return few and not is_transpose(node.args[0])
 
 
-def _written_out(node: Node, a: Node, b: Node, scale: Node | None = None, bias: Node | None = None) -> Node:
-    """``a @ b * scale + bias`` as a sum of products, which Inductor puts into the kernel that reads it.
+def _written_out(node: Node, a: Node, b: Node, scale: Node | None = None, added: Node | None = None) -> Node:
+    """``a @ b * scale + added`` as a sum of products, which Inductor puts into the kernel that reads it.
 
     It unrolls sums over fewer than eight: a sum over R = 16 is one over 4 of sums over 4. Down to rank R it is a
     reduction, whose siblings over the same x are one kernel. It is one as well where a norm reads the result: there is
@@ -55,8 +55,8 @@ def _written_out(node: Node, a: Node, b: Node, scale: Node | None = None, bias: 
         result = emit(aten.sum.dim_IntList, result, [-1])
     if scale is not None:
         result = emit(aten.mul.Tensor, result, scale)
-    if bias is not None:
-        result = emit(aten.add.Tensor, result, bias)
+    if added is not None:
+        result = emit(aten.add.Tensor, result, emit(CONVERT, added, torch.float32))
     return emit(CONVERT, result, val(node).dtype)
 
 
@@ -97,6 +97,10 @@ def accumulate(node: Node) -> None:
         operands = {"base": base, "a": a, "b": b, "scale": scale}
         wrapper = _emit(node, auto_functionalized, (operators.accumulate_,), operands, value=(None, val(node)))
         result = _emit(node, operator.getitem, (wrapper, 1), value=val(node))
+    elif has_few_rows(node):
+        # In float32: a sum in the model's dtype Inductor would take for a large product that accumulates.
+        with detect_fake_mode([val(node)]):
+            result = _written_out(node, a, b, scale, base)
     else:
         product = _emit(node, operators.scaled_mm, (a, b, scale), value=val(node))
         result = _emit(node, aten.add.Tensor, (base, product), value=val(node))
