@@ -27,7 +27,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from lora_fx.passes._torch import CheckpointPolicy
+from lora_fx.passes._torch import CheckpointPolicy, detect_fake_mode
 from lora_fx.passes.graph import CONVERT, COPIES, MM, VIEWS, aten, is_call, is_row_view, prims, shape, val
 from lora_fx.passes.kernels import operators
 from lora_fx.passes.kernels.tile_choice import FEWEST_ROWS
@@ -73,13 +73,25 @@ def _with_cheap_mask(chain: list[Node]) -> list[Node]:
     index, compared = next((i, node) for i, node in enumerate(chain) if is_call(node, aten.gt.Scalar))
     size, seed = random.args[:2]
     with compared.graph.inserting_before(compared):
+        if is_call(seed, prims.inductor_lookup_seed.default):
+            seed = _looked_up(seed)
         mask = compared.graph.call_function(operators.keep, (seed, size, compared.args[1]))
     mask.meta.update(compared.meta)
     compared.replace_all_uses_with(mask)
-    for node in chain[index:]:
+    for node in (*chain[index:], random.args[1]):
         if not node.users:
             node.graph.erase_node(node)
     return [*chain[:index], mask]
+
+
+def _looked_up(seed: Node) -> Node:
+    """A seed as a view of all of them: to look it up is a kernel of Inductor's in forward, and another in backward."""
+    seeds, index = seed.args
+    view = seed.graph.call_function(aten.select.int, (seeds, 0, index))
+    view.meta.update(seed.meta)
+    with detect_fake_mode([val(seeds)]):
+        view.meta["val"] = aten.select.int(val(seeds), 0, index)
+    return view
 
 
 def _chain(x: Any) -> list[Node]:

@@ -130,8 +130,10 @@ class _Writer:
                 for index, statement in enumerate(program.body):
                     if (statement[0] in OUTPUTS) == outputs:
                         self._statement(index, statement)
+        # A seed is one of several side by side.
+        seeds = [f"in{i}" for i, kind in enumerate(program.inputs) if kind[0] == "seed"]
         lines = [
-            "@triton.jit",
+            f"@triton.jit(do_not_specialize_on_alignment={seeds})",
             f"def {name_of(program)}({', '.join((*names, 'M', *strides, 'EVEN_ROWS: tl.constexpr'))}):",
             "    pn, pm = tl.program_id(0), tl.program_id(1)",
             f"    i, j = tl.arange(0, {rows}), tl.arange(0, {width})",
