@@ -57,6 +57,7 @@ def cut(graph: Graph, choose: Choose = choose) -> Iterator[tuple[Node, Exception
     if changed:
         graph.eliminate_dead_code()
         with _undone(graph) as failure:
+            tile_sums.stack(graph)
             tile_sums.join(graph)
         if failure:
             yield graph.output_node(), failure[0]

@@ -23,7 +23,7 @@ seed, computed inside the kernels that need it (:mod:`lora_fx.passes.tile_region
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch.fx import Graph, Node
 
@@ -71,14 +71,14 @@ def _with_cheap_mask(chain: list[Node]) -> list[Node]:
     """The chain with `keep` in the place of random numbers and their comparison."""
     random = chain[-1]
     index, compared = next((i, node) for i, node in enumerate(chain) if is_call(node, aten.gt.Scalar))
-    size, seed = random.args[:2]
+    size, seed = cast(tuple[Any, Node], random.args[:2])
     with compared.graph.inserting_before(compared):
         if is_call(seed, prims.inductor_lookup_seed.default):
             seed = _looked_up(seed)
         mask = compared.graph.call_function(operators.keep, (seed, size, compared.args[1]))
     mask.meta.update(compared.meta)
     compared.replace_all_uses_with(mask)
-    for node in (*chain[index:], random.args[1]):
+    for node in [*chain[index:], *random.all_input_nodes]:
         if not node.users:
             node.graph.erase_node(node)
     return [*chain[:index], mask]
@@ -86,7 +86,7 @@ def _with_cheap_mask(chain: list[Node]) -> list[Node]:
 
 def _looked_up(seed: Node) -> Node:
     """A seed as a view of all of them: to look it up is a kernel of Inductor's in forward, and another in backward."""
-    seeds, index = seed.args
+    seeds, index = cast(tuple[Node, int], seed.args)
     view = seed.graph.call_function(aten.select.int, (seeds, 0, index))
     view.meta.update(seed.meta)
     with detect_fake_mode([val(seeds)]):

@@ -1,5 +1,9 @@
 """Sum the parts that tile programs leave; gradients that nothing in the graph reads, all at its end.
 
+Those that one stack reads side by side, where it reads them::
+
+    g_q, g_k, g_v = sum(parts_q), ...;  g = cat([g_q, g_k, g_v])    ->    g = sum_parts([parts_q, ...], stacked)
+
 Before, for every site of a backward graph, a kernel each::
 
     g: f[M, R]  = sum(parts_g) * s;   dB: f[N, R] = sum(parts_dB) * s;   dA: f[R, K] = sum(parts_dA)
@@ -50,6 +54,28 @@ def join(graph: Graph) -> None:
         stable_topological_sort(graph)
 
 
+def stack(graph: Graph) -> None:
+    """Sum into the place where a concatenation of sums, and nothing else, reads them."""
+    for cat in graph.find_nodes(op="call_function", target=aten.cat.default):
+        results, dim = (*cat.args, 0)[:2]
+        sums = [found for result in results if (found := _summed(result)) is not None]
+        if dim not in (1, -1) or len(sums) < len(results) or len({node.args[2] for node in sums}) > 1:
+            continue
+        parts, scales = ([node.args[i][0] for node in sums] for i in (0, 1))
+        (stacked,) = _emit(cat, parts, scales, sums[0].args[2], stacked=True)
+        cat.replace_all_uses_with(stacked)
+        for node in (cat, *results, *sums):
+            graph.erase_node(node)
+
+
+def _summed(result: Node) -> Any:
+    """The node that makes ``result``, a matrix with one reader, where that is the sum of one output's parts."""
+    if result.target is not operator.getitem or len(result.users) != 1 or val(result).dim() != 2:
+        return None
+    source: Any = result.args[0]
+    return source if source.target is operators.sum_parts and len(source.args[0]) == 1 else None
+
+
 def _is_returned(node: Node) -> bool:
     """Whether what reads a sum, under views, is the graph's output and nothing else. What nobody reads is not made."""
     return bool(node.users) and all(
@@ -62,18 +88,23 @@ def _is_view(node: Node) -> bool:
 
 
 def _emit(
-    before: Node, parts: list[Any], scales: list[Any], dtype: torch.dtype, meta: dict[str, Any] | None = None
+    before: Node,
+    parts: list[Any],
+    scales: list[Any],
+    dtype: torch.dtype,
+    meta: dict[str, Any] | None = None,
+    stacked: bool = False,
 ) -> list[Node]:
     given = [val(part) for part in parts]
     numbers = [None if scale is None else val(scale) for scale in scales]
     with detect_fake_mode(given):
-        values = operators.sum_parts(given, numbers, dtype)
+        values = operators.sum_parts(given, numbers, dtype, stacked)
         if given[0].device.type == "cuda":
-            operators.prepare_sums(given, numbers, dtype)
+            operators.prepare_sums(given, numbers, dtype, stacked)
     kept = {name: item for name, item in (meta or before.meta).items() if name not in ("val", "tensor_meta")}
     with before.graph.inserting_before(before):
-        node = before.graph.call_function(operators.sum_parts, (parts, scales, dtype))
-        results = [before.graph.call_function(operator.getitem, (node, i)) for i in range(len(parts))]
+        node = before.graph.call_function(operators.sum_parts, (parts, scales, dtype, *([True] if stacked else [])))
+        results = [before.graph.call_function(operator.getitem, (node, i)) for i in range(len(values))]
     for made, value in ((node, values), *zip(results, values, strict=True)):
         made.meta.update(kept, val=value)
     return results

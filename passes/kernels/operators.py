@@ -22,7 +22,7 @@ for _schema in (
     "gradient_pair(Tensor dy, Tensor b, Tensor h, Tensor? scale=None) -> (Tensor, Tensor)",
     "keep(Tensor seed, SymInt[] size, float p) -> Tensor",
     "tile_(Tensor(a!)[] outputs, str program, Tensor[] inputs) -> ()",
-    "sum_parts(Tensor[] parts, Tensor?[] scales, ScalarType dtype) -> Tensor[]",
+    "sum_parts(Tensor[] parts, Tensor?[] scales, ScalarType dtype, bool stacked=False) -> Tensor[]",
     "donated(Tensor saved, SymInt[] size) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -108,17 +108,25 @@ def _tile_cuda_(outputs: list[Tensor], program: str, inputs: list[Tensor]) -> No
     run(program, inputs, outputs)
 
 
-def _sum_parts(parts: list[Tensor], scales: list[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
-    """``parts[i].sum(0) * scales[i]`` in ``dtype``: parts [P, E...] in float32, scales 0-d or None for 1."""
+def _sum_parts(
+    parts: list[Tensor], scales: list[Tensor | None], dtype: torch.dtype, stacked: bool = False
+) -> list[Tensor]:
+    """``parts[i].sum(0) * scales[i]`` in ``dtype``: parts [P, E...] in float32, scales 0-d or None for 1.
+
+    ``stacked``: for parts [P, M, R], the sums side by side as the one matrix of the result.
+    """
     totals = [part.sum(0) for part in parts]
-    return [(t if s is None else t * s).to(dtype) for t, s in zip(totals, scales, strict=True)]
+    sums = [(t if s is None else t * s).to(dtype) for t, s in zip(totals, scales, strict=True)]
+    return [torch.cat(sums, dim=1)] if stacked else sums
 
 
-def _sum_parts_cuda(parts: list[Tensor], scales: list[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
+def _sum_parts_cuda(
+    parts: list[Tensor], scales: list[Tensor | None], dtype: torch.dtype, stacked: bool = False
+) -> list[Tensor]:
     """The same in one launch."""
     from lora_fx.passes.kernels.part_sums import run
 
-    return run(parts, scales, dtype)
+    return run(parts, scales, dtype, stacked)
 
 
 @functools.cache
@@ -139,11 +147,11 @@ def prepare_tile(program: str, inputs: list[Tensor], outputs: list[Tensor]) -> N
     prepare(program, inputs, outputs)
 
 
-def prepare_sums(parts: list[Tensor], scales: list[Tensor | None], dtype: torch.dtype) -> None:
+def prepare_sums(parts: list[Tensor], scales: list[Tensor | None], dtype: torch.dtype, stacked: bool) -> None:
     """Likewise for the kernel of ``sum_parts``."""
     from lora_fx.passes.kernels.part_sums import prepare
 
-    prepare(parts, scales, dtype)
+    prepare(parts, scales, dtype, stacked)
 
 
 def _donated(saved: Tensor, size: list[int | torch.SymInt]) -> Tensor:
@@ -163,8 +171,12 @@ _library.impl("donated", _donated, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("lora_fx::sum_parts", lib=_library)
-def _sum_parts_fake(parts: list[Tensor], scales: list[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
+def _sum_parts_fake(
+    parts: list[Tensor], scales: list[Tensor | None], dtype: torch.dtype, stacked: bool = False
+) -> list[Tensor]:
     torch._check(len(parts) == len(scales), lambda: f"{len(parts)} sums and {len(scales)} scales")
+    if stacked:
+        return [parts[0].new_empty((parts[0].shape[1], sum(part.shape[2] for part in parts)), dtype=dtype)]
     return [part.new_empty(part.shape[1:], dtype=dtype) for part in parts]
 
 

@@ -1,8 +1,9 @@
 """The sums of the parts in which tile programs leave their outputs, several in one launch.
 
 A program that sums over rows or columns leaves ``[P, E...]`` float32 parts. What they come to is read by the next
-program, or it is a gradient that only the optimizer reads: all of those are one launch at the end of a graph. Parts are
-added in a fixed order, eight at a time, so two runs are equal to the bit.
+program, or it is a gradient that only the optimizer reads: all of those are one launch at the end of a graph. Sums that
+a stack of siblings reads side by side are one launch, too, and one matrix. Parts are added in a fixed order, eight at a
+time, so two runs are equal to the bit.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ _BLOCK = 1024
 _AT_ONCE = 8
 
 
-def source(scaled: tuple[bool, ...]) -> str:
-    """The kernel for as many outputs as ``scaled`` has entries; those that are true are multiplied by a number.
+def source(scaled: tuple[bool, ...], ranks: tuple[int, ...]) -> str:
+    """The kernel for as many sums as ``scaled`` has entries; those that are true are multiplied by a number.
 
-    Each program of the launch sums one block of one output: the outputs lie one behind the other.
+    Each program of the launch sums one block of one sum: they lie one behind the other, each in an output of its own,
+    or, where ``ranks`` says how many columns they have, side by side in one.
     """
     names, body = [], ["pid = tl.program_id(0)", "first = 0"]
     for i, has_scale in enumerate(scaled):
@@ -35,6 +37,7 @@ def source(scaled: tuple[bool, ...]) -> str:
             for k in range(_AT_ONCE)
         ]
         value = f"total * tl.load(scale{i})" if has_scale else "total"
+        place = f"(e // {ranks[i]}) * {sum(ranks)} + {sum(ranks[:i])} + e % {ranks[i]}" if ranks else "e"
         body += [
             f"last = first + (E{i} + {_BLOCK - 1}) // {_BLOCK}",
             "if (pid >= first) & (pid < last):",
@@ -46,7 +49,7 @@ def source(scaled: tuple[bool, ...]) -> str:
             f"    for p in range(0, P{i}, {_AT_ONCE}):",
             *(f"        {line}" for line in loads),
             "        total += ((v0 + v1) + (v2 + v3)) + ((v4 + v5) + (v6 + v7))",
-            f"    tl.store(out{i} + e, {value}, mask=there)",
+            f"    tl.store(out{i} + {place}, {value}, mask=there)",
             "first = last",
         ]
     lines = ["@triton.jit", f"def {_name(scaled)}({', '.join(names)}):", *(f"    {line}" for line in body)]
@@ -58,10 +61,10 @@ def _name(scaled: tuple[bool, ...]) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def kernel(scaled: tuple[bool, ...]) -> Any:
+def kernel(scaled: tuple[bool, ...], ranks: tuple[int, ...] = ()) -> Any:
     """The kernel of :func:`source`."""
-    text = source(scaled)
-    file = f"<lora_fx sums {''.join('01'[s] for s in scaled)}>"
+    text = source(scaled, ranks)
+    file = f"<lora_fx sums {''.join('01'[s] for s in scaled)} {ranks}>"
     # Triton reads a kernel's source through linecache.
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
     space: dict[str, Any] = {"triton": triton, "tl": tl}
@@ -70,35 +73,50 @@ def kernel(scaled: tuple[bool, ...]) -> Any:
 
 
 def arguments(outputs: list[Tensor], parts: list[Tensor], scales: list[Tensor | None]) -> list[Any]:
-    """What :func:`kernel` takes."""
+    """What :func:`kernel` takes; one output, for sums side by side, is that of each."""
     found: list[Any] = []
-    for out, part, scale in zip(outputs, parts, scales, strict=True):
-        found += [out, part, *([] if scale is None else [scale]), part.shape[0], out.numel()]
+    for i, (part, scale) in enumerate(zip(parts, scales, strict=True)):
+        out = outputs[i if len(outputs) > 1 else 0]
+        found += [out, part, *([] if scale is None else [scale]), part.shape[0], part.shape[1:].numel()]
     return found
 
 
-def prepare(parts: list[Tensor], scales: list[Tensor | None], dtype: torch.dtype) -> None:
+def empty(parts: list[Tensor], dtype: torch.dtype, stacked: bool) -> list[Tensor]:
+    """Memory for the sums of parts [P, E...]; ``stacked``, for those of parts [P, M, R] side by side."""
+    if stacked:
+        return [parts[0].new_empty((parts[0].shape[1], sum(_ranks(parts, stacked))), dtype=dtype)]
+    return [part.new_empty(part.shape[1:], dtype=dtype) for part in parts]
+
+
+def _ranks(parts: list[Tensor], stacked: bool) -> tuple[int, ...]:
+    return tuple(int(part.shape[2]) for part in parts) if stacked else ()
+
+
+def prepare(parts: list[Tensor], scales: list[Tensor | None], dtype: torch.dtype, stacked: bool) -> None:
     """Begin to compile the kernel for parts like these, which may be fake."""
     if are_known(parts):
-        outputs = [part.new_empty(part.shape[1:], dtype=dtype) for part in parts]
-        scaled = tuple(s is not None for s in scales)
-        make = functools.partial(kernel, scaled)
-        compiler().start(_key(parts, scaled, dtype), make, arguments(outputs, parts, scales), parts[0].device)
+        key = _key(parts, scales, dtype, stacked)
+        found = arguments(empty(parts, dtype, stacked), parts, scales)
+        compiler().start(key, functools.partial(kernel, *key[:2]), found, parts[0].device)
 
 
-def _key(parts: list[Tensor], scaled: tuple[bool, ...], dtype: torch.dtype) -> Any:
-    """What Triton compiles anew for: types, and numbers that are 1 or multiples of 16."""
+def _key(parts: list[Tensor], scales: list[Tensor | None], dtype: torch.dtype, stacked: bool) -> Any:
+    """What :func:`kernel` takes, and what Triton compiles anew for: types, numbers that are 1 or multiples of 16."""
     numbers = [(part.shape[0], part.shape[1:].numel()) for part in parts]
-    return (scaled, dtype, *((count == 1, count % 16 == 0, size == 1, size % 16 == 0) for count, size in numbers))
+    kinds = [(count == 1, count % 16 == 0, size == 1, size % 16 == 0) for count, size in numbers]
+    return tuple(s is not None for s in scales), _ranks(parts, stacked), dtype, *kinds
 
 
-def run(parts: list[Tensor], scales: list[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
-    """``parts[i].sum(0) * scales[i]`` in ``dtype``, for parts [P, E...]; zeros where there are none, for no tokens."""
-    scaled = tuple(s is not None for s in scales)
-    compiler().wait(_key(parts, scaled, dtype))
-    outputs = [part.new_empty(part.shape[1:], dtype=dtype) for part in parts]
-    blocks = sum(-(-out.numel() // _BLOCK) for out in outputs)
+def run(parts: list[Tensor], scales: list[Tensor | None], dtype: torch.dtype, stacked: bool = False) -> list[Tensor]:
+    """``parts[i].sum(0) * scales[i]`` in ``dtype``, for parts [P, E...]; zeros where there are none, for no tokens.
+
+    ``stacked``: for parts [P, M, R], the sums side by side in one matrix [M, sum of R].
+    """
+    key = _key(parts, scales, dtype, stacked)
+    compiler().wait(key)
+    outputs = empty(parts, dtype, stacked)
+    blocks = sum(-(-part.shape[1:].numel() // _BLOCK) for part in parts)
     if blocks:
         whole = [part.contiguous() for part in parts]
-        kernel(scaled)[(blocks,)](*arguments(outputs, whole, scales))
+        kernel(*key[:2])[(blocks,)](*arguments(outputs, whole, scales))
     return outputs

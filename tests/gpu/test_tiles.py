@@ -58,6 +58,7 @@ def test_sums_of_parts(dtype: torch.dtype) -> None:
     from lora_fx.passes.kernels import operators
 
     test_part_sums.check(operators.sum_parts, dtype, "cuda")
+    test_part_sums.check_stacked(operators.sum_parts, dtype, "cuda")
 
 
 @pytest.mark.parametrize("case", pointwise_cases.every(), ids=str)

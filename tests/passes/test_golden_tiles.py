@@ -221,48 +221,45 @@ return %49, %0, %4, %5, %6, %9, %10, %11, %14, %15, %17, %18, %20, %28, %30, %21
 | %42 = tile(outputs=[%40, %41], program=#2, inputs=[%38, %5, %15]) (None, (f32[9, 160, 4], f32[1, 264, 4]))
 | %43 = getitem(%42, 1) (f32[9, 160, 4], f32[1, 264, 4])
 | %44 = getitem(%43, 0) f32[9, 160, 4]
-| %45 = lora_fx.sum_parts([%44], [%14], bf16) (bf16[160, 4])
-| %46 = getitem(%45, 0) bf16[160, 4]
-| %47 = getitem(%43, 1) f32[1, 264, 4]
-| %48 = view(%39, [160, 264]) bf16[160, 264]
-| %49 = getitem(%36, 2) bf16[160, 264]
-| %50 = reshape(%49, [2, 80, 264]) bf16[2, 80, 264]
-| %51 = empty([9, 160, 4], dtype=f32, device=cpu) f32[9, 160, 4]
-| %52 = empty([1, 264, 4], dtype=f32, device=cpu) f32[1, 264, 4]
-| %53 = tile(outputs=[%51, %52], program=#2, inputs=[%49, %2, %12]) (None, (f32[9, 160, 4], f32[1, 264, 4]))
-| %54 = getitem(%53, 1) (f32[9, 160, 4], f32[1, 264, 4])
-| %55 = getitem(%54, 0) f32[9, 160, 4]
-| %56 = lora_fx.sum_parts([%55], [%11], bf16) (bf16[160, 4])
-| %57 = getitem(%56, 0) bf16[160, 4]
-| %58 = getitem(%54, 1) f32[1, 264, 4]
-| %59 = cat([%57, %46], 1) bf16[160, 8]
-| %60 = empty([1, 8, 136], dtype=f32, device=cpu) f32[1, 8, 136]
-| %61 = tile(outputs=[%60], program=#3, inputs=[%9, %59]) (None, (f32[1, 8, 136]))
-| %62 = getitem(%61, 1) (f32[1, 8, 136])
-| %63 = getitem(%62, 0) f32[1, 8, 136]
-%64 = cat([%1, %4], 0) bf16[8, 136]
-| %65 = view(%50, [160, 264]) bf16[160, 264]
-%66 = permute(%0, [1, 0]) bf16[136, 264]
-| %67 = permute(%66, [1, 0]) bf16[264, 136]
-| %68 = mm(%65, %67) bf16[160, 136]
-| %69 = empty([160, 136], dtype=bf16, device=cpu) bf16[160, 136]
-| %70 = tile(outputs=[%69], program=#4, inputs=[%59, %64]) (None, (bf16[160, 136]))
-| %71 = getitem(%70, 1) (bf16[160, 136])
-| %72 = getitem(%71, 0) bf16[160, 136]
-| %73 = auto_functionalized(lora_fx.accumulate_, base=%72, a=%48, b=%32, scale=None) (None, bf16[160, 136])
-| %74 = getitem(%73, 1) bf16[160, 136]
-| %75 = add(%74, %68) bf16[160, 136]
-| %76 = reshape(%75, [2, 80, 136]) bf16[2, 80, 136]
-| %77 = lora_fx.sum_parts([%26, %37, %47, %58, %63], [%16, None, %14, %11, None], bf16) (bf16[136, 4], bf16[4, 264],
+| %45 = getitem(%43, 1) f32[1, 264, 4]
+| %46 = view(%39, [160, 264]) bf16[160, 264]
+| %47 = getitem(%36, 2) bf16[160, 264]
+| %48 = reshape(%47, [2, 80, 264]) bf16[2, 80, 264]
+| %49 = empty([9, 160, 4], dtype=f32, device=cpu) f32[9, 160, 4]
+| %50 = empty([1, 264, 4], dtype=f32, device=cpu) f32[1, 264, 4]
+| %51 = tile(outputs=[%49, %50], program=#2, inputs=[%47, %2, %12]) (None, (f32[9, 160, 4], f32[1, 264, 4]))
+| %52 = getitem(%51, 1) (f32[9, 160, 4], f32[1, 264, 4])
+| %53 = getitem(%52, 0) f32[9, 160, 4]
+| %54 = getitem(%52, 1) f32[1, 264, 4]
+| %55 = lora_fx.sum_parts([%53, %44], [%11, %14], bf16, True) (bf16[160, 8])
+| %56 = getitem(%55, 0) bf16[160, 8]
+| %57 = empty([1, 8, 136], dtype=f32, device=cpu) f32[1, 8, 136]
+| %58 = tile(outputs=[%57], program=#3, inputs=[%9, %56]) (None, (f32[1, 8, 136]))
+| %59 = getitem(%58, 1) (f32[1, 8, 136])
+| %60 = getitem(%59, 0) f32[1, 8, 136]
+%61 = cat([%1, %4], 0) bf16[8, 136]
+| %62 = view(%48, [160, 264]) bf16[160, 264]
+%63 = permute(%0, [1, 0]) bf16[136, 264]
+| %64 = permute(%63, [1, 0]) bf16[264, 136]
+| %65 = mm(%62, %64) bf16[160, 136]
+| %66 = empty([160, 136], dtype=bf16, device=cpu) bf16[160, 136]
+| %67 = tile(outputs=[%66], program=#4, inputs=[%56, %61]) (None, (bf16[160, 136]))
+| %68 = getitem(%67, 1) (bf16[160, 136])
+| %69 = getitem(%68, 0) bf16[160, 136]
+| %70 = auto_functionalized(lora_fx.accumulate_, base=%69, a=%46, b=%32, scale=None) (None, bf16[160, 136])
+| %71 = getitem(%70, 1) bf16[160, 136]
+| %72 = add(%71, %65) bf16[160, 136]
+| %73 = reshape(%72, [2, 80, 136]) bf16[2, 80, 136]
+| %74 = lora_fx.sum_parts([%26, %37, %45, %54, %60], [%16, None, %14, %11, None], bf16) (bf16[136, 4], bf16[4, 264],
         bf16[264, 4], bf16[264, 4], bf16[8, 136])
-| %78 = getitem(%77, 0) bf16[136, 4]
-| %79 = getitem(%77, 1) bf16[4, 264]
-| %80 = getitem(%77, 2) bf16[264, 4]
-| %81 = getitem(%77, 3) bf16[264, 4]
-| %82 = getitem(%77, 4) bf16[8, 136]
-| %83 = slice(%82, 0, 4, 8) bf16[4, 136]
-| %84 = slice(%82, 0, 0, 4) bf16[4, 136]
-return None, %76, None, None, %84, %81, None, None, None, %83, %80, None, None, None, %79, %78
+| %75 = getitem(%74, 0) bf16[136, 4]
+| %76 = getitem(%74, 1) bf16[4, 264]
+| %77 = getitem(%74, 2) bf16[264, 4]
+| %78 = getitem(%74, 3) bf16[264, 4]
+| %79 = getitem(%74, 4) bf16[8, 136]
+| %80 = slice(%79, 0, 4, 8) bf16[4, 136]
+| %81 = slice(%79, 0, 0, 4) bf16[4, 136]
+return None, %73, None, None, %81, %78, None, None, None, %80, %77, None, None, None, %76, %75
 #0: bfloat16, 136 columns; in0 full, in1 factor 4 NR, in2 thin 4
     0: load in0
     1: down %0 in1

@@ -59,10 +59,11 @@ def test_what_the_caller_has_is_not_written_over() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.mlp = mlp()
+            self.weights = [self.mlp.get_parameter(f"{name}.weight") for name in ("gate", "up")]
 
         def forward(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            base = [nn.functional.linear(value, each.weight) for each in (self.mlp.gate, self.mlp.up)]
-            return self.mlp(value), *base
+            gate, up = (nn.functional.linear(value, weight) for weight in self.weights)
+            return self.mlp(value), gate, up
 
     module, value = Shown(), x()
     y, *bases = compiled(module)(value)

@@ -35,22 +35,35 @@ def check(run: Runner, dtype: torch.dtype, device: str = "cpu") -> None:
         torch.testing.assert_close(out.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
 
 
+def check_stacked(run: Runner, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Side by side: the same sums, to the bit."""
+    for rows in (160, 7, 0):
+        parts = [torch.randn(count, rows, rank, device=device) for count, rank in ((4, 16), (9, 3), (1, 8))]
+        scales = [None, torch.rand((), device=device) + 0.5, None]
+        (found,) = run(parts, scales, dtype, True)
+        assert torch.equal(found, torch.cat(run(parts, scales, dtype, False), dim=1))
+        assert found.shape == (rows, 27) and (found.any() or not rows)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_operator(dtype: torch.dtype) -> None:
     check(operators.sum_parts, dtype)
     torch.library.opcheck(operators.sum_parts, (*parts_and_scales(), dtype))
+    check_stacked(operators.sum_parts, dtype)
+    stack = [torch.randn(4, 5, rank) for rank in (2, 3)]
+    torch.library.opcheck(operators.sum_parts, (stack, [None, torch.rand(())], dtype, True))
 
 
 def sums(graph: Graph) -> list[Node]:
     return graph.find_nodes(op="call_function", target=operators.sum_parts)
 
 
-@pytest.mark.parametrize(("build", "immediate", "joined"), [(mlp, 3, 5), (normed, 3, 4)])
-def test_gradients_are_summed_at_the_end(build: Any, immediate: int, joined: int) -> None:
-    """Each g when it is made, since dX needs it; every dB and dA in one."""
+@pytest.mark.parametrize(("build", "immediate", "joined"), [(mlp, [1, 2], 5), (normed, [3], 4)])
+def test_gradients_are_summed_at_the_end(build: Any, immediate: list[int], joined: int) -> None:
+    """Every g when dX needs it, those of a stack side by side; every dB and dA in one."""
     (backward,) = capture(build(), x()).backward
     counts = [len(node.args[0]) for node in sums(backward.graph)]  # type: ignore[arg-type]  # its schema: a list
-    assert counts == [*[1] * immediate, joined]
+    assert counts == [*immediate, joined]
 
 
 def returning(*, read: bool) -> Graph:

@@ -105,13 +105,15 @@ if not INTERPRETED:
             assert compiled(case.program(136, torch.bfloat16, tile), case.mask, full).asm["cubin"]
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("scaled", [(True,), (False, True, False)])
-    def test_sums_compile_for_a_gpu(scaled: tuple[bool, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize(("scaled", "ranks"), [((True,), ()), ((False, True, False), ()), ((True, True), (16, 4))])
+    def test_sums_compile_for_a_gpu(
+        scaled: tuple[bool, ...], ranks: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource, compile
 
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-        kernel = part_sums.kernel(scaled)
+        kernel = part_sums.kernel(scaled, ranks)
         types = {"out": "*bf16", "parts": "*fp32", "scale": "*fp32", "P": "i32", "E": "i32"}
         signature = {name: types[name.rstrip("0123456789")] for name in kernel.arg_names}
         assert compile(ASTSource(kernel, signature, {}), target=GPUTarget("cuda", 90, 32)).asm["cubin"]
@@ -135,6 +137,7 @@ else:
 
     def test_sums_of_parts() -> None:
         test_part_sums.check(part_sums.run, torch.float32)
+        test_part_sums.check_stacked(part_sums.run, torch.float32)
 
     @pytest.mark.parametrize("case", pointwise_cases.every(), ids=str)
     def test_pointwise(case: Case) -> None:
