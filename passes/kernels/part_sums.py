@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_fx.passes.kernels.compile_ahead import are_known, compiler
+from lora_fx.passes.kernels.tile_launch import are_known, compiler
 
 _BLOCK = 1024
 _AT_ONCE = 8
@@ -67,7 +67,7 @@ def kernel(scaled: tuple[bool, ...], ranks: tuple[int, ...] = ()) -> Any:
     file = f"<lora_fx sums {''.join('01'[s] for s in scaled)} {ranks}>"
     # Triton reads a kernel's source through linecache.
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
-    space: dict[str, Any] = {"triton": triton, "tl": tl, "__name__": __name__}
+    space: dict[str, Any] = {"triton": triton, "tl": tl}
     exec(compile(text, file, "exec"), space)
     return space[_name(scaled)]
 

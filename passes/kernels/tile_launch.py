@@ -1,20 +1,63 @@
-"""Run tile programs as kernels, which are compiled ahead of their first run."""
+"""Compile the kernels of tile programs ahead of their first run, and run them."""
 
 from __future__ import annotations
 
 import functools
 import logging
+import os
+from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
+from triton.runtime.jit import MockTensor
 
-from lora_fx.passes.kernels.compile_ahead import are_known, compiler
 from lora_fx.passes.kernels.tile_program import Program, evaluate, loads
 from lora_fx.passes.kernels.tile_triton import kernel, name_of
 
 log = logging.getLogger("lora_fx.passes")
+
+
+class Compiler:
+    """Compiles kernels in threads ahead of their first run: Triton leaves Python for most of the time that it takes."""
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1), thread_name_prefix="lora_fx")
+        self.started: dict[Hashable, Future[None]] = {}
+
+    def start(
+        self, key: Hashable, make: Callable[[], Any], arguments: list[Any], device: torch.device, **named: Any
+    ) -> None:
+        """Begin to compile what ``make`` gives for arguments like these, which may be fake; ``key`` names it."""
+        mocks = [MockTensor(a.dtype) if isinstance(a, Tensor) else a for a in arguments]
+
+        def compile_one() -> None:
+            with torch.cuda.device(device):
+                compiled = make().warmup(*mocks, **named, grid=(1, 1))
+                # What launches it is a C module of its own, which its first use builds in a third of a second.
+                compiled[(1, 1, 1)]
+
+        if key not in self.started:
+            self.started[key] = self.pool.submit(compile_one)
+
+    def wait(self, key: Hashable) -> None:
+        """Let a compilation that has begun end; one that failed is tried again by whoever needs it."""
+        if (future := self.started.pop(key, None)) is not None:
+            future.exception()
+
+
+@functools.cache
+def compiler() -> Compiler:
+    """The one of this process."""
+    return Compiler()
+
+
+def are_known(tensors: Iterable[Tensor]) -> bool:
+    """Whether a kernel for tensors like these can be compiled now: there is a GPU, and no size is a symbol."""
+    return torch.cuda.is_available() and all(isinstance(size, int) for t in tensors for size in t.shape)
 
 
 def prepare(text: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
