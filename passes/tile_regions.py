@@ -144,9 +144,9 @@ def _is_marked(node: Node) -> bool:
     return is_call(node, MM) and bool(node.meta.get(MARK))
 
 
-# Time to the frozen block's on an H200 (Llama-3-8B, M 8192, examples/benchmarks/block.py): at rank 64 1.143 with tiles
-# (plain LoRA 1.174), at rank 128 1.323 with tiles and 1.147 without (plain LoRA 1.175). There cuBLAS has enough to do.
-# The 1.143 had stacks up to rank 128 in tiles as well, which this limit leaves to cuBLAS: not measured again since.
+# Time to the frozen block's on an H200 (Llama-3-8B, M 8192, examples/benchmarks/block.py): at rank 64 1.110 with tiles, and
+# cuBLAS for stacks of ranks (plain LoRA 1.151); at rank 128 1.323 with tiles, 1.159 without (plain LoRA 1.170). There
+# cuBLAS has enough to do.
 MAX_RANK = 64
 
 

@@ -17,6 +17,9 @@ rate of a copy. ``examples/benchmarks/tiles.py`` prints both for what is chosen,
     SwiGLU backward and dA                        348.2   279  363 with 1024 rows
     h of q, k and v under a mask each              66.6    17  89.5 with steps of 128
     dX of q, k and v under a mask each             61.3    16  68.8 with 32 rows
+    SwiGLU backward and dA, R 64                  503.7   292  643.6 with 512 rows and 2 stages
+    silu(gate) * up and h of its result, R 64     252.4   175  295.2 in parts of 1024 columns
+    g, dB of dy, N 14336, R 64                    118.4   118  144.5 in parts of 128 columns
     ===========================================  ======  ====  ====================================================
 """
 

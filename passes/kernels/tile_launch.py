@@ -22,7 +22,11 @@ log = logging.getLogger("lora_fx.passes")
 
 
 class Compiler:
-    """Compiles kernels in threads ahead of their first run: Triton leaves Python for most of the time that it takes."""
+    """Compiles kernels in threads ahead of their first run.
+
+    Processes of their own, each of which has to start Triton, took longer on an H200's machine with 16 cores: 10.7 s
+    for a Llama-3-8B block (M 512) that takes 6.9 s with threads, and 36 s for the first block.
+    """
 
     def __init__(self) -> None:
         self.pool = ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1), thread_name_prefix="lora_fx")
