@@ -144,8 +144,8 @@ def _is_marked(node: Node) -> bool:
     return is_call(node, MM) and bool(node.meta.get(MARK))
 
 
-# Time to the frozen block's on an H200 (Llama-3-8B, M 8192, examples/benchmarks/block.py): at rank 64 1.110 with tiles, and
-# cuBLAS for stacks of ranks (plain LoRA 1.151); at rank 128 1.323 with tiles, 1.159 without (plain LoRA 1.170). There
+# Time to the frozen block's on an H200 (Llama-3-8B, M 8192, examples/benchmarks/block.py): at rank 64 1.110 with tiles,
+# stacks of ranks by cuBLAS (plain LoRA 1.151); at rank 128 1.323 with tiles, 1.159 without (plain LoRA 1.170). There
 # cuBLAS has enough to do.
 MAX_RANK = 64
 
