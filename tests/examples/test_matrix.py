@@ -34,9 +34,10 @@ def test_a_row_of_a_checkpointed_model(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_row_of_a_quantised_base():
+@pytest.mark.parametrize("base", ["nf4", "float8"])  # whose linears have a `config` of their own
+def test_a_row_of_a_quantised_base(base):
     """The others are in tests/passes/test_quantised.py, under a smaller model."""
-    row = matrix.row(Case("llama", "bfloat16", "nf4", checkpointing=True), layers=1)
+    row = matrix.row(Case("llama", "bfloat16", base, checkpointing=True), layers=1)
     assert row.good and row.rewritten == row.sites == 8, row
 
 
