@@ -144,7 +144,7 @@ def closure(*names: str) -> set[str]:
     found: set[str] = set()
     queue = list(names)
     while queue:
-        name = re.sub(r"[-_.]+", "-", queue.pop()).lower()
+        name = normal(queue.pop())
         if name in found:
             continue
         found.add(name)
