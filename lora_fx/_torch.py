@@ -21,7 +21,6 @@ __all__ = [
     "compile_in_place",
     "data_parallel_wrapper",
     "dispatch_grouped_mm",
-    "each_gathered",
     "has_instance_forward",
     "is_compiled",
     "keep_address",
@@ -105,20 +104,6 @@ def reshard(model: nn.Module) -> None:
     if fsdp is not None:
         for module in model.modules():
             if isinstance(module, fsdp.FSDPModule):
-                module.reshard()
-
-
-def each_gathered(model: nn.Module) -> Iterator[None]:
-    """Pause once for each module that `fully_shard` sharded, while it has its whole parameters in their places.
-
-    They are other parameters than the shards, and stay the same ones from one forward pass to the next.
-    """
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None:
-        for module in model.modules():
-            if isinstance(module, fsdp.FSDPModule):
-                module.unshard()
-                yield
                 module.reshard()
 
 

@@ -1,8 +1,8 @@
 """Every private name of torch that the passes use, in one place.
 
-Checked on torch 2.11, 2.13. When a release moves one of these names, importing this module or using the name fails with
-a message that says which name and which version. What takes long to import (Inductor, Dynamo, SymPy) is imported by what
-compiles, and not by ``import lora_fx``.
+Checked on torch 2.11, 2.13. When a release moves one of these names, importing this module or using the name fails
+with a message that says which name and which version. What takes long to import (Inductor, Dynamo, SymPy) is imported
+by what compiles, and not by ``import lora_fx``.
 """
 
 from __future__ import annotations

@@ -175,9 +175,7 @@ def test_importing_lora_fx_imports_torch_and_safetensors_alone(tmp_path: Path) -
     owners = importlib.metadata.packages_distributions()
     allowed = closure("torch", "safetensors")
     foreign = {
-        module
-        for module in new
-        if module in owners and not {normal(owner) for owner in owners[module]} & allowed
+        module for module in new if module in owners and not {normal(owner) for owner in owners[module]} & allowed
     }
     assert not foreign
 

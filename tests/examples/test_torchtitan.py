@@ -1,4 +1,4 @@
-"""torchtitan's own Llama-3 debug model with our converter in its list, as torchtitan 0.3 is installed: the real thing."""
+"""torchtitan's own Llama-3 debug model, its code as installed, with our converter in its list."""
 
 # mypy: no-check-untyped-defs
 
