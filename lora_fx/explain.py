@@ -211,13 +211,14 @@ def _verify(model: nn.Module, inputs: Any, kwargs: Any, rewritten: _Results | No
 
     each = [{name: gradient_error(form, [name]) or 0.0 for name in names} for form in (unfused, rewritten)]
     return Verification(
-        _error(unfused.outputs, oracle.outputs),
-        _error(rewritten.outputs, oracle.outputs),
-        gradient_error(unfused, names),
-        gradient_error(rewritten, names),
-        max(names, key=lambda name: each[1][name], default=None),
-        *(max(errors.values(), default=None) for errors in each),
-        max((_error([rewritten.gradients[n]], [unfused.gradients[n]]) for n in names), default=None),
+        output_unfused=_error(unfused.outputs, oracle.outputs),
+        output_rewritten=_error(rewritten.outputs, oracle.outputs),
+        gradient_unfused=gradient_error(unfused, names),
+        gradient_rewritten=gradient_error(rewritten, names),
+        worst_gradient=max(names, key=lambda name: each[1][name], default=None),
+        worst_unfused=max(each[0].values(), default=None),
+        worst_rewritten=max(each[1].values(), default=None),
+        worst_apart=max((_error([rewritten.gradients[n]], [unfused.gradients[n]]) for n in names), default=None),
     )
 
 

@@ -182,16 +182,18 @@ def _trained_whole(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _check(where: str, module: Adapted, name: str, holders: Counter[int]) -> None:
-    weight = _parameter(module, name)
+    weight: Any = _parameter(module, name)
     if module._lora_merged is not None:
         raise ValueError(f"{where} is merged already")
     if module.lora_enabled is module._lora_disabled or (module._lora_base is not None and module._lora_base.shown):
         raise ValueError(f"{where} is disabled: merge outside of lora_fx.disabled, where its adapter counts")
-    for factor in map(module._parameters.__getitem__, module.lora_parameters):
-        if is_dtensor(weight) != is_dtensor(factor) or (
-            is_dtensor(weight) and weight.device_mesh != factor.device_mesh  # type: ignore[attr-defined, union-attr]
-        ):
-            raise ValueError(f"{where} and its adapter are not distributed over one mesh: install after sharding it")
+    mesh = getattr(weight, "device_mesh", None)
+    for factor in (_parameter(module, key) for key in module.lora_parameters):
+        if is_dtensor(weight) != is_dtensor(factor) or mesh != getattr(factor, "device_mesh", None):
+            raise ValueError(
+                f"{where} and its adapter are not distributed over one mesh, so that no rank has all that its part of "
+                f"the sum takes: save the adapter, load it in one process, and merge there"
+            )
     own = local(weight.detach())
     # A class of torch.distributed's has the numbers of several ranks, in tests that simulate them.
     plain = type(own) is Tensor or type(own).__module__.startswith("torch.distributed.")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 import lora_fx
@@ -64,6 +64,18 @@ def test_tensor_parallel(order, use_dora):
         lora_fx.remove(lora_fx.merge(model, keep=False))
         assert [name for name, _ in model.named_parameters()] == [name for name, _ in base.named_parameters()]
         torch.testing.assert_close(whole(model(x)), expected)
+
+
+def test_a_weight_without_its_adapter_is_refused():
+    """Put there by hand, past the module, which would have taken its factors along."""
+    adapted = shake(lora_fx.install(Mlp(), LoRAConfig(rank=3)))
+    with simulated(tp=2) as mesh:
+        weight = distribute_tensor(adapted.up.weight.detach(), mesh, [Shard(0)])
+        adapted.up._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        before = {name: whole(p.detach()).clone() for name, p in adapted.named_parameters()}
+        with pytest.raises(ValueError, match=r"^up and its adapter are not distributed over one mesh.*in one process"):
+            lora_fx.merge(adapted)
+        assert all(torch.equal(before[name], whole(p.detach())) for name, p in adapted.named_parameters())
 
 
 def test_channels_of_each_expert():
