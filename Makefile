@@ -88,10 +88,12 @@ distclean: clean
 # ---- the environment ------------------------------------------------------------------------------------------------
 
 # `.ready-examples` says that .venv has the package with its extra `examples`, and so on: the demo does not wait for
-# what only the tests need.
+# what only the tests need. They take torchtitan's models alone, which is one small package: what else it names, for its
+# data sets and dashboards, is 40 packages that nothing here runs.
 $(VENV)/.ready-%: $(VENV)/.torch pyproject.toml
 	@echo "installing lora_fx[$*] into $(VENV)"
 	@$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	@test "$*" != test || $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps torchtitan
 	@touch $@
 .PRECIOUS: $(VENV)/.ready-%
 

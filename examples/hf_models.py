@@ -90,7 +90,7 @@ class Kind:
 def checkpoint(model: Any) -> None:
     """Turn on gradient checkpointing by the model's own switch, so that the model still is one graph."""
     for module in model.modules():
-        if hasattr(module, "config"):  # T5's halves have one each
+        if isinstance(module, transformers.PreTrainedModel):  # T5's halves have a configuration each
             module.config.use_cache = False  # else it warns while it is traced, which breaks the graph
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the switch has a new name, but not in every version

@@ -46,6 +46,11 @@ class Adapted(nn.Module):
     lora_prefix: ClassVar[str] = "LoRA"
     lora_parameters: ClassVar[tuple[str, ...]]  # the names of what the swap added and trains, A before its B
 
+    @property
+    def adapted_parameters(self) -> tuple[str, ...]:
+        """The names of the parameters that have adapters."""
+        return ("weight",)
+
     def holder(self, adapter: str | None) -> Any:
         """What has the tensors and numbers of `adapter` now; of the active one if that is None, None if unknown."""
         raise NotImplementedError
@@ -60,7 +65,8 @@ class Adapted(nn.Module):
 
     def check_start(self) -> None:
         """Raise ValueError if `reset_adapters` would."""
-        raise NotImplementedError
+        if self._lora_merged is not None:
+            raise ValueError("an adapter that is merged cannot start afresh: call lora_fx.unmerge(model) first")
 
     def put_base_back(self) -> None:
         """Give the weight back what `lora_init` took out of it; nothing is done where that is nothing."""

@@ -56,16 +56,9 @@ class DoRAModule(LoRAModule):
         return scaled.to(base.dtype)
 
     def _lora_gain(self) -> Tensor:
-        """``m / ||W + s B A||`` [N] in float32 (float64 for such weights), 1 for rows that are zero.
-
-        The norm gets no gradient (section 4.3 of the paper). It is rounded to the dtype of the magnitudes: those
-        started as a norm, and where neither has changed the quotient is exactly 1.
-        """
-        magnitude = self.lora_magnitude
+        """`gain` of this module. The norm gets no gradient (section 4.3 of the paper)."""
         exact = row_norms(self.weight, self.lora_a, self.lora_b, self.lora_scale)
-        norm = exact.to(magnitude.dtype).to(exact.dtype)
-        zero = norm == 0
-        return torch.where(zero, 1.0, magnitude.to(exact.dtype) / torch.where(zero, 1.0, norm))
+        return gain(self.lora_magnitude, exact)
 
     @torch.no_grad()
     def reset_magnitude(self) -> None:
@@ -81,19 +74,36 @@ class DoRAModule(LoRAModule):
         super().reset_adapters()
         self.reset_magnitude()
 
-    def effective_weight(self) -> Tensor:
-        """``g (W + s B A)`` [N, K], as `LoRAModule.effective_weight`."""
-        total = super().effective_weight()
-        return self._lora_gain().to(total.dtype).unsqueeze(1) * total
-
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if f"{prefix}weight" in state_dict and f"{prefix}{MAGNITUDE}" not in state_dict:
             self.reset_magnitude()
 
 
+def gain(magnitude: Tensor, exact: Tensor) -> Tensor:
+    """``m / ||W + s B A||`` [N] in the dtype of the norms, 1 for rows that are zero.
+
+    The norm is rounded to the dtype of the magnitudes: those started as a norm, and where neither has changed the
+    quotient is exactly 1.
+
+    Args:
+        magnitude: [N].
+        exact: the norms [N], as `row_norms` computes them.
+    """
+    norm = exact.to(magnitude.dtype).to(exact.dtype)
+    zero = norm == 0
+    return torch.where(zero, 1.0, magnitude.to(exact.dtype) / torch.where(zero, 1.0, norm))
+
+
 def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: Tensor) -> Tensor:
-    """``||W + s B A||`` of every row [N], in float32 (float64 for such weights), without gradients.
+    """``||W + s B A||`` of every row [N], in float32 (float64 for such weights), without gradients."""
+    return row_squares(weight, lora_a, lora_b, scale).clamp_min(0.0).sqrt()
+
+
+def row_squares(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: Tensor) -> Tensor:
+    """The squares of `row_norms`, where rounding leaves a little less than zero at worst.
+
+    Of some columns of the weight and of A they are terms of the sum that the squares of all columns are.
 
     Nothing of the weight's size is formed: ``||w + s b A||^2 = ||w||^2 + 2 s (w A^T) b + s^2 b (A A^T) b`` for a row w
     of W and b of B.
@@ -109,8 +119,7 @@ def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: Tensor) -> 
     # Which has no autocast for tensors without values.
     with torch.autocast("cpu" if w.is_meta else w.device.type, enabled=False):
         mixed = ((w @ a.t()) * b).sum(dim=1)
-        square = w.square().sum(dim=1) + s * (2.0 * mixed + s * ((b @ (a @ a.t())) * b).sum(dim=1))
-    return square.clamp_min(0.0).sqrt()
+        return w.square().sum(dim=1) + s * (2.0 * mixed + s * ((b @ (a @ a.t())) * b).sum(dim=1))
 
 
 @torch.no_grad()

@@ -149,15 +149,17 @@ class LoRAExpertsModule(Adapted):
 
     @torch.no_grad()
     def reset_adapters(self) -> None:
-        """Start the adapters afresh: A as `lora_init` says, B zero, the last scales that were installed or loaded."""
+        """Start the adapters afresh: A as `lora_init` says, B zero, the last scales that were installed or loaded.
+
+        Raises:
+            ValueError: they are merged.
+        """
+        self.check_start()
         for name in self._lora_names:
             reset_stacks(*self.factors(name), self.lora_init)
         fill_numbers(self.lora_scale, self._lora_last_scale)
         if self.lora_enabled is not self._lora_disabled:
             self.lora_enabled.fill_(1.0)
-
-    def check_start(self) -> None:
-        """Adapters of experts can always start afresh."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoRAExpertsModule":
         """Move or convert as any module, except that the numbers stay what they are."""

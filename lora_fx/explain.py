@@ -43,6 +43,9 @@ class Verification:
     """The largest error of one gradient in the unfused form; it may be another gradient than `worst_gradient`."""
     worst_rewritten: float | None = None
     """The error of `worst_gradient`."""
+    worst_apart: float | None = None
+    """The largest ``norm(rewritten - unfused) / norm(unfused)`` of one gradient: where the base rounds its inputs, the
+    errors of both forms are that rounding, and this says what the rewrite adds."""
 
 
 @dataclass
@@ -208,12 +211,14 @@ def _verify(model: nn.Module, inputs: Any, kwargs: Any, rewritten: _Results | No
 
     each = [{name: gradient_error(form, [name]) or 0.0 for name in names} for form in (unfused, rewritten)]
     return Verification(
-        _error(unfused.outputs, oracle.outputs),
-        _error(rewritten.outputs, oracle.outputs),
-        gradient_error(unfused, names),
-        gradient_error(rewritten, names),
-        max(names, key=lambda name: each[1][name], default=None),
-        *(max(errors.values(), default=None) for errors in each),
+        output_unfused=_error(unfused.outputs, oracle.outputs),
+        output_rewritten=_error(rewritten.outputs, oracle.outputs),
+        gradient_unfused=gradient_error(unfused, names),
+        gradient_rewritten=gradient_error(rewritten, names),
+        worst_gradient=max(names, key=lambda name: each[1][name], default=None),
+        worst_unfused=max(each[0].values(), default=None),
+        worst_rewritten=max(each[1].values(), default=None),
+        worst_apart=max((_error([rewritten.gradients[n]], [unfused.gradients[n]]) for n in names), default=None),
     )
 
 
@@ -301,6 +306,7 @@ def _lines(report: Report) -> Iterator[str]:
         if v.worst_gradient is not None:
             unfused, rewritten = v.worst_unfused or 0.0, v.worst_rewritten or 0.0
             yield f"error of the worst gradient: unfused {unfused:.2e}, rewritten {rewritten:.2e} ({v.worst_gradient})"
+            yield f"apart in the gradient where they are furthest apart: {v.worst_apart or 0.0:.2e}"
 
 
 def _words(rewrites: tuple[str, ...]) -> str:

@@ -19,6 +19,7 @@ from lora_fx.first_factors import with_first_factors
 from lora_fx.init_weights import patch_init_weights
 from lora_fx.inits import check_bases
 from lora_fx.linear import DEFAULT_NAME, LoRAModule, adapter_dtype
+from lora_fx.merge_guard import unguard
 from lora_fx.packed import is_activation_dtype
 from lora_fx.placements import is_dtensor
 from lora_fx.record import RECORD, Installation, check_kept
@@ -163,6 +164,7 @@ def remove(model: Model) -> Model:
             raise ValueError(f"{shown(path)} became a {type(module).__name__} after install: undo that first")
     if not merged:
         restore_originals(module for _, module in trained_modules(model))
+    unguard(model)
     _undo(model, record)
     return model
 

@@ -82,14 +82,6 @@ class LoRAModule(Adapted, nn.Linear):
             return deferred(self.lora_a), deferred(self.lora_b)
         return self.lora_a, self.lora_b
 
-    def effective_weight(self) -> Tensor:
-        """``W + s B A`` in float32 (float64 for such weights): [N, K], or [K, N] where the weight is kept like that."""
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        update = self.lora_b.to(wide) @ self.lora_a.to(wide)
-        if getattr(self, "weight_is_transposed", False):
-            update = update.t()
-        return torch.add(self.weight.to(wide), update * self.lora_scale.to(wide))
-
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As any module's, except that distributed factors go where the distributed weight wants them.
 
@@ -160,8 +152,7 @@ class LoRAModule(Adapted, nn.Linear):
 
     def check_start(self) -> None:
         """Raise ValueError if `reset_adapters` would."""
-        if self._lora_merged is not None:
-            raise ValueError("an adapter that is merged cannot start afresh: call lora_fx.unmerge(model) first")
+        super().check_start()
         if self.lora_init in CHANGES_BASE and is_dtensor(self.weight):
             raise ValueError(f"init={self.lora_init!r} takes the weight apart, which is sharded: start before that")
 
@@ -211,8 +202,6 @@ class LoRAModule(Adapted, nn.Linear):
         unexpected: list[str],
         errors: list[str],
     ) -> None:
-        if self._lora_merged is not None and any(name.startswith(prefix) for name in state_dict):
-            raise ValueError(f"{prefix.rstrip('.') or 'the model'} is merged: call lora_fx.unmerge(model) first")
         if self._lora_base is not None and f"{prefix}weight" in state_dict and f"{prefix}lora_a" not in state_dict:
             raise ValueError(
                 f"{prefix.rstrip('.') or 'the model'} holds the residual that init={self.lora_init!r} left of its "

@@ -1,11 +1,13 @@
 """Every private name of torch that the passes use, in one place.
 
-Checked on torch 2.11, 2.13. When a release moves one of these names, importing this module fails with a message
-that says which name and which version, instead of an AttributeError in the middle of a user's compilation.
+Checked on torch 2.11, 2.13. When a release moves one of these names, importing this module or using the name fails
+with a message that says which name and which version. What takes long to import (Inductor, Dynamo, SymPy) is imported
+by what compiles, and not by ``import lora_fx``.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 CHECKED = "2.11 and 2.13"
 
 
+@functools.cache
 def _private(path: str) -> Any:
     """Import ``package.module:name`` or say that this release of torch is not supported."""
     module_name, name = path.split(":")
@@ -26,17 +29,11 @@ def _private(path: str) -> Any:
         ) from error
 
 
-CustomGraphPass = _private("torch._inductor.custom_graph_pass:CustomGraphPass")
-"""Base class of graph passes that take part in Inductor's cache key."""
-
 detect_fake_mode = _private("torch._guards:detect_fake_mode")
 """The fake tensor mode that the graph's ``meta["val"]`` belong to."""
 
 extract_tensor_metadata = _private("torch.fx.passes.shape_prop:_extract_tensor_metadata")
 """Shape, stride and dtype in the form that ``meta["tensor_meta"]`` wants."""
-
-statically_known_true = _private("torch.fx.experimental.symbolic_shapes:statically_known_true")
-"""Whether a symbolic comparison holds without adding a guard."""
 
 auto_functionalized = _private("torch._higher_order_ops.auto_functionalize:auto_functionalized")
 """Higher-order operator that wraps a mutation; Inductor runs it in place where nothing else reads the operand."""
@@ -46,6 +43,19 @@ CheckpointPolicy = _private("torch.utils.checkpoint:CheckpointPolicy")
 
 trace_structured = _private("torch._logging:trace_structured")
 """Writes an artifact into ``TORCH_TRACE`` for tlparse."""
+
+
+def custom_graph_pass() -> Any:
+    """The abstract base class of graph passes that take part in Inductor's cache key."""
+    return _private("torch._inductor.custom_graph_pass:CustomGraphPass")
+
+
+def statically_known_true(condition: Any) -> bool:
+    """Whether a symbolic comparison holds without adding a guard."""
+    if isinstance(condition, bool):
+        return condition
+    known: bool = _private("torch.fx.experimental.symbolic_shapes:statically_known_true")(condition)
+    return known
 
 
 def joint_graph_passes(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
@@ -75,7 +85,6 @@ def boxed(graph: torch.fx.GraphModule) -> Any:
 
 def stable_topological_sort(graph: torch.fx.Graph) -> None:
     """Sort the graph's nodes, moving as few as possible (Inductor's own sort)."""
-    # Importing the pattern matcher costs a second; only a compilation needs it, and by then it is loaded.
     _private("torch._inductor.pattern_matcher:stable_topological_sort")(graph)
 
 

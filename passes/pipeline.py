@@ -28,7 +28,7 @@ from lora_fx.passes import (
     recompute_input,
     stack_siblings,
 )
-from lora_fx.passes._torch import CustomGraphPass, inductor_config, trace_structured
+from lora_fx.passes._torch import custom_graph_pass, inductor_config, trace_structured
 from lora_fx.passes.graph import module_path
 from lora_fx.passes.grouped_site import GroupedSite, find_grouped_sites
 from lora_fx.passes.kernels import lowering, operators
@@ -160,10 +160,14 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
-class Stage(CustomGraphPass):
-    """One of the places in Inductor where we look at a graph. Holds settings only: equal ones are interchangeable."""
+class Stage:
+    """One of the places in Inductor where we look at a graph. Holds settings only: equal ones are interchangeable.
+
+    A `CustomGraphPass` of Inductor's, which it is said to be once there is one: importing that class takes a second.
+    """
 
     def __init__(self, strict: bool = False) -> None:
+        custom_graph_pass().register(type(self))
         self.strict = strict
 
     def uuid(self) -> Any:
@@ -263,15 +267,16 @@ def hooks(options: dict[str, Any] | None = None, *, strict: bool = False) -> dic
     return merged
 
 
-class Sequence(CustomGraphPass):
-    """The caller's passes, then ours, on one hook."""
+class Sequence:
+    """The caller's passes, then ours, on one hook; a `CustomGraphPass` as `Stage` is."""
 
     def __init__(self, theirs: Any, ours: Stage) -> None:
+        custom_graph_pass().register(type(self))
         self.steps: tuple[Any, ...] = (*(theirs if isinstance(theirs, (list, tuple)) else (theirs,)), ours)
 
     def uuid(self) -> Any:
         """Everybody's identity; None (do not cache) when a caller's pass has none."""
-        identities = [step.uuid() if isinstance(step, CustomGraphPass) else None for step in self.steps]
+        identities = [step.uuid() if isinstance(step, custom_graph_pass()) else None for step in self.steps]
         return None if None in identities else tuple(identities)
 
     def __eq__(self, other: object) -> bool:

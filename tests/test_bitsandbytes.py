@@ -1,4 +1,4 @@
-"""bitsandbytes' 4-bit and 8-bit linears as bases, on a CUDA device if there is one. No extra of this package has it."""
+"""bitsandbytes' 4-bit and 8-bit linears as bases, on a CUDA device if there is one, or else on the CPU."""
 
 # mypy: no-check-untyped-defs
 from typing import Any

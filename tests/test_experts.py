@@ -326,14 +326,6 @@ def test_float32_adapters_on_bfloat16_experts():
     torch.testing.assert_close(y.double(), expected, rtol=0.02, atol=0.05)
 
 
-def test_merging_is_refused_and_says_what_to_do():
-    model = adapted(LoRAConfig(rank=4, exclude_modules="router", target_parameters=ALL))
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=r"layers.0.feed_forward.experts holds adapted experts.*merge it in PEFT"):
-        lora_fx.merge(model)
-    assert_same(before, snapshot(model))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_it_is_one_graph_and_reads_new_scales(dtype):
     module = lora_fx.install(Experts(TINY, dtype), CONFIG_OF_ONE)

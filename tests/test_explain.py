@@ -282,6 +282,7 @@ def test_the_worst_gradient_is_named() -> None:
     assert errors.gradient_unfused is not None and errors.gradient_rewritten is not None
     assert errors.gradient_unfused <= errors.worst_unfused < 1e-5
     assert errors.gradient_rewritten <= errors.worst_rewritten < 1e-5
+    assert errors.worst_apart is not None and 0 < errors.worst_apart < 1e-5
 
 
 def test_as_dict_is_json() -> None:

@@ -2,10 +2,8 @@
 
 # Submodules are reached by attribute, which torch types as `Tensor | Module`, and wrong arguments are the point.
 # mypy: no-check-untyped-defs
-import copy
 import functools
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -122,19 +120,6 @@ def test_files_that_find_no_room_are_refused(tmp_path):
         with pytest.raises(ValueError, match="cannot be called"):
             load(model)
         assert_same(before, snapshot(model))
-
-
-def test_the_readme_runs(tmp_path, monkeypatch):
-    text = (Path(__file__).parents[1] / "README.md").read_text()
-    block = text.split("## Several adapters")[1].split("```python\n")[1].split("```")[0]
-    assert "lora_fx.compile(model)\n" in block
-    monkeypatch.chdir(tmp_path)
-    model = Toy()
-    lora_fx.save_adapter(alone("de"), "adapter")
-    names = {"model": model, "config": CONFIGS["en"], "inputs": TOKENS.repeat(2, 1), "copy": copy, "torch": torch}
-    exec(block.replace("lora_fx.compile(model)", "model.compile(backend='eager')"), names | {"lora_fx": lora_fx})
-    assert lora_fx.adapter_names(model) == ["en", "fr"] and (tmp_path / "english" / TENSORS).exists()
-    assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.slow

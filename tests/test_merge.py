@@ -126,6 +126,27 @@ def test_what_would_mix_is_refused(tmp_path):
     assert all(torch.equal(merged[name], p) for name, p in model.named_parameters())
 
 
+def test_loading_into_a_merged_model_loads_nothing():
+    """Not even what comes before the first merged linear, whichever module is asked."""
+    model = adapted()
+    state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    lora_fx.merge(model)
+    merged, wrapped = weights(model), nn.ModuleDict({"inner": model})
+    block = {name.removeprefix("layers.0."): tensor for name, tensor in state.items() if name.startswith("layers.0.")}
+    for module, values in (
+        (model, state),
+        (model.layers["0"], block),
+        (wrapped, {f"inner.{name}": tensor for name, tensor in state.items()}),
+    ):
+        with pytest.raises(ValueError, match=r"layers\.0\.attention\.wq is merged|attention\.wq is merged"):
+            module.load_state_dict(values)
+        assert all(torch.equal(merged[name], p) for name, p in model.named_parameters())
+    model.load_state_dict({"tokens.weight": state["tokens.weight"]}, strict=False)  # which is not merged
+    assert torch.equal(model.tokens.weight, state["tokens.weight"])
+    lora_fx.unmerge(model).load_state_dict(state)
+    assert all(torch.equal(state[name], p) for name, p in model.named_parameters())
+
+
 def test_what_cannot_be_merged():
     def refused(model: nn.Module, text: str) -> None:
         before = weights(model)

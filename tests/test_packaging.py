@@ -144,7 +144,7 @@ def closure(*names: str) -> set[str]:
     found: set[str] = set()
     queue = list(names)
     while queue:
-        name = re.sub(r"[-_.]+", "-", queue.pop()).lower()
+        name = normal(queue.pop())
         if name in found:
             continue
         found.add(name)
@@ -154,6 +154,11 @@ def closure(*names: str) -> set[str]:
             continue
         queue += [re.split(r"[^\w.-]", requirement)[0] for requirement in requires if "extra ==" not in requirement]
     return found
+
+
+def normal(name: str) -> str:
+    """The name of a distribution, as all spellings of it are compared."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def test_importing_lora_fx_imports_torch_and_safetensors_alone(tmp_path: Path) -> None:
@@ -170,11 +175,23 @@ def test_importing_lora_fx_imports_torch_and_safetensors_alone(tmp_path: Path) -
     owners = importlib.metadata.packages_distributions()
     allowed = closure("torch", "safetensors")
     foreign = {
-        module
-        for module in new
-        if module in owners and not {re.sub(r"[-_.]+", "-", owner).lower() for owner in owners[module]} & allowed
+        module for module in new if module in owners and not {normal(owner) for owner in owners[module]} & allowed
     }
     assert not foreign
+
+
+def test_importing_lora_fx_does_not_import_the_compiler(tmp_path: Path) -> None:
+    """Which takes longer than torch itself, and which a program that does not compile has no use for."""
+    look = (
+        "import sys, json, torch\n"
+        "before = set(sys.modules)\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import lora_fx, lora_fx.passes\n"
+        "print(json.dumps(sorted(set(sys.modules) - before)))"
+    )
+    new = {".".join(name.split(".")[:2]) for name in json.loads(run(sys.executable, "-c", look, cwd=tmp_path))}
+    heavy = {"torch._inductor", "torch._dynamo", "torch._functorch", "torch.distributed", "triton", "sympy", "numpy"}
+    assert "lora_fx.compile" in new and not new & heavy
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -215,11 +232,11 @@ def test_constraints_pin_every_extra() -> None:
         line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")
     )
     assert not [version for version in pinned.values() if "+" in version], "a local version fits one build only"
-    names = {re.sub(r"[-_.]+", "-", name).lower() for name in pinned}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [
         *project["dependencies"],
         *(name for extra in project["optional-dependencies"].values() for name in extra),
     ]
     # A torch for CUDA asks for one version of Triton, each for another.
-    assert {re.split(r"[^\w-]", requirement)[0] for requirement in wanted} <= names | {"triton"}
+    required = {normal(re.split(r"[^\w-]", requirement)[0]) for requirement in wanted}
+    assert required <= {normal(name) for name in pinned} | {"triton"}

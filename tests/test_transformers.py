@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 from hf_models import KINDS, Kind  # noqa: E402  # it imports transformers
 from matrix import Case, explained  # noqa: E402
 
-CAUSAL = [name for name, kind in KINDS.items() if kind.inputs == "causal"]
+WRITERS = [name for name, kind in KINDS.items() if kind.inputs in ("causal", "pair")]
 
 
 def one_layer(name: str) -> torch.nn.Module:
@@ -57,19 +57,28 @@ def greedy(model, tokens: torch.Tensor, length: int) -> torch.Tensor:
     return tokens
 
 
+def greedy_pair(model, source: torch.Tensor, length: int) -> torch.Tensor:
+    """The same of a model that reads a source and writes a target."""
+    tokens = torch.full((len(source), 1), model.config.decoder_start_token_id)
+    for _ in range(length):
+        logits = model(input_ids=source, decoder_input_ids=tokens, use_cache=False).logits
+        tokens = torch.cat((tokens, logits[:, -1:].argmax(-1)), 1)
+    return tokens
+
+
 @torch.no_grad()
 def generated(model, tokens: torch.Tensor, length: int) -> torch.Tensor:
     mask = torch.ones_like(tokens)
     return model.generate(tokens, attention_mask=mask, max_new_tokens=length, do_sample=False, eos_token_id=None)
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", WRITERS)
 def test_generation_runs_the_adapters(name):
     model, tokens = one_layer(name).eval(), KINDS[name].batch()["input_ids"][:, :8]
     without = generated(model, tokens, 6)
     shake(lora_fx.install(model, LoRAConfig(rank=4)), std=0.5)
     with torch.no_grad():
-        expected = greedy(model, tokens, 6)
+        expected = (greedy_pair if KINDS[name].inputs == "pair" else greedy)(model, tokens, 6)
     assert not torch.equal(expected, without)
     assert torch.equal(generated(model, tokens, 6), expected)
 

@@ -252,17 +252,3 @@ def test_only_sums_are_reduced():
         parameter.grad = DTensor.from_local(torch.ones(4), mesh, [Partial("max")])
         with pytest.raises(ValueError, match="only sums can be reduced together"):
             lora_fx.distributed.reduce_gradients([parameter])
-
-
-def test_merging_a_sharded_weight_is_refused():
-    torch.manual_seed(0)
-    config = LoRAConfig(rank=4)
-    adapted = shake(lora_fx.install(Mlp(), config))
-    with simulated(tp=2) as mesh:
-        model = parallel(adapted, adapted, config, mesh, "before")
-        before = [whole(p).clone() for p in model.parameters()]
-        with pytest.raises(
-            ValueError, match="up is sharded: save the adapter, load it in one process, and merge there"
-        ):
-            lora_fx.merge(model)
-        assert all(torch.equal(old, whole(p)) for old, p in zip(before, model.parameters(), strict=True))

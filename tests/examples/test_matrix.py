@@ -30,36 +30,37 @@ def test_a_row_of_a_checkpointed_model(tmp_path, capsys):
     assert row["good"] and not row["reasons"] and row["worst"].endswith(("lora_a", "lora_b"))
     assert 1e-8 < row["error_plain"] < 5e-6 and 1e-8 < row["error_ours"] < 5e-6
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("llama"))
-    assert re.fullmatch(r"llama +plain +float32 +on +8 +8 +\d\.\de-0[67] +\d\.\de-0[67]", line)
+    assert re.fullmatch(r"llama +plain +float32 +on +8 +8( +\d\.\de-0[67]){3}", line)
 
 
 @pytest.mark.slow
-def test_a_row_of_a_quantised_base():
+@pytest.mark.parametrize("base", ["nf4", "float8"])  # whose linears have a `config` of their own
+def test_a_row_of_a_quantised_base(base):
     """The others are in tests/passes/test_quantised.py, under a smaller model."""
-    row = matrix.row(Case("llama", "bfloat16", "nf4", checkpointing=True), layers=1)
+    row = matrix.row(Case("llama", "bfloat16", base, checkpointing=True), layers=1)
     assert row.good and row.rewritten == row.sites == 8, row
 
 
 PLAIN = Case("vit", "float32", "plain", checkpointing=False)
-GOOD = Row(PLAIN, sites=7, rewritten=6, reasons={"head": "too small"}, error_plain=2e-7, error_ours=1e-7, worst="x")
+GOOD = Row(PLAIN, 7, 6, {"head": "too small"}, error_plain=2e-7, error_ours=1e-7, apart=3e-7, worst="x")
 
 
 def test_what_counts_as_good():
-    assert GOOD.good and Row(PLAIN, error_plain=1e-2, error_ours=1.4e-2).good
-    assert not Row(PLAIN, error_plain=1e-2, error_ours=2e-2).good
+    assert GOOD.good and Row(PLAIN, error_plain=1e-2, error_ours=1.4e-2, apart=0.0).good
+    assert not Row(PLAIN, error_plain=1e-2, error_ours=2e-2, apart=0.0).good
+    assert not Row(PLAIN, error_plain=0.5, error_ours=0.5, apart=0.1).good
+    assert Row(Case("vit", "bfloat16", "qat", checkpointing=False), error_plain=0.5, error_ours=0.5, apart=0.1).good
     assert not Row(PLAIN, failure="TypeError: no").good
     assert not Row(PLAIN).good
 
 
 def test_the_table_says_why():
-    worse = Row(
-        Case("t5", "bfloat16", "int8", checkpointing=True), sites=3, rewritten=3, error_plain=0.1, error_ours=0.2
-    )
+    worse = Row(Case("t5", "bfloat16", "int8", checkpointing=True), 3, 3, error_plain=0.1, error_ours=0.2, apart=0.2)
     failed = Row(Case("t5", "float32", "nf4", checkpointing=True), failure="TypeError: no")
     text = table([GOOD, GOOD, worse, failed])
     lines = text.splitlines()
-    assert lines[4].split() == ["vit", "plain", "float32", "off", "7", "6", "2.0e-07", "1.0e-07"]
-    assert lines[6].split() == ["t5", "int8", "bfloat16", "on", "3", "3", "1.0e-01", "2.0e-01", "worse"]
+    assert lines[4].split() == ["vit", "plain", "float32", "off", "7", "6", "2.0e-07", "1.0e-07", "3.0e-07"]
+    assert lines[6].split() == ["t5", "int8", "bfloat16", "on", "3", "3", "1.0e-01", "2.0e-01", "2.0e-01", "worse"]
     assert lines[7].split() == ["t5", "nf4", "float32", "on", "failed"]
     assert "left as it was: vit: head: too small" in text
     assert "failed: t5 nf4 float32 checkpointing: TypeError: no" in text

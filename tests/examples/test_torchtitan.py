@@ -1,4 +1,4 @@
-"""torchtitan's own Llama-3 debug model with our converter in its list: needs torchtitan 0.3, the extra `torchtitan`."""
+"""torchtitan's own Llama-3 debug model, its code as installed, with our converter in its list."""
 
 # mypy: no-check-untyped-defs
 
