@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from lora_fx.passes._torch import inductor_config
@@ -222,5 +223,9 @@ def is_read_last_in(node: Node, region: Region) -> bool:
 
 
 def _is_saved(node: Node) -> bool:
-    """Whether a matrix is an input of a backward graph, and no gradient."""
-    return node.op == "placeholder" and not is_tangent(node) and any(map(is_tangent, node.graph.nodes))
+    """Whether a matrix is an input of a backward graph that is no gradient, and shares its memory with no other."""
+    if node.op != "placeholder" or is_tangent(node) or not any(map(is_tangent, node.graph.nodes)):
+        return False
+    others = (n for n in node.graph.find_nodes(op="placeholder") if n is not node and is_tensor(n))
+    memory = val(node).untyped_storage()._cdata
+    return all(val(other).layout != torch.strided or val(other).untyped_storage()._cdata != memory for other in others)
