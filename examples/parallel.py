@@ -27,7 +27,7 @@ from llama3.model import Attention
 from lora_fx import LoRAConfig
 from lora_fx.adapted import Adapted
 from lora_fx.placements import fill
-from ring_attention import ring_attention, shard_sequence
+from ring_attention import attention_over, shard_sequence
 
 
 @dataclass(frozen=True)
@@ -148,10 +148,10 @@ def build_stage(
     if lora_fx.is_installed(model):
         lora_fx.freeze(model)  # again: sequence parallelism made the norms anew
     cp = mesh["cp"]
-    if cp.size() > 1 and device.type == "cpu":
+    if cp.size() > 1:
         for module in model.modules():
             if isinstance(module, Attention):
-                module.attend = ring_attention(cp)
+                module.attend = attention_over(cp, device)
     experts = shard_experts(model, mesh, exchange=exchange)
     compile_parts(model, compiled)
     # Context-parallel ranks hold the same parameters and other tokens, as data-parallel ones do.

@@ -13,7 +13,7 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from corpus import library_sources
 from llama3 import CONFIGS, LORA
 from lora_fx.distributed import DeferredReduction, average_gradients, clip_grad_norm, manual_seed
 from parallel import Degrees, build_stage
-from ring_attention import shard_sequence
+from ring_attention import sequences_over
 from trainer import learning_rate, random_windows
 
 SCHEDULES: dict[str, Any] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B}
@@ -228,7 +228,7 @@ class Trainer:
         return self._mean(loss), norm
 
     @contextlib.contextmanager
-    def _context(self) -> Iterator[Any]:
+    def _context(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """Within it a step runs; gives a function that cuts this rank's part out of a batch [B, S]."""
         degrees, cp = self.settings.degrees, self.mesh["cp"]
 
@@ -237,28 +237,9 @@ class Trainer:
 
         if degrees.cp == 1:
             yield mine
-        elif self.device.type == "cpu":
-            yield lambda batch: shard_sequence(cp, mine(batch), 1)
-        else:
-            yield from self._cuda_context_parallel(mine)
-
-    def _cuda_context_parallel(self, mine: Any) -> Iterator[Any]:
-        """torch's `context_parallel`: it cuts buffers in place, so they are cut as they are handed out."""
-        from torch.distributed.tensor.experimental import context_parallel
-
-        with contextlib.ExitStack() as stack:
-
-            def shard(batch: Tensor) -> Tensor:
-                part: Tensor = mine(batch)
-                buffers = context_parallel(
-                    self.mesh["cp"], buffers=[part], buffer_seq_dims=[1], no_restore_buffers={part}
-                )
-                stack.enter_context(buffers)
-                return part
-
-            tables = [model.rope for model in self.models]
-            stack.enter_context(context_parallel(self.mesh["cp"], buffers=tables, buffer_seq_dims=[0] * len(tables)))
-            yield shard
+            return
+        with sequences_over(cp, self.device, [model.rope for model in self.models]) as part:
+            yield lambda batch: part(mine(batch))
 
     def _forward_backward(self, inputs: Tensor, targets: Tensor) -> Tensor | None:
         """The mean loss of this rank's tokens, on ranks of the last stage; gradients are in the parameters."""
@@ -395,6 +376,16 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     return settings
 
 
+def join(local_rank: int) -> None:
+    """Form the default process group by the variables that torchrun sets: over NCCL, with a GPU each, or over gloo."""
+    if not torch.cuda.is_available():
+        torch.distributed.init_process_group("gloo")
+        return
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl", device_id=device)
+
+
 def main() -> None:
     """Run from the command line, under torchrun."""
     settings = parse()
@@ -402,11 +393,9 @@ def main() -> None:
     if world != settings.degrees.world:
         needed = settings.degrees.world
         sys.exit(f"{needed} ranks are needed, not {world}: torchrun --nproc-per-node {needed} {sys.argv[0]} ...")
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "0")):
         os.environ.setdefault(name, value)
-    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    join(int(os.environ.get("LOCAL_RANK", "0")))
     outcome = run(settings)
     if torch.distributed.get_rank() == 0:
         print(summary(settings, outcome))

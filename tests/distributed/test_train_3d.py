@@ -67,8 +67,10 @@ def adapters_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(lora_fx.named_adapter_parameters(model)), **numbers}
 
 
-def check(arguments: list[str], folder: Path, timeout: float) -> list[dict[str, Any]]:
-    """Run on as many ranks as the arguments ask for, and compare with one process."""
+def check(
+    arguments: list[str], folder: Path, timeout: float, *, backend: str = "gloo", looser: float = 1.0
+) -> list[dict[str, Any]]:
+    """Run on as many ranks as the arguments ask for, and compare with one process, on the CPU."""
     arguments = [*SGD, "--checkpoints", str(folder / "checkpoints"), *arguments]
     settings = train_3d.parse(arguments)
     model = plain(settings)
@@ -79,17 +81,18 @@ def check(arguments: list[str], folder: Path, timeout: float) -> list[dict[str, 
         settings.degrees.world,
         folder / "ranks",
         timeout=timeout,
+        backend=backend,
         arguments=arguments,
     )
     for seen in found:
-        torch.testing.assert_close(seen["losses"], losses, rtol=0, atol=1e-5)
-        torch.testing.assert_close(seen["norms"], norms, rtol=1e-4, atol=0)
+        torch.testing.assert_close(seen["losses"], losses, rtol=0, atol=1e-5 * looser)
+        torch.testing.assert_close(seen["norms"], norms, rtol=1e-4 * looser, atol=0)
     whole: dict[str, torch.Tensor] = {}
     for file in (folder / "checkpoints" / f"step-{STEPS:06d}").glob("*.safetensors"):
         whole |= load_file(file)
     expected = adapters_of(model)
     assert whole.keys() == expected.keys()
-    assert max((whole[name] - expected[name]).abs().max().item() for name in expected) < 1e-6
+    assert max((whole[name] - expected[name]).abs().max().item() for name in expected) < 1e-6 * looser
     print(f"losses {losses}; seconds to build {found[0]['built']:.1f}, of the steps {found[0]['seconds']}")
     return found
 
