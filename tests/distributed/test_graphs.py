@@ -25,6 +25,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import lora_fx
+from lora_fx.distributed import DeferredReduction
 from lora_fx.passes.printer import target_name
 from tests.distributed.simulated import fake_world
 from tests.passes.harness import Captured, adapt, capture
@@ -93,6 +94,24 @@ def test_the_adapted_graph_has_the_collectives_of_the_frozen_one(sequence):
         assert collectives(after.graph) == collectives(before.graph)
         # In backward without sequence parallelism gate and up reduce the gradient of their input one by one.
         assert collectives(after.graph).total() == (1 if half == "forward" and not sequence else 2)
+
+
+def test_deferred_gradients_are_not_reduced_in_the_graph():
+    """Each rank's term of a replicated factor's gradient comes out as it is, labelled as if it were the sum."""
+    x, counts = torch.randn(2, 4, 16, requires_grad=True), {}
+    for name in ("frozen", "deferred", "as they come"):
+        model = parallel(name != "frozen", True)
+        if name == "deferred":
+            DeferredReduction(model, torch.optim.SGD(lora_fx.adapter_parameters(model), lr=0.1))
+        result = capture(model, x, rewrite=name != "frozen", backward=True)
+        assert result.reasons == []
+        (module,) = result.backward
+        counts[name] = collectives(module.graph)
+        if name != "frozen":
+            gradients = [p.grad.placements for _, p in lora_fx.named_adapter_parameters(model)]
+            whole = [p.placements for _, p in lora_fx.named_adapter_parameters(model)]
+            assert (gradients == whole) == (name == "deferred")
+    assert counts["deferred"] == counts["as they come"] == counts["frozen"]
 
 
 @pytest.mark.parametrize("sequence", [False, True])
