@@ -6,6 +6,8 @@ pass                    before                                        after
 ``fold_scale``          ``mm(h, B^T) * s``                            ``scaled_mm(h, B^T, s)``
 ``stack_siblings``      ``mm(x, A_q^T), mm(x, A_k^T), mm(x, A_v^T)``  ``mm(x, cat(A_q, A_k, A_v)^T)`` and slices of it
 ``pair_gradients``      ``mm(dy, B) * s, mm(dy^T, h) * s``            ``gradient_pair(dy, B, h, s)``
+``scatter_branch``      ``scatter(mm(x, W^T) + u)``, u = ``h B^T``    ``scatter(mm(x, W^T)) + scatter(h) B^T``, where
+                                                                      Inductor pipelines products with collectives
 ``accumulate``          ``base + scaled_mm(h, B^T, s)``, written      ``accumulate(base, h, B^T, s)``
 ``recompute_branch``    saves ``base`` and the product                saves ``base``; on a GPU, ``residual + y`` if
                                                                       that is what reads y (``save sum``)

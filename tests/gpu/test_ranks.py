@@ -7,6 +7,7 @@ import copy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -74,7 +75,7 @@ def meshes_of_one(rank: int, folder: Path, device: str) -> dict[str, dict[str, f
     for dtype in (torch.float32, torch.bfloat16):
         for compiled in (False, True):
             torch.manual_seed(0)
-            model = Llama(SIZE, dtype)
+            model: Any = Llama(SIZE, dtype)
             model.init_weights()
             shake(lora_fx.install(model, LoRAConfig(rank=8)), std=0.05).to(place)
             exact = copy.deepcopy(model).double()
