@@ -16,6 +16,7 @@ from torch import nn
 
 import adapter_checkpoint
 import lora_fx
+import options_3d
 import train_3d
 from lora_fx import LoRAConfig
 from tests.distributed.processes import RankFailed, run_ranks
@@ -134,7 +135,7 @@ def test_killed_runs_go_on_as_if_nothing_had_happened(tmp_path):
     assert not list(folder.glob(".*"))
 
     # One process reads what data-parallel ranks wrote, and finds what one process would have.
-    models = [plain(train_3d.parse(common)) for _ in range(2)]
+    models = [plain(options_3d.parse(common)) for _ in range(2)]
     start = adapters_of(models[0])["output.lora_b"].clone()
     for model, where in zip(models, (folder, tmp_path / "unbroken")):
         assert adapter_checkpoint.load(where / "step-000008", adapters_of(model))["step"] == 8

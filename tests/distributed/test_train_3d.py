@@ -14,6 +14,7 @@ from torch import nn
 
 import adapter_checkpoint
 import lora_fx
+import options_3d
 import train_3d
 from corpus import library_sources
 from llama3 import CONFIGS, Llama
@@ -31,10 +32,10 @@ ADAPTERS_OF_A_LAYER = 7
 
 def training(rank: int, folder: Path, arguments: list[str]) -> dict[str, Any]:
     """One rank of a run."""
-    return dataclasses.asdict(train_3d.run(train_3d.parse(arguments)))
+    return dataclasses.asdict(train_3d.run(options_3d.parse(arguments)))
 
 
-def plain(settings: train_3d.Settings) -> nn.Module:
+def plain(settings: options_3d.Settings) -> nn.Module:
     """The model of a run, whole and in this process, with adapters away from zero."""
     layers = settings.layers or CONFIGS[settings.model].n_layers
     config = dataclasses.replace(CONFIGS[settings.model], max_seq_len=settings.length, n_layers=layers)
@@ -43,7 +44,7 @@ def plain(settings: train_3d.Settings) -> nn.Module:
     return shake(model, std=0.05)
 
 
-def alone(settings: train_3d.Settings, model: nn.Module) -> tuple[list[float], list[float]]:
+def alone(settings: options_3d.Settings, model: nn.Module) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of the run's steps on `model`, written as anyone would."""
     windows = random_windows(
         library_sources().train_tokens(), settings.steps, settings.batch, settings.length, settings.seed
@@ -72,7 +73,7 @@ def check(
 ) -> list[dict[str, Any]]:
     """Run on as many ranks as the arguments ask for, and compare with one process, on the CPU."""
     arguments = [*SGD, "--checkpoints", str(folder / "checkpoints"), *arguments]
-    settings = train_3d.parse(arguments)
+    settings = options_3d.parse(arguments)
     model = plain(settings)
     adapter_checkpoint.save(folder / "checkpoints", 0, adapters_of(model))  # where the ranks start from
     losses, norms = alone(settings, model)
@@ -169,13 +170,13 @@ def test_stages_hold_every_layer_once():
 )
 def test_wrong_options_are_told(arguments, text, capsys):
     with pytest.raises(SystemExit):
-        train_3d.parse(arguments)
+        options_3d.parse(arguments)
     assert text in capsys.readouterr().err
 
 
 def test_degrees_and_summary():
     assert Degrees(pp=2, dp=3, tp=4).world == 24
-    settings = train_3d.parse(["--pp", "2", "--compile", "block", "--batch", "4", "--length", "10"])
+    settings = options_3d.parse(["--pp", "2", "--compile", "block", "--batch", "4", "--length", "10"])
     outcome = train_3d.Outcome([3.0, 2.0, 1.5], [], [(7, 7), (6, 7)], [9.0, 0.5, 0.5], 2.0)
     assert train_3d.summary(settings, outcome).splitlines() == [
         "pp 2, 1f1b, compile block",

@@ -4,7 +4,6 @@
 # mypy: no-check-untyped-defs
 
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
@@ -66,8 +65,8 @@ def test_who_holds_what(degrees):
             for path, module in stage.named_modules():
                 if not isinstance(module, lora_fx.LoRAModule):
                     continue
-                tensors: list[Any] = [module.weight, module.lora_a, module.lora_b]
-                weight, a, b = ([p for p in t.placements] for t in tensors)
+                tensors = [module.weight, module.lora_a, module.lora_b]
+                weight, a, b = (list(t.placements) for t in tensors)
                 names = module.weight.device_mesh.mesh_dim_names
                 if "dp_cp" in names:  # FSDP shards rows of everything
                     assert all(p.pop(0).dim == 0 for p in (weight, a, b)), path
