@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+
 from tests.distributed.rank import log_file, main, result_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,15 +27,15 @@ GRACE = 10.0
 
 # Ranks are forked from a server that has imported torch, which takes longer than most of what they do. It starts with
 # the first rank and ends with this process. Nothing of this tree is imported there: the server has another sys.path.
+# Where there is a GPU the server imports nothing: these modules look for it, and then no fork may use it.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        "torch._inductor.compile_fx",
-        "torch.distributed.fsdp",
-        "torch.distributed.pipelining",
-        "torch.distributed.tensor.parallel",
-    ]
-)
+PRELOAD = [
+    "torch._inductor.compile_fx",
+    "torch.distributed.fsdp",
+    "torch.distributed.pipelining",
+    "torch.distributed.tensor.parallel",
+]
+CONTEXT.set_forkserver_preload([] if torch.cuda.is_available() else PRELOAD)
 SERVER = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 """Its environment beside this process's own: libraries read these when they are loaded."""
 

@@ -139,9 +139,11 @@ def test_adapted_experts_on_several_ranks(degrees, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_stage_compiled_in_one(tmp_path):
-    for seen in check(["--tp", "2", "--compile", "stage", "--layers", "2"], tmp_path, timeout=600):
-        assert seen["sites"] == [[2 * ADAPTERS_OF_A_LAYER] * 2] * 2
+@pytest.mark.parametrize("name", ["tp", "dp"])
+def test_pipeline_stages_compiled_in_one(name, tmp_path):
+    """Tensor-parallel, and sharded by FSDP, where graphs break."""
+    for seen in check(["--pp", "2", f"--{name}", "2", "--compile", "stage", "--layers", "2"], tmp_path, timeout=600):
+        assert seen["sites"] == [[ADAPTERS_OF_A_LAYER] * 2] * 4
 
 
 # ---- small things, in one process ------------------------------------------------------------------------------------
