@@ -13,6 +13,8 @@ pass                    before                                        after
                                                                       that is what reads y (``save sum``)
 ``recompute_input``     saves ``x = silu(gate) * up`` for dA          saves what the frozen model does (on a GPU)
 ``recompute_dropout``   saves ``drop(x)`` and its mask                saves a seed
+``unflatten_products``  ``tile(mm(reshape(x), W^T))``                 with reshapes in between, which Inductor looks
+                                                                      for to pipeline products with collectives
 ``fuse_tiles``          products of rank R, pointwise between         ``tile(program, inputs)``: one kernel (on a GPU)
 ``pair_grouped``        grouped products ``g`` and ``dB``, scaled     ``grouped_gradient_pair(dy, B, h, ends, s)``
 ``fold_grouped_scale``  ``grouped_mm(h, B^T, ends) * s``              ``grouped_scaled_mm(h, B^T, ends, s)``

@@ -28,6 +28,7 @@ from lora_fx.passes import (
     recompute_input,
     scatter_branch,
     stack_siblings,
+    unflatten_products,
 )
 from lora_fx.passes._torch import custom_graph_pass, inductor_config, trace_structured
 from lora_fx.passes.graph import module_path
@@ -229,7 +230,11 @@ class LoweringStage(Stage):
         operators.teach_inductor()
         failures = [
             _failure(f"{step} {target_name(node.target)}", module_path(node) or "(root)", error)
-            for step, lower in (("tile", fuse_tiles.cut), ("lowering", lowering.lower))
+            for step, lower in (
+                ("tile", fuse_tiles.cut),
+                ("lowering", lowering.lower),
+                ("unflatten", unflatten_products.unflatten),
+            )
             for node, error in lower(graph)
         ]
         if self.strict and failures:

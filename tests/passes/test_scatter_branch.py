@@ -23,9 +23,11 @@ from torch.distributed.tensor import Partial, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import lora_fx
+from lora_fx.passes import fuse_tiles, pipeline
 from tests.distributed.processes import run_ranks
 from tests.distributed.simulated import fake_world
 from tests.distributed.test_graphs import Gated, Inner, collectives, parallel
+from tests.passes import on_gpu
 from tests.passes.harness import Captured, adapt, capture
 
 pytestmark = [pytest.mark.distributed]
@@ -105,6 +107,19 @@ def test_inductor_finds_what_it_finds_in_the_frozen_model():
             more = collectives(after.graph) - collectives(before.graph)
             assert dict(more) == ({"_c10d_functional.reduce_scatter_tensor": scatters} if scatters else {})
             assert collectives(getattr(without, half)[0].graph) == collectives(before.graph)
+
+
+@pytest.mark.parametrize("build", [lambda adapted: parallel(adapted, sequence=True), alone], ids=["siblings", "alone"])
+def test_what_a_gpu_gets(build, monkeypatch):
+    """Around kernels of ours, too: what reads a product is a region, and not the next view."""
+    monkeypatch.setattr(fuse_tiles.cut, "__defaults__", (on_gpu.one_tile,))
+    x = torch.randn(2, 40, 16, dtype=torch.bfloat16, requires_grad=True)
+    with fake_world(2), pipelining():
+        frozen = capture(build(False).bfloat16(), x, rewrite=False, backward=True)
+        ours = on_gpu.capture(build(True).bfloat16(), x, step=pipeline.LoweringStage(strict=True))
+        for half in ("forward", "backward"):
+            assert on_gpu.calls(getattr(ours, half)[0].graph)
+            assert fused(ours, half) == fused(frozen, half) != ([], 0)
 
 
 class TestRowWise(expecttest.TestCase):
