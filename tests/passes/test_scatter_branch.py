@@ -25,7 +25,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import lora_fx
 from lora_fx.passes import fuse_tiles, pipeline
 from tests.distributed.processes import run_ranks
-from tests.distributed.simulated import fake_world
+from tests.distributed.simulated import fake_world, whole
 from tests.distributed.test_graphs import Gated, Inner, collectives, parallel
 from tests.passes import on_gpu
 from tests.passes.harness import Captured, adapt, capture
@@ -193,50 +193,61 @@ def test_a_product_that_is_read_elsewhere_too_is_left_alone():
 
 
 def two_ranks(rank: int, folder: Path) -> dict[str, Any]:
-    """The largest error of any value against one process in float64, relative to that value's norm."""
+    """The largest error of any value against one process in float64, and which operators pipelined what."""
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
-    library = torch.library.Library("symm_mem", "IMPL")  # which has kernels for CUDA alone; as in `_test_mode` there
-    library.impl("fused_all_gather_matmul", _symmetric_memory._fused_all_gather_matmul, "CPU")
-    library.impl("fused_matmul_reduce_scatter", _symmetric_memory._fused_matmul_reduce_scatter, "CPU")
+    called: list[Any] = []
+
+    def gather(*args: Any, **kwargs: Any) -> Any:
+        called.append(len(args[1]))
+        return _symmetric_memory._fused_all_gather_matmul(*args, **kwargs)
+
+    def scatter(*args: Any) -> Any:
+        called.append("scatter")
+        return _symmetric_memory._fused_matmul_reduce_scatter(*args)
+
+    library = torch.library.Library("symm_mem", "IMPL")  # which has kernels for CUDA alone
+    library.impl("fused_all_gather_matmul", gather, "CPU")
+    library.impl("fused_matmul_reduce_scatter", scatter, "CPU")
     generator = torch.Generator().manual_seed(0)
-    x, dy = (torch.randn(2, 8, 16, generator=generator) for _ in range(2))
     found: dict[str, Any] = {}
     for name, single, build, dtype in (
-        ("gated", adapt(Gated(), rank=2), lambda: parallel(True, sequence=True), torch.float32),
+        ("siblings", adapt(Gated(), rank=2), lambda: parallel(True, sequence=True), torch.float32),
         ("alone", adapt(Alone(), rank=2), lambda: alone(True), torch.float32),
-        ("bfloat16", adapt(Alone(), rank=2), lambda: alone(True), torch.bfloat16),
+        ("as on a GPU", adapt(Alone(), rank=2), lambda: alone(True), torch.bfloat16),
     ):
+        x, dy = (torch.randn(2, 80, 16, generator=generator).to(dtype) for _ in range(2))
+        model = build().to(dtype)
+        single.load_state_dict({k: v.full_tensor() for k, v in model.state_dict().items()})
+        exact, exact_x = single.double(), x.double().requires_grad_()
+        expected = exact(exact_x)
+        expected.backward(dy.double())
+        ours_x, ours_dy = (distribute_tensor(t, mesh, [Shard(1)]).to_local() for t in (x, dy))
+        called.clear()
         with pipelining():
-            model = build().to(dtype)
-            single.load_state_dict({k: v.full_tensor() for k, v in model.state_dict().items()})
-            x, dy = x.to(dtype), dy.to(dtype)
-            exact, exact_x = single.double(), x.double().requires_grad_()
-            exact(exact_x).backward(dy.double())
-            ours_x, ours_dy = (distribute_tensor(t, mesh, [Shard(1)]).to_local() for t in (x, dy))
-            ours_x.requires_grad_()
-            report = lora_fx.explain(model, ours_x)
-            lora_fx.compile(model, strict=True)
-            y = model(ours_x)
-            y.backward(ours_dy)
+            if dtype == torch.bfloat16:
+                with mock.patch.object(fuse_tiles.cut, "__defaults__", (on_gpu.one_tile,)):
+                    stages = on_gpu.options(pipeline.LoweringStage(strict=True))
+                    y = torch.compile(model, options=stages)(ours_x.requires_grad_())
+                    y.backward(ours_dy)
+            else:
+                y = lora_fx.compile(model, strict=True)(ours_x.requires_grad_())
+                y.backward(ours_dy)
         lora_fx.distributed.reduce_gradients(model)
-        pairs: list[Any] = [
-            (p.grad.full_tensor(), q.grad) for p, q in zip(*map(lora_fx.adapter_parameters, (model, exact)))
-        ]
-        pairs.append((y.detach(), exact(exact_x).detach().chunk(2, dim=1)[rank]))
-        assert exact_x.grad is not None
+        assert ours_x.grad is not None and exact_x.grad is not None
+        pairs = [(y.detach(), expected.detach().chunk(2, dim=1)[rank])]
         pairs.append((ours_x.grad, exact_x.grad.chunk(2, dim=1)[rank]))
-        found[name] = {
-            "error": max(float((a.double() - b).norm() / b.norm()) for a, b in pairs),
-            "forward": sum("scatter" in site.forward for site in report.sites),
-            "backward": sum("scatter" in site.backward for site in report.sites),
-        }
+        for p, q in zip(lora_fx.adapter_parameters(model), lora_fx.adapter_parameters(exact), strict=True):
+            assert p.grad is not None and q.grad is not None
+            pairs.append((whole(p.grad), q.grad))
+        found[name] = {"error": max(float((a.double() - b).norm() / b.norm()) for a, b in pairs), "called": [*called]}
     return found
 
 
 @pytest.mark.slow
 def test_values_on_two_ranks(tmp_path):
     for found in run_ranks(two_ranks, 2, tmp_path):
-        errors = {name: seen.pop("error") for name, seen in found.items()}
-        assert errors["gated"] < 1e-6 and errors["alone"] < 1e-6 and errors["bfloat16"] < 0.02, errors
-        both = {"forward": 1, "backward": 1}
-        assert found == {"gated": {"forward": 1, "backward": 0}, "alone": both, "bfloat16": both}
+        called = {name: seen["called"] for name, seen in found.items()}
+        one = [1, "scatter", 1, "scatter"]
+        assert called == {"siblings": [2, "scatter", 1], "alone": one, "as on a GPU": one}
+        errors = {name: seen["error"] for name, seen in found.items()}
+        assert errors["siblings"] < 1e-6 and errors["alone"] < 1e-6 and errors["as on a GPU"] < 0.02, errors
