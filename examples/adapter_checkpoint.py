@@ -56,7 +56,8 @@ def save(
     partial = folder / f".{final.name}.partial"
     first = rank() == 0
     if first:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while it wrote
+        for left in folder.glob(f".{PREFIX}*"):  # by runs that were killed while they wrote
+            shutil.rmtree(left)
         partial.mkdir(parents=True)
     barrier()
     whole = {name: gathered(tensor.detach()).cpu() for name, tensor in tensors.items()}
@@ -69,14 +70,22 @@ def save(
         training = partial / TRAINING
         training.write_text(json.dumps({"step": step, **(extra or {})}, indent=1))
         flush(training)
+        flush(partial)
         if final.exists():
-            shutil.rmtree(final)
+            _discard(final)
         partial.rename(final)
         flush(folder)
         for old in found(folder)[:-keep]:
-            shutil.rmtree(old)
+            _discard(old)
     barrier()
     return final
+
+
+def _discard(checkpoint: Path) -> None:
+    """Delete a checkpoint. It loses its name first: what a kill leaves of it is no checkpoint."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.old")
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden)
 
 
 def load(checkpoint: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -113,7 +122,7 @@ def newest(folder: Path) -> Path | None:
 
 def found(folder: Path) -> list[Path]:
     """All whole checkpoints in `folder`, oldest first."""
-    return sorted(folder.glob(f"{PREFIX}*"))
+    return sorted(folder.glob(f"{PREFIX}*"), key=lambda path: int(path.name.removeprefix(PREFIX)))
 
 
 def rank() -> int:

@@ -27,7 +27,7 @@ from llama3.model import Attention
 from lora_fx import LoRAConfig
 from lora_fx.adapted import Adapted
 from lora_fx.placements import fill
-from ring_attention import ring_attention, shard_sequence
+from ring_attention import attention_over, shard_sequence
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,30 @@ def build_stage(
         seed: of the initial values, which do not depend on the mesh.
         exchange: see `MixtureOfExperts.exchange`.
     """
+    model = lay_out_stage(
+        config, lora, mesh, stage, stages, device=device, dtype=dtype, compiled=compiled, exchange=exchange
+    )
+    model.to_empty(device=device)
+    initialise(model, seed)
+    cp = mesh["cp"]
+    rope = rope_table(config.head_dim, length, config.rope_theta).to(device)
+    model.rope = shard_sequence(cp, rope, 0) if cp.size() > 1 and device.type == "cpu" else rope
+    return model
+
+
+def lay_out_stage(
+    config: LlamaConfig,
+    lora: LoRAConfig,
+    mesh: DeviceMesh,
+    stage: int,
+    stages: int,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    compiled: str = "none",
+    exchange: bool = False,
+) -> Llama:
+    """As `build_stage`, on the meta device still: parameters have shapes and placements, and no values."""
     with torch.device("meta"):
         model = lora_fx.install(Llama(config, dtype), lora)
     cut(model, stage, stages)
@@ -148,10 +172,10 @@ def build_stage(
     if lora_fx.is_installed(model):
         lora_fx.freeze(model)  # again: sequence parallelism made the norms anew
     cp = mesh["cp"]
-    if cp.size() > 1 and device.type == "cpu":
+    if cp.size() > 1:
         for module in model.modules():
             if isinstance(module, Attention):
-                module.attend = ring_attention(cp)
+                module.attend = attention_over(cp, device)
     experts = shard_experts(model, mesh, exchange=exchange)
     compile_parts(model, compiled)
     # Context-parallel ranks hold the same parameters and other tokens, as data-parallel ones do.
@@ -161,10 +185,6 @@ def build_stage(
         for layer in model.layers.values():
             fully_shard(layer, mesh=data, ignored_params=experts)
         fully_shard(model, mesh=data, ignored_params=experts)
-    model.to_empty(device=device)
-    initialise(model, seed)
-    rope = rope_table(config.head_dim, length, config.rope_theta).to(device)
-    model.rope = shard_sequence(cp, rope, 0) if cp.size() > 1 and device.type == "cpu" else rope
     return model
 
 

@@ -3,16 +3,23 @@
 On CUDA that is torch's `context_parallel`. It has no CPU form, but the ring that it is made of takes any attention
 operator: here the CPU's flash attention, so that the same algorithm runs in tests and on machines without a GPU.
 
-What this file reads of torch beyond its public interface was checked on torch 2.13.
+    attention.attend = attention_over(mesh, device)      # of every block
+    with sequences_over(mesh, device, [model.rope]) as part:
+        loss = loss_of(model(part(inputs)), part(targets)); loss.backward()
+
+What this file reads of torch beyond its public interface was checked on torch 2.11 and 2.13.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.experimental._context_parallel import _attention as ring
 from torch.distributed.tensor.experimental._context_parallel._load_balancer import _HeadTailLoadBalancer
 
@@ -89,22 +96,56 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor
 _ring.register_autograd(_backward, setup_context=_save)
 
 
-def ring_attention(mesh: DeviceMesh) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Causal attention over sequences that `shard_sequence` cut, in the form of `llama3.model.causal_attention`.
+def attention_over(mesh: DeviceMesh, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Causal attention over sequences that ranks share, in the form of `llama3.model.causal_attention`.
 
     Args:
         mesh: the context-parallel ranks, of one dimension.
+        device: of this rank. On CUDA it is torch's own attention, which `sequences_over` replaces by the ring.
     """
     group = mesh.get_group().group_name
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # The ring's operators have no grouped heads; on CUDA torch would take one that the ring has no form of.
         groups = q.shape[1] // k.shape[1]
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        if device.type == "cuda":
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         out, _ = _ring(q.contiguous(), k.contiguous(), v.contiguous(), group)
         return out
 
     return attend
+
+
+@contextlib.contextmanager
+def sequences_over(
+    mesh: DeviceMesh, device: torch.device, tables: Sequence[Tensor]
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Within it, forward and backward passes are over this rank's part of each sequence.
+
+    Args:
+        mesh: the context-parallel ranks, of one dimension.
+        device: of this rank.
+        tables: with one row a position, for `attention_over` on CUDA, where they are cut while this lasts.
+
+    Yields:
+        What cuts this rank's part out of a batch [B, S], which on CUDA it writes over.
+    """
+    if device.type != "cuda":
+        yield lambda batch: shard_sequence(mesh, batch, 1)
+        return
+    with contextlib.ExitStack() as stack:
+
+        def part(batch: Tensor) -> Tensor:
+            # It cuts buffers in place, so they are cut as they are handed out.
+            cut = context_parallel(mesh, buffers=[batch], buffer_seq_dims=[1], no_restore_buffers={batch})
+            stack.enter_context(cut)
+            return batch
+
+        buffers = list(tables)
+        stack.enter_context(context_parallel(mesh, buffers=buffers, buffer_seq_dims=[0] * len(buffers)))
+        yield part
 
 
 def shard_sequence(mesh: DeviceMesh, tensor: Tensor, dim: int) -> Tensor:

@@ -4,7 +4,6 @@ Nothing here imports a subsystem: a model can only be an instance of a class who
 """
 
 import contextlib
-import inspect
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -17,7 +16,6 @@ from torch.fx.traceback import annotate
 
 __all__ = [
     "annotate",  # a context that notes something on the nodes of the graph that is being captured
-    "can_place_gradients",
     "compile_in_place",
     "data_parallel_wrapper",
     "dispatch_grouped_mm",
@@ -105,13 +103,6 @@ def reshard(model: nn.Module) -> None:
         for module in model.modules():
             if isinstance(module, fsdp.FSDPModule):
                 module.reshard()
-
-
-def can_place_gradients() -> bool:
-    """Whether a DTensor made of a local tensor can say how its gradient is placed: in 2.13 it can, not in old ones."""
-    from torch.distributed.tensor import DTensor
-
-    return "grad_placements" in inspect.signature(DTensor.from_local).parameters
 
 
 def has_instance_forward(module: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from lora_fx import _torch
 from lora_fx.experts import LoRAExpertsModule
 from lora_fx.install import adapter_parameters, thawed
 from lora_fx.linear import PARAMETERS, LoRAModule
-from lora_fx.placements import adapter_placements, is_dtensor, local
+from lora_fx.placements import adapter_placements, deferred, is_dtensor, local
 from lora_fx.stored import StoredAdapter
 
 __all__ = [
@@ -114,7 +114,6 @@ class DeferredReduction:
 
     Raises:
         ValueError: no model holds adapters, or the optimizer holds none of theirs.
-        RuntimeError: this torch cannot do it; 2.13 can.
     """
 
     def __init__(self, models: nn.Module | Sequence[nn.Module], optimizer: torch.optim.Optimizer) -> None:
@@ -132,13 +131,10 @@ class DeferredReduction:
         ]
         if not self._factors and not self.experts:
             raise ValueError("the optimizer holds no adapter of these models: make it of lora_fx.adapter_parameters")
-        if not _torch.can_place_gradients():
-            raise RuntimeError(
-                f"torch {torch.__version__} reduces gradients as they come (its DTensor.from_local has no "
-                f"grad_placements): use it without DeferredReduction, or a newer torch"
-            )
         # By identity and not by a flag: a step may be left out (GradScaler does so), and then no hook is called.
         self._reduced: list[weakref.ref[Tensor]] = []
+        # Before anything with deferred factors is compiled.
+        torch.compiler.allow_in_graph(deferred)
         for holder in self._holders():
             holder._lora_deferred = True
         self._hooks = [

@@ -201,20 +201,30 @@ def deferred(factor: Tensor) -> Tensor:
     Its gradient is the term of this rank, labelled as if it were the sum: FSDP then reduces over its own dimensions
     alone, and `lora_fx.distributed.DeferredReduction` does the rest for all adapters at once. Sums over different
     dimensions may be taken in any order. A plain tensor is returned as it is.
-    """
-    if not is_dtensor(factor):
-        return factor
-    from torch.distributed.tensor import DTensor, Partial
 
-    theirs: Any = factor
-    placements = theirs.placements
-    terms = [Partial() if placement.is_replicate() else placement for placement in placements]
-    return DTensor.from_local(
-        theirs.to_local(grad_placements=placements),
-        theirs.device_mesh,
-        placements,
-        run_check=False,
-        shape=theirs.shape,
-        stride=theirs.stride(),
-        grad_placements=terms,
-    )
+    Dynamo is to put it into graphs as one call, see `torch.compiler.allow_in_graph`: AOTAutograd then looks into it.
+    """
+    relabelled: Tensor = _TermOfGradient.apply(factor) if is_dtensor(factor) else factor
+    return relabelled
+
+
+class _TermOfGradient(torch.autograd.Function):
+    """A DTensor as it is; its gradient stays this rank's term where the DTensor is replicated.
+
+    `DTensor.from_local` has `grad_placements` for this in torch 2.13, and not in 2.11.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, factor: Any) -> Any:
+        ctx.placements = factor.placements
+        return factor.view_as(factor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        from torch.distributed.tensor import DTensor, Partial
+
+        terms = [Partial() if placement.is_replicate() else placement for placement in ctx.placements]
+        term = grad.redistribute(placements=terms).to_local()
+        return DTensor.from_local(
+            term, grad.device_mesh, ctx.placements, run_check=False, shape=grad.shape, stride=grad.stride()
+        )

@@ -6,11 +6,15 @@ pass                    before                                        after
 ``fold_scale``          ``mm(h, B^T) * s``                            ``scaled_mm(h, B^T, s)``
 ``stack_siblings``      ``mm(x, A_q^T), mm(x, A_k^T), mm(x, A_v^T)``  ``mm(x, cat(A_q, A_k, A_v)^T)`` and slices of it
 ``pair_gradients``      ``mm(dy, B) * s, mm(dy^T, h) * s``            ``gradient_pair(dy, B, h, s)``
+``scatter_branch``      ``scatter(mm(x, W^T) + u)``, u = ``h B^T``    ``scatter(mm(x, W^T)) + scatter(h) B^T``, where
+                                                                      Inductor pipelines products with collectives
 ``accumulate``          ``base + scaled_mm(h, B^T, s)``, written      ``accumulate(base, h, B^T, s)``
 ``recompute_branch``    saves ``base`` and the product                saves ``base``; on a GPU, ``residual + y`` if
                                                                       that is what reads y (``save sum``)
 ``recompute_input``     saves ``x = silu(gate) * up`` for dA          saves what the frozen model does (on a GPU)
 ``recompute_dropout``   saves ``drop(x)`` and its mask                saves a seed
+``unflatten_products``  ``tile(mm(reshape(x), W^T))``                 with reshapes in between, which Inductor looks
+                                                                      for to pipeline products with collectives
 ``fuse_tiles``          products of rank R, pointwise between         ``tile(program, inputs)``: one kernel (on a GPU)
 ``pair_grouped``        grouped products ``g`` and ``dB``, scaled     ``grouped_gradient_pair(dy, B, h, ends, s)``
 ``fold_grouped_scale``  ``grouped_mm(h, B^T, ends) * s``              ``grouped_scaled_mm(h, B^T, ends, s)``

@@ -118,3 +118,11 @@ def compile_cpp(source: str, flags: tuple[str, ...] = ()) -> Any:
 def inductor_config() -> Any:
     """``torch._inductor.config``, with the patches of the compilation that is running."""
     return importlib.import_module("torch._inductor.config")
+
+
+def pipelines_collectives(group: Any) -> bool:
+    """Whether Inductor will pipeline matrix products with the collectives of a process group (by its name)."""
+    distributed = torch.distributed
+    if not (inductor_config()._micro_pipeline_tp and distributed.is_available() and distributed.is_nccl_available()):
+        return False
+    return bool(_private("torch.distributed._symmetric_memory:is_symm_mem_enabled_for_group")(group))

@@ -26,7 +26,9 @@ from lora_fx.passes import (
     recompute_dropout,
     recompute_grouped,
     recompute_input,
+    scatter_branch,
     stack_siblings,
+    unflatten_products,
 )
 from lora_fx.passes._torch import custom_graph_pass, inductor_config, trace_structured
 from lora_fx.passes.graph import module_path
@@ -58,6 +60,8 @@ PASSES = (
     Pass("stack_siblings", stack_siblings.find, stack_siblings.rewrite),
     # After stacking, which collects the g of siblings wherever they come from.
     Pass("pair_gradients", pair_gradients.find, pair_gradients.rewrite),
+    # After pairing, which takes h from the up-projection. Before the sum is swallowed.
+    Pass("scatter_branch", scatter_branch.find, scatter_branch.rewrite),
     # It swallows the up-projection, its sum, and the (by now single) term in dX, where those are written to memory.
     Pass("accumulate", accumulate.find, accumulate.rewrite),
     # For the up-projections that are left.
@@ -226,7 +230,11 @@ class LoweringStage(Stage):
         operators.teach_inductor()
         failures = [
             _failure(f"{step} {target_name(node.target)}", module_path(node) or "(root)", error)
-            for step, lower in (("tile", fuse_tiles.cut), ("lowering", lowering.lower))
+            for step, lower in (
+                ("tile", fuse_tiles.cut),
+                ("lowering", lowering.lower),
+                ("unflatten", unflatten_products.unflatten),
+            )
             for node, error in lower(graph)
         ]
         if self.strict and failures:

@@ -85,6 +85,12 @@ class Rewriter:
             return matrix
         return self.emit(aten.view.default, matrix, self._sizes(like), like=like)
 
+    def rows_like(self, matrix: Node, rows: Node, *, like: Node) -> Node:
+        """``[M, R]`` with the leading dimensions of ``rows``."""
+        if len(shape(rows)) == 2:
+            return matrix
+        return self.emit(aten.view.default, matrix, [*self._sizes(rows)[:-1], shape(matrix)[-1]], like=like)
+
     def _sizes(self, node: Node) -> list[Any]:
         """The shape of ``node`` as operands: numbers, or the nodes that hold symbolic sizes."""
         if all(isinstance(size, int) for size in shape(node)):

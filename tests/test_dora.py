@@ -185,23 +185,6 @@ def test_rows_of_zeros():
 # ---- compiled --------------------------------------------------------------------------------------------------------
 
 
-def test_equal_blocks_share_one_graph():
-    torch._dynamo.reset()
-    alphas = {f"{i}.{name}": 1.0 + i + j / 8 for i in range(4) for j, name in enumerate(("attention.wq", "w1", "w2"))}
-    blocks = nn.ModuleList(Block(16, bias=True) for _ in range(4))
-    shake(lora_fx.install(blocks, LoRAConfig(rank=2, alpha_pattern=alphas, dropout=0.1, use_dora=True)))
-    backend = CompileCounterWithBackend("aot_eager")
-    for block in blocks:
-        compiled = torch.compile(block, backend=backend, fullgraph=True)
-        x = torch.randn(2, 5, 16)
-        torch.manual_seed(0)
-        y = compiled(x)
-        torch.manual_seed(0)
-        torch.testing.assert_close(y, block(x), rtol=1e-4, atol=1e-5)
-    assert backend.frame_count == 1
-    torch._dynamo.reset()
-
-
 def test_numbers_change_without_recompiling():
     torch._dynamo.reset()
     model = shake(lora_fx.install(Mlp(10), LoRAConfig(rank=2, alpha=4.0, use_dora=True)))

@@ -24,11 +24,11 @@ def counting():
     return CompileCounterWithBackend("aot_eager")
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_equal_blocks_with_different_alpha_share_one_graph(dropout):
+@pytest.mark.parametrize("how", [{}, {"dropout": 0.1}, {"dropout": 0.1, "use_dora": True}], ids=str)
+def test_equal_blocks_with_different_alpha_share_one_graph(how):
     alphas = {f"{i}.{name}": 1.0 + i + j / 8 for i in range(12) for j, name in enumerate(("attention.wq", "w1", "w2"))}
-    blocks = nn.ModuleList(Block(16) for _ in range(12))
-    lora_fx.install(blocks, LoRAConfig(rank=2, alpha_pattern=alphas, dropout=dropout))
+    blocks = nn.ModuleList(Block(16, bias="use_dora" in how) for _ in range(12))
+    lora_fx.install(blocks, LoRAConfig(rank=2, alpha_pattern=alphas, **how))
     shake(blocks)
     assert len({block.w1.lora_scale.item() for block in blocks}) == 12
     backend = counting()

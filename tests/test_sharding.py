@@ -3,6 +3,8 @@
 # Submodules are reached by attribute, which torch types as `Tensor | Module`, and wrong arguments are the point.
 # mypy: no-check-untyped-defs
 
+import copy
+
 import pytest
 import torch
 import torch.nn.utils.parametrizations
@@ -28,6 +30,21 @@ def shard(model, mesh):
     for block in model.layers.values():
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
+
+
+def check_sharded(model, mesh):
+    """Shard `model`; a copy that is not, which is returned, has the same outputs and gradients."""
+    plain = copy.deepcopy(model)
+    shard(model, mesh)
+    torch.testing.assert_close(model(TOKENS), plain(TOKENS))
+    for one in (model, plain):
+        one(TOKENS).square().sum().backward()
+    named = dict(lora_fx.named_adapter_parameters(model))
+    assert named.keys() == dict(lora_fx.named_adapter_parameters(plain)).keys()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == named.keys()
+    for p, q in zip(named.values(), lora_fx.adapter_parameters(plain), strict=True):
+        torch.testing.assert_close(p.grad.full_tensor(), q.grad)
+    return plain
 
 
 @pytest.mark.distributed
@@ -56,14 +73,9 @@ def test_wrapping_before_install_is_refused(one_rank):
 @pytest.mark.filterwarnings("ignore")
 def test_sharding_after_install(one_rank):
     model = shake(lora_fx.install(Toy(), LoRAConfig(rank=2)))
-    expected = model(TOKENS)
-    named = {name for name, _ in lora_fx.named_adapter_parameters(model)}
-    shard(model, one_rank)
-    torch.testing.assert_close(model(TOKENS), expected)
+    plain = check_sharded(model, one_rank)
     with lora_fx.disabled(model):
-        assert not torch.allclose(model(TOKENS), expected)
-    model(TOKENS).sum().backward()
-    assert {name for name, p in model.named_parameters() if p.grad is not None} == named
+        assert not torch.allclose(model(TOKENS), plain(TOKENS))
     with pytest.raises(ValueError, match="the model itself is wrapped by fully_shard: remove the adapters before"):
         lora_fx.remove(model)
 

@@ -1,4 +1,4 @@
-"""Real ranks: a function of a test, run in several processes over gloo. A rank that hangs says where, and none is left.
+"""Real ranks: a function of a test, run in several processes. A rank that hangs says where, and none is left.
 
 def body(rank: int, folder: Path, size: int) -> object: ...    # a function at the top of a module of tests
 
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+
 from tests.distributed.rank import log_file, main, result_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,15 +27,15 @@ GRACE = 10.0
 
 # Ranks are forked from a server that has imported torch, which takes longer than most of what they do. It starts with
 # the first rank and ends with this process. Nothing of this tree is imported there: the server has another sys.path.
+# Where there is a GPU the server imports nothing: these modules look for it, and then no fork may use it.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        "torch._inductor.compile_fx",
-        "torch.distributed.fsdp",
-        "torch.distributed.pipelining",
-        "torch.distributed.tensor.parallel",
-    ]
-)
+PRELOAD = [
+    "torch._inductor.compile_fx",
+    "torch.distributed.fsdp",
+    "torch.distributed.pipelining",
+    "torch.distributed.tensor.parallel",
+]
+CONTEXT.set_forkserver_preload([] if torch.cuda.is_available() else PRELOAD)
 SERVER = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 """Its environment beside this process's own: libraries read these when they are loaded."""
 
@@ -43,7 +45,13 @@ class RankFailed(AssertionError):
 
 
 def run_ranks(
-    body: Callable[..., Any], world: int, folder: Path, *, timeout: float = 240.0, **arguments: Any
+    body: Callable[..., Any],
+    world: int,
+    folder: Path,
+    *,
+    timeout: float = 240.0,
+    backend: str = "gloo",
+    **arguments: Any,
 ) -> list[Any]:
     """Run ``body(rank, folder, **arguments)`` in `world` processes that form the default process group.
 
@@ -52,6 +60,7 @@ def run_ranks(
         world: number of processes.
         folder: for the rendezvous, the outputs, and whatever the ranks leave for one another.
         timeout: seconds after which a rank that still runs writes the stacks of its threads and dies.
+        backend: "gloo", or "nccl", where each rank has a GPU of its own.
         **arguments: whatever can be pickled.
 
     Returns:
@@ -60,14 +69,19 @@ def run_ranks(
     Raises:
         RankFailed: a rank raised, hung or died.
     """
-    with ranks(body, world, folder, timeout, arguments) as processes:
+    with ranks(body, world, folder, timeout, arguments, backend) as processes:
         wait(processes, folder, timeout)
     return [json.loads(result_file(folder, rank).read_text()) for rank in range(world)]
 
 
 @contextlib.contextmanager
 def ranks(
-    body: Callable[..., Any], world: int, folder: Path, timeout: float, arguments: dict[str, Any]
+    body: Callable[..., Any],
+    world: int,
+    folder: Path,
+    timeout: float,
+    arguments: dict[str, Any],
+    backend: str = "gloo",
 ) -> Iterator[list[ForkServerProcess]]:
     """Start the ranks, each in a session of its own, with torchrun's variables; end all at the end."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +92,7 @@ def ranks(
         with mock.patch.dict(os.environ, SERVER):
             for rank in range(world):
                 process = CONTEXT.Process(
-                    target=main, args=(body, rank, world, folder, timeout, dict(os.environ), arguments)
+                    target=main, args=(body, rank, world, folder, timeout, backend, dict(os.environ), arguments)
                 )
                 process.start()
                 processes.append(process)

@@ -21,6 +21,7 @@ def main(
     world: int,
     folder: Path,
     timeout: float,
+    backend: str,
     environment: dict[str, str],
     arguments: dict[str, Any],
 ) -> None:
@@ -34,8 +35,12 @@ def main(
     os.environ.clear()
     os.environ.update(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)})
     torch.set_num_threads(1)
+    device = torch.device("cuda", rank) if backend == "nccl" else None
+    if device is not None:
+        torch.cuda.set_device(device)
     torch.distributed.init_process_group(
-        "gloo",
+        backend,
+        device_id=device,
         init_method=f"file://{folder / 'rendezvous'}",
         rank=rank,
         world_size=world,

@@ -16,6 +16,7 @@ from torch import nn
 
 import adapter_checkpoint
 import lora_fx
+import options_3d
 import train_3d
 from lora_fx import LoRAConfig
 from tests.distributed.processes import RankFailed, run_ranks
@@ -86,6 +87,33 @@ def test_a_half_written_checkpoint_is_never_seen(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("step", [2, 3])
+def test_what_is_replaced_or_old_disappears_at_once(step, tmp_path, monkeypatch):
+    """A kill while it is deleted leaves whole checkpoints alone: here it is deleted in part, and then not."""
+    for earlier in (1, 2):
+        adapter_checkpoint.save(tmp_path, earlier, {"x": torch.full((2,), float(earlier))})
+
+    def in_part(path: Path) -> None:
+        (path / "stage-0.safetensors").unlink()
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter_checkpoint.shutil, "rmtree", in_part)
+        with pytest.raises(OSError, match="killed"):
+            adapter_checkpoint.save(tmp_path, step, {"x": torch.full((2,), float(step))})
+    for path in adapter_checkpoint.found(tmp_path):
+        found = torch.zeros(2)
+        assert adapter_checkpoint.load(path, {"x": found})["step"] == found[0]
+    adapter_checkpoint.save(tmp_path, step, {"x": torch.full((2,), float(step))})
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_steps_are_numbers(tmp_path):
+    for step in (999_999, 1_000_000):
+        newest = adapter_checkpoint.save(tmp_path, step, {"x": torch.ones(1)})
+    assert adapter_checkpoint.newest(tmp_path) == newest
+
+
 # ---- killed and started again ----------------------------------------------------------------------------------------
 
 
@@ -134,7 +162,7 @@ def test_killed_runs_go_on_as_if_nothing_had_happened(tmp_path):
     assert not list(folder.glob(".*"))
 
     # One process reads what data-parallel ranks wrote, and finds what one process would have.
-    models = [plain(train_3d.parse(common)) for _ in range(2)]
+    models = [plain(options_3d.parse(common)) for _ in range(2)]
     start = adapters_of(models[0])["output.lora_b"].clone()
     for model, where in zip(models, (folder, tmp_path / "unbroken")):
         assert adapter_checkpoint.load(where / "step-000008", adapters_of(model))["step"] == 8

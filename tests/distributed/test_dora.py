@@ -14,8 +14,8 @@ from lora_fx import LoRAConfig
 from tests.distributed.simulated import simulated, whole
 from tests.distributed.test_placements import S0, S1, Mlp, R, parallel, run
 from tests.test_dora import shake
-from tests.test_sharding import one_rank  # noqa: F401  # a fixture
-from tests.toy_models import TOKENS, Toy
+from tests.test_sharding import check_sharded, one_rank  # noqa: F401  # a fixture
+from tests.toy_models import Toy
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore:Full backward hook")]
 CONFIG = LoRAConfig(rank=2, alpha=4.0, use_dora=True)
@@ -68,15 +68,7 @@ def test_at_the_start_and_afresh():
 def test_fully_shard(one_rank, tmp_path):  # noqa: F811
     torch.manual_seed(0)
     model = shake(lora_fx.install(Toy(), CONFIG))
-    plain = copy.deepcopy(model)
-    for block in model.layers.values():
-        fully_shard(block, mesh=one_rank)
-    fully_shard(model, mesh=one_rank)
-    torch.testing.assert_close(model(TOKENS), plain(TOKENS))
-    for one in (model, plain):
-        one(TOKENS).square().sum().backward()
-    for p, q in zip(lora_fx.adapter_parameters(model), lora_fx.adapter_parameters(plain), strict=True):
-        torch.testing.assert_close(p.grad.full_tensor(), q.grad)
+    plain = check_sharded(model, one_rank)
     lora_fx.save_adapter(model, tmp_path)
     torch.manual_seed(0)
     loaded = lora_fx.load_adapter(Toy(), tmp_path)

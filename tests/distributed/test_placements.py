@@ -73,6 +73,10 @@ def run(model: nn.Module, x: torch.Tensor, dy: torch.Tensor):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_outputs_gradients_and_collectives(order, bias, rank):
+    """Plans that know nothing of adapters, and adapters that were there before them: elsewhere either fails.
+
+    Others meet a plain factor beside a distributed weight, or one that the plan has no entry for, or cut rows from A.
+    """
     torch.manual_seed(0)
     base, config = Mlp(bias), LoRAConfig(rank=rank, alpha=rank)  # 1 is less than the ranks that share it
     x, dy = torch.randn(3, 5, 16), torch.randn(3, 5, 16)
@@ -112,7 +116,8 @@ def test_outputs_gradients_and_collectives(order, bias, rank):
         assert all(p.grad is None for name, p in model.named_parameters() if name not in adapters)
 
 
-def test_sequence_parallel():
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_sequence_parallel(order):
     """Activations are sharded between the linears: still no collective more, and what it thaws is frozen again."""
     torch.manual_seed(0)
     base, config = Mlp(), LoRAConfig(rank=2)
@@ -121,7 +126,7 @@ def test_sequence_parallel():
     expected, _, _ = run(exact, x, dy)
     with simulated(tp=4) as mesh:
         frozen = parallelize_module(copy.deepcopy(base), mesh, plan(sequence=True)).requires_grad_(False)
-        model = parallel(base, exact, config, mesh, "before", sequence=True)
+        model = parallel(base, exact, config, mesh, order, sequence=True)
         both = []
         for module in (frozen, model):
             sharded = distribute_tensor(x, mesh, [Shard(1)])

@@ -14,6 +14,7 @@ from torch import nn
 
 import adapter_checkpoint
 import lora_fx
+import options_3d
 import train_3d
 from corpus import library_sources
 from llama3 import CONFIGS, Llama
@@ -31,10 +32,10 @@ ADAPTERS_OF_A_LAYER = 7
 
 def training(rank: int, folder: Path, arguments: list[str]) -> dict[str, Any]:
     """One rank of a run."""
-    return dataclasses.asdict(train_3d.run(train_3d.parse(arguments)))
+    return dataclasses.asdict(train_3d.run(options_3d.parse(arguments)))
 
 
-def plain(settings: train_3d.Settings) -> nn.Module:
+def plain(settings: options_3d.Settings) -> nn.Module:
     """The model of a run, whole and in this process, with adapters away from zero."""
     layers = settings.layers or CONFIGS[settings.model].n_layers
     config = dataclasses.replace(CONFIGS[settings.model], max_seq_len=settings.length, n_layers=layers)
@@ -43,7 +44,7 @@ def plain(settings: train_3d.Settings) -> nn.Module:
     return shake(model, std=0.05)
 
 
-def alone(settings: train_3d.Settings, model: nn.Module) -> tuple[list[float], list[float]]:
+def alone(settings: options_3d.Settings, model: nn.Module) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of the run's steps on `model`, written as anyone would."""
     windows = random_windows(
         library_sources().train_tokens(), settings.steps, settings.batch, settings.length, settings.seed
@@ -67,10 +68,12 @@ def adapters_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(lora_fx.named_adapter_parameters(model)), **numbers}
 
 
-def check(arguments: list[str], folder: Path, timeout: float) -> list[dict[str, Any]]:
-    """Run on as many ranks as the arguments ask for, and compare with one process."""
+def check(
+    arguments: list[str], folder: Path, timeout: float, *, backend: str = "gloo", looser: float = 1.0
+) -> list[dict[str, Any]]:
+    """Run on as many ranks as the arguments ask for, and compare with one process, on the CPU."""
     arguments = [*SGD, "--checkpoints", str(folder / "checkpoints"), *arguments]
-    settings = train_3d.parse(arguments)
+    settings = options_3d.parse(arguments)
     model = plain(settings)
     adapter_checkpoint.save(folder / "checkpoints", 0, adapters_of(model))  # where the ranks start from
     losses, norms = alone(settings, model)
@@ -79,17 +82,18 @@ def check(arguments: list[str], folder: Path, timeout: float) -> list[dict[str, 
         settings.degrees.world,
         folder / "ranks",
         timeout=timeout,
+        backend=backend,
         arguments=arguments,
     )
     for seen in found:
-        torch.testing.assert_close(seen["losses"], losses, rtol=0, atol=1e-5)
-        torch.testing.assert_close(seen["norms"], norms, rtol=1e-4, atol=0)
+        torch.testing.assert_close(seen["losses"], losses, rtol=0, atol=1e-5 * looser)
+        torch.testing.assert_close(seen["norms"], norms, rtol=1e-4 * looser, atol=0)
     whole: dict[str, torch.Tensor] = {}
     for file in (folder / "checkpoints" / f"step-{STEPS:06d}").glob("*.safetensors"):
         whole |= load_file(file)
     expected = adapters_of(model)
     assert whole.keys() == expected.keys()
-    assert max((whole[name] - expected[name]).abs().max().item() for name in expected) < 1e-6
+    assert max((whole[name] - expected[name]).abs().max().item() for name in expected) < 1e-6 * looser
     print(f"losses {losses}; seconds to build {found[0]['built']:.1f}, of the steps {found[0]['seconds']}")
     return found
 
@@ -135,9 +139,12 @@ def test_adapted_experts_on_several_ranks(degrees, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_stage_compiled_in_one(tmp_path):
-    for seen in check(["--tp", "2", "--compile", "stage", "--layers", "2"], tmp_path, timeout=600):
-        assert seen["sites"] == [[2 * ADAPTERS_OF_A_LAYER] * 2] * 2
+@pytest.mark.parametrize("degrees", [["--pp", "2", "--dp", "2"], ["--tp", "2"]], ids=["pp-dp", "tp"])
+def test_stages_compiled_in_one(degrees, tmp_path):
+    """Stages of a pipeline, where graphs break when FSDP gathers; and a whole tensor-parallel model."""
+    found = check([*degrees, "--compile", "stage", "--layers", str(len(degrees) // 2)], tmp_path, timeout=600)
+    for seen in found:
+        assert seen["sites"] == [[ADAPTERS_OF_A_LAYER] * 2] * len(found)
 
 
 # ---- small things, in one process ------------------------------------------------------------------------------------
@@ -166,13 +173,13 @@ def test_stages_hold_every_layer_once():
 )
 def test_wrong_options_are_told(arguments, text, capsys):
     with pytest.raises(SystemExit):
-        train_3d.parse(arguments)
+        options_3d.parse(arguments)
     assert text in capsys.readouterr().err
 
 
 def test_degrees_and_summary():
     assert Degrees(pp=2, dp=3, tp=4).world == 24
-    settings = train_3d.parse(["--pp", "2", "--compile", "block", "--batch", "4", "--length", "10"])
+    settings = options_3d.parse(["--pp", "2", "--compile", "block", "--batch", "4", "--length", "10"])
     outcome = train_3d.Outcome([3.0, 2.0, 1.5], [], [(7, 7), (6, 7)], [9.0, 0.5, 0.5], 2.0)
     assert train_3d.summary(settings, outcome).splitlines() == [
         "pp 2, 1f1b, compile block",
