@@ -45,6 +45,12 @@ class Alone(nn.Module):
         return self.down(torch.tanh(self.up(x)))
 
 
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    """What Dynamo has seen of the same code in other tests, with other sizes, would make sizes symbols here."""
+    torch._dynamo.reset()
+
+
 @contextlib.contextmanager
 def pipelining(groups: set[str] | None = None) -> Iterator[None]:
     """Inductor is to pipeline collectives, of all groups or of these, and believes that it can."""
