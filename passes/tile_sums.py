@@ -59,7 +59,7 @@ def stack(graph: Graph) -> None:
     for cat in graph.find_nodes(op="call_function", target=aten.cat.default):
         results, dim = (*cat.args, 0)[:2]
         sums = [found for result in results if (found := _summed(result)) is not None]
-        if dim not in (1, -1) or len(sums) < len(results) or len({node.args[2] for node in sums}) > 1:
+        if dim not in (1, -1) or len(set(sums)) < len(results) or len({node.args[2] for node in sums}) > 1:
             continue
         parts, scales = ([node.args[i][0] for node in sums] for i in (0, 1))
         (stacked,) = _emit(cat, parts, scales, sums[0].args[2], stacked=True)
