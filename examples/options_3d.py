@@ -16,6 +16,7 @@ from parallel import Degrees
 SCHEDULES: dict[str, Any] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B}
 # Measured on torch 2.13: with FSDP2 they train to other values than one process does, without any adapter too.
 REFUSED = ("zero-bubble", "zbv")
+FORMS = ("lora_fx", "plain", "frozen")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +28,12 @@ class Settings:
     layers: int | None = None
     schedule: str = "1f1b"
     compile: str = "none"
+    form: str = "lora_fx"
+    async_tp: bool = False
+    draw: str = "cpu"
     steps: int = 20
     batch: int = 8
-    microbatches: int = 2
+    microbatches: int | None = None
     length: int = 128
     rank: int = 8
     exclude: tuple[str, ...] = ()
@@ -48,18 +52,31 @@ class Settings:
         if self.schedule in REFUSED:
             raise ValueError(f"--schedule {self.schedule} is wrong in torch when FSDP shards a stage: take 1f1b")
         dp, pp = self.degrees.dp, self.degrees.pp
-        if self.batch % dp or (pp > 1 and self.batch // dp % self.microbatches):
-            raise ValueError(f"--batch {self.batch} is not {dp} equal parts of {self.microbatches} equal microbatches")
-        if self.schedule == "interleaved" and (pp < 2 or self.microbatches % pp):
+        if self.parts < 1 or self.batch % dp or self.batch // dp % self.parts:
+            raise ValueError(f"--batch {self.batch} is not {dp} equal parts of {self.parts} equal microbatches")
+        if self.schedule == "interleaved" and (pp < 2 or self.parts % pp):
             raise ValueError(
                 f"--schedule interleaved needs --pp 2 or more and --microbatches a multiple of it, not {pp}"
+            )
+        if self.form == "frozen" and self.save_every:
+            raise ValueError("--form frozen trains nothing, so --save-every has nothing to save")
+        if self.async_tp and (self.degrees.tp == 1 or self.compile == "none"):
+            raise ValueError(
+                "--async-tp is about compiled tensor parallelism: give --tp 2 or more, and --compile block"
             )
         pieces = max(self.degrees.tp, 1) * (2 * self.degrees.cp if self.degrees.cp > 1 else 1)
         if self.length % pieces:
             raise ValueError(f"--length {self.length} cannot be cut into {pieces} equal pieces")
 
     @property
-    def lora(self) -> lora_fx.LoRAConfig:
+    def parts(self) -> int:
+        """Microbatches of a step on each data-parallel rank."""
+        return self.microbatches if self.microbatches is not None else 2 if self.degrees.pp > 1 else 1
+
+    @property
+    def lora(self) -> lora_fx.LoRAConfig | None:
+        if self.form == "frozen":
+            return None
         return dataclasses.replace(
             LORA["debug"],
             rank=self.rank,
@@ -85,9 +102,17 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     option("--layers", type=int, help="number of layers, if not the model's own")
     option("--schedule", choices=[*SCHEDULES, *REFUSED], default=default.schedule, help="pipeline schedule")
     option("--compile", choices=("none", "block", "stage"), default=default.compile, help="what is compiled at a time")
+    option("--form", choices=FORMS, default=default.form, help="plain is compiled as it stands, frozen has no adapters")
+    option("--async-tp", action="store_true", help="Inductor pipelines tensor parallelism's collectives (on GPUs)")
+    option(
+        "--draw",
+        choices=("cpu", "device"),
+        default=default.draw,
+        help="where initial values are drawn, one layer at a time",
+    )
     option("--steps", type=int, default=default.steps, help="optimizer steps in all")
     option("--batch", type=int, default=default.batch, help="windows a step, over all ranks")
-    option("--microbatches", type=int, default=default.microbatches, help="parts of a batch in the pipeline")
+    option("--microbatches", type=int, help="parts of a batch, one after another (2 in a pipeline, otherwise 1)")
     option("--length", type=int, default=default.length, help="bytes a window")
     option("--rank", type=int, default=default.rank, help="LoRA rank; alpha is twice that")
     option("--exclude", nargs="+", default=(), help="modules that get no adapter, as in LoRAConfig.exclude_modules")

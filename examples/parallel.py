@@ -113,7 +113,7 @@ def tensor_parallel_plan(model: Llama) -> dict[str, ParallelStyle]:
 
 def build_stage(
     config: LlamaConfig,
-    lora: LoRAConfig,
+    lora: LoRAConfig | None,
     mesh: DeviceMesh,
     stage: int,
     stages: int,
@@ -122,14 +122,16 @@ def build_stage(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     compiled: str = "none",
+    rewrite: bool = True,
     seed: int = 0,
+    draw_on: torch.device | str = "cpu",
     exchange: bool = False,
 ) -> Llama:
     """This rank's shards of one pipeline stage, with adapters, compiled, and filled with the initial values of `seed`.
 
     Args:
         config: the size of the whole model.
-        lora: the adapters of the whole model.
+        lora: the adapters of the whole model; None leaves it as it is, and frozen.
         mesh: of all ranks, see `Degrees.mesh`.
         stage: which stage.
         stages: of how many.
@@ -137,14 +139,25 @@ def build_stage(
         device: where to compute.
         dtype: of the parameters.
         compiled: "none", "block" (each block by itself) or "stage" (all in one, with breaks where FSDP gathers).
+        rewrite: False compiles adapters as they stand.
         seed: of the initial values, which do not depend on the mesh.
+        draw_on: where weights are drawn: a CPU and a GPU draw different ones from one seed.
         exchange: see `MixtureOfExperts.exchange`.
     """
     model = lay_out_stage(
-        config, lora, mesh, stage, stages, device=device, dtype=dtype, compiled=compiled, exchange=exchange
+        config,
+        lora,
+        mesh,
+        stage,
+        stages,
+        device=device,
+        dtype=dtype,
+        compiled=compiled,
+        rewrite=rewrite,
+        exchange=exchange,
     )
     model.to_empty(device=device)
-    initialise(model, seed)
+    initialise(model, seed, draw_on)
     cp = mesh["cp"]
     rope = rope_table(config.head_dim, length, config.rope_theta).to(device)
     model.rope = shard_sequence(cp, rope, 0) if cp.size() > 1 and device.type == "cpu" else rope
@@ -153,7 +166,7 @@ def build_stage(
 
 def lay_out_stage(
     config: LlamaConfig,
-    lora: LoRAConfig,
+    lora: LoRAConfig | None,
     mesh: DeviceMesh,
     stage: int,
     stages: int,
@@ -161,15 +174,25 @@ def lay_out_stage(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     compiled: str = "none",
+    rewrite: bool = True,
     exchange: bool = False,
 ) -> Llama:
     """As `build_stage`, on the meta device still: parameters have shapes and placements, and no values."""
     with torch.device("meta"):
-        model = lora_fx.install(Llama(config, dtype), lora)
+        model = Llama(config, dtype)
+    if lora is not None:
+        with torch.device("meta"):
+            lora_fx.install(model, lora)
     cut(model, stage, stages)
     if mesh["tp"].size() > 1:
         parallelize_module(model, mesh["tp"], tensor_parallel_plan(model))
-    if lora_fx.is_installed(model):
+    if lora is None:
+        model.requires_grad_(False)
+        if model.tok_embeddings is not None:
+            # Gradients flow as if something before the first block were trained: every block has a backward pass.
+            # (A copy, since what a collective has yet to bring is a tensor of another class, which loses them.)
+            model.tok_embeddings.register_forward_hook(lambda _module, _inputs, x: x.detach().clone().requires_grad_())
+    elif lora_fx.is_installed(model):
         lora_fx.freeze(model)  # again: sequence parallelism made the norms anew
     cp = mesh["cp"]
     if cp.size() > 1:
@@ -177,7 +200,7 @@ def lay_out_stage(
             if isinstance(module, Attention):
                 module.attend = attention_over(cp, device)
     experts = shard_experts(model, mesh, exchange=exchange)
-    compile_parts(model, compiled)
+    compile_parts(model, compiled, rewrite)
     # Context-parallel ranks hold the same parameters and other tokens, as data-parallel ones do.
     names = tuple(name for name in mesh.mesh_dim_names or () if name in ("dp", "dp_outer", "ep", "cp"))
     data = mesh[names]._flatten("dp_cp")
@@ -219,22 +242,22 @@ def shard_experts(model: Llama, mesh: DeviceMesh, *, exchange: bool = False) -> 
     return set() if ranks is None else {p for module in mixtures for p in module.experts.parameters()}
 
 
-def compile_parts(model: Llama, compiled: str) -> None:
-    """Compile in place what has adapters with `lora_fx`, and the rest as it is."""
+def compile_parts(model: Llama, compiled: str, rewrite: bool = True) -> None:
+    """Compile in place what has adapters with `lora_fx` if `rewrite` says so, and the rest as it is."""
     parts: dict[str, list[nn.Module]] = {"none": [], "block": list(model.layers.values()), "stage": [model]}
     for part in parts[compiled]:
-        if lora_fx.is_installed(part):
+        if rewrite and lora_fx.is_installed(part):
             lora_fx.compile(part, strict=True)  # a branch that is left as it was is an error
         else:
             part.compile()
 
 
 @torch.no_grad()
-def initialise(model: Llama, seed: int) -> None:
+def initialise(model: Llama, seed: int, draw_on: torch.device | str = "cpu") -> None:
     """Give a stage the initial values that the whole model has for this seed, one layer at a time.
 
-    Every part is drawn from a seed of its own, on the CPU and whole, and then cut: neither the mesh nor the stages
-    that a rank holds have a say.
+    Every part is drawn from a seed of its own, whole and on one device, and then cut: neither the mesh nor the stages
+    that a rank holds have a say. Adapters are drawn where they live.
     """
     parameters = dict(model.named_parameters())
     parts = [name for name in ("tok_embeddings", "norm", "output") if getattr(model, name) is not None]
@@ -247,7 +270,7 @@ def initialise(model: Llama, seed: int) -> None:
         for name in ("tok_embeddings", "norm", "output"):
             if part != name:
                 setattr(alone, name, None)
-        alone.to_empty(device="cpu")
+        alone.to_empty(device=draw_on)
         torch.manual_seed(part_seed(seed, part))
         alone.init_weights()
         for name, value in alone.named_parameters():

@@ -9,6 +9,7 @@ the initial values do not depend on the mesh, so any two meshes train alike up t
 
 import contextlib
 import dataclasses
+import functools
 import os
 import sys
 import time
@@ -81,7 +82,7 @@ def run(settings: Settings) -> Outcome:
         bar.set_postfix_str(f"loss {loss:.4f}")
         if settings.save_every and (step + 1) % settings.save_every == 0:
             trainer.save(step + 1)
-    if settings.compile != "none":
+    if settings.compile != "none" and settings.form == "lora_fx":
         outcome.sites = trainer.sites()
     return outcome
 
@@ -94,6 +95,10 @@ class Trainer:
         degrees, rank = settings.degrees, mesh["pp"].get_local_rank()
         self.stages = degrees.pp * (2 if settings.schedule == "interleaved" else 1)
         self.held = list(range(rank, self.stages, degrees.pp))
+        if settings.async_tp:
+            # For the whole process, as torchtitan does: the passes of a backward run when it is compiled, later.
+            torch._inductor.config._micro_pipeline_tp = True
+            enable_symmetric_memory(mesh["tp"])
         config = dataclasses.replace(CONFIGS[settings.model], max_seq_len=settings.length)
         if settings.layers is not None:
             config = dataclasses.replace(config, n_layers=settings.layers)
@@ -108,7 +113,9 @@ class Trainer:
                 device=device,
                 dtype=settings.dtype,
                 compiled=settings.compile,
+                rewrite=settings.form == "lora_fx",
                 seed=settings.seed,
+                draw_on="cpu" if settings.draw == "cpu" else device,
                 exchange=settings.exchange,
             )
             for stage in self.held
@@ -118,7 +125,9 @@ class Trainer:
         parameters = list(self.adapters.values())
         # Adapters of experts that FSDP leaves alone: their gradients hold the tokens of the ranks that share experts.
         self.shared_out = [p for name, p in self.adapters.items() if ".experts." in name] if degrees.ep > 1 else []
-        kinds: dict[str, Any] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+        # One kernel for all parameters, where otherwise the CPU would lag behind the GPU.
+        fused = device.type == "cuda"
+        kinds: dict[str, Any] = {"adamw": functools.partial(torch.optim.AdamW, fused=fused), "sgd": torch.optim.SGD}
         # A stage may be without adapters, and torch has no optimizer of nothing.
         self.optimizer: torch.optim.Optimizer | None = None
         self.reduction: DeferredReduction | None = None
@@ -136,7 +145,7 @@ class Trainer:
         ]
         kind = SCHEDULES[self.settings.schedule]
         what = stages if self.settings.schedule == "interleaved" else stages[0]
-        return kind(what, n_microbatches=self.settings.microbatches, loss_fn=next_token_loss)
+        return kind(what, n_microbatches=self.settings.parts, loss_fn=next_token_loss)
 
     @property
     def is_first(self) -> bool:
@@ -165,10 +174,11 @@ class Trainer:
         norm = None
         if self.settings.clip:
             groups = [self.mesh["pp"].get_group()] if self.settings.degrees.pp > 1 else []
-            norm = clip_grad_norm(parameters, self.settings.clip, groups=groups, device=self.device).item()
+            norm = clip_grad_norm(parameters, self.settings.clip, groups=groups, device=self.device)
         if self.optimizer is not None:
             self.optimizer.step()
-        return self._mean(loss), norm
+        # Read when everything is queued: whoever reads a number waits for the GPU, which then waits for its next work.
+        return self._mean(loss), None if norm is None else norm.item()
 
     @contextlib.contextmanager
     def _context(self) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -186,11 +196,14 @@ class Trainer:
 
     def _forward_backward(self, inputs: Tensor, targets: Tensor) -> Tensor | None:
         """The mean loss of this rank's tokens, on ranks of the last stage; gradients are in the parameters."""
-        if self.schedule is None:
-            loss = next_token_loss(self.models[0](inputs), targets)
-            loss.backward()
-            return loss.detach()
         losses: list[Tensor] = []
+        if self.schedule is None:
+            parts = self.settings.parts
+            for some, following in zip(inputs.chunk(parts), targets.chunk(parts)):
+                loss = next_token_loss(self.models[0](some), following)
+                (loss / parts).backward()
+                losses.append(loss.detach())
+            return torch.stack(losses).mean()
         arguments = (inputs,) if self.is_first else ()
         if self.is_last:
             self.schedule.step(*arguments, target=targets, losses=losses)
@@ -215,7 +228,7 @@ class Trainer:
             for name, parameter in self.adapters.items():
                 state = self.optimizer.state[parameter]
                 if not state:  # before the first step: what AdamW starts with
-                    state["step"] = torch.zeros(())
+                    state["step"] = torch.zeros((), device=self.device)  # fused AdamW counts on the device
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
                 tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
@@ -239,16 +252,16 @@ class Trainer:
         assert isinstance(step, int)
         return step
 
-    def sites(self) -> list[tuple[int, int]]:
-        """For every rank, how many of its branches are rewritten, and how many there are.
+    def sites(self, blocks: int | None = None) -> list[tuple[int, int]]:
+        """For every rank, how many branches of its blocks, or the first `blocks`, are rewritten, and of how many.
 
         `explain` traces each block again: on a hit of Inductor's caches the passes do not run.
         """
         counts = torch.zeros(2, dtype=torch.int64, device=self.device)
         local = self.settings.length // self.settings.degrees.cp // self.settings.degrees.tp
-        size = (self.settings.batch // self.settings.degrees.dp // self.settings.microbatches, local)
+        size = (self.settings.batch // self.settings.degrees.dp // self.settings.parts, local)
         for model in self.models:
-            for layer in model.layers.values():
+            for layer in list(model.layers.values())[:blocks]:
                 if lora_fx.is_installed(layer):
                     x = torch.zeros(*size, model.config.dim, dtype=self.settings.dtype, device=self.device)
                     report = lora_fx.explain(layer, x.requires_grad_(), model.rope)
@@ -274,6 +287,16 @@ def summary(settings: Settings, outcome: Outcome) -> str:
     for rank, (rewritten, total) in enumerate(outcome.sites):
         lines.append(f"rank {rank}: {rewritten} of {total} branches of its blocks rewritten")
     return "\n".join(lines)
+
+
+def enable_symmetric_memory(mesh: DeviceMesh) -> None:
+    """Let the ranks of `mesh` write to one another's memory, which pipelined collectives do.
+
+    Checked on torch 2.11 and 2.13.
+    """
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    enable_symm_mem_for_group(mesh.get_group().group_name)
 
 
 def join(local_rank: int) -> None:

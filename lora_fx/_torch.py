@@ -6,7 +6,7 @@ Nothing here imports a subsystem: a model can only be an instance of a class who
 import contextlib
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -17,11 +17,14 @@ from torch.fx.traceback import annotate
 __all__ = [
     "annotate",  # a context that notes something on the nodes of the graph that is being captured
     "compile_in_place",
+    "copy_each",
     "data_parallel_wrapper",
     "dispatch_grouped_mm",
     "has_instance_forward",
     "is_compiled",
     "keep_address",
+    "multiply_each",
+    "norms",
     "own_frame",
     "reshard",
     "sizes_of_attributes_may_vary",
@@ -138,3 +141,23 @@ def sizes_of_attributes_may_vary() -> AbstractContextManager[Any]:
     import torch._dynamo.config
 
     return torch._dynamo.config.patch(force_nn_module_property_static_shapes=False)
+
+
+# A loop over a model's adapters is a launch for each, and there are hundreds; these are a few on a GPU.
+
+
+def norms(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The 2-norm of each of `tensors`, 0-d and float32."""
+    return list(torch._foreach_norm(list(tensors), 2, torch.float32)) if tensors else []
+
+
+def multiply_each(tensors: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
+    """Multiply each of `tensors` in place by `factor`, 0-d."""
+    if tensors:
+        torch._foreach_mul_(list(tensors), factor)
+
+
+def copy_each(tensors: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    """Copy each of `values` into its one of `tensors`."""
+    if tensors:
+        torch._foreach_copy_(list(tensors), list(values))

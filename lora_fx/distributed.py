@@ -201,11 +201,11 @@ def clip_grad_norm(
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
     reduce_gradients(parameters)
     gradients: list[Any] = [parameter.grad for parameter in parameters]
-    squares: dict[tuple[Group, ...], list[Tensor]] = {}
-    for gradient in gradients:
-        square = torch.linalg.vector_norm(local(gradient), dtype=torch.float32).square()
-        squares.setdefault(_shard_groups(gradient), []).append(square)
-    sums = {key: torch.stack(values).sum() for key, values in squares.items()}
+    parts = [local(gradient) for gradient in gradients]
+    norms: dict[tuple[Group, ...], list[Tensor]] = {}
+    for gradient, norm in zip(gradients, _torch.norms(parts), strict=True):
+        norms.setdefault(_shard_groups(gradient), []).append(norm)
+    sums = {key: torch.stack(values).square().sum() for key, values in norms.items()}
     # A gradient that is sharded over two dimensions is summed over one and then over the other.
     _sum_over_groups([(total, list(key)) for key, total in sums.items()])
     place = gradients[0].device if gradients else torch.device(device or "cpu")
@@ -214,8 +214,7 @@ def clip_grad_norm(
         torch.distributed.all_reduce(total, group=group)
     norm = total.sqrt()
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for gradient in gradients:
-        local(gradient).mul_(factor)
+    _torch.multiply_each(parts, factor)
     return norm
 
 
@@ -323,6 +322,6 @@ def _sum_over_groups(terms: list[tuple[Tensor, list[Group]]]) -> int:
     for (group, *_), tensors in buckets.items():
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         torch.distributed.all_reduce(flat, group=group)
-        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(part.view_as(tensor))
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        _torch.copy_each(tensors, [part.view_as(tensor) for tensor, part in zip(tensors, parts)])
     return len(buckets)

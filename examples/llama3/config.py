@@ -1,7 +1,8 @@
 """Sizes of Llama 3, and the LoRA configuration of the debug model.
 
 `debug` is torchtitan's debug model (`llama3_debugmodel`): 256 wide, 6 layers, 16 heads, a vocabulary of 2048.
-`8B` is Llama-3-8B. `tiny` is for tests: two layers and grouped key/value heads; `tiny-moe` has experts as well.
+`8B` is Llama-3-8B. `moe` is half as wide, with eight experts a layer. `tiny` is for tests: two layers and grouped
+key/value heads; `tiny-moe` has experts as well.
 """
 
 from dataclasses import dataclass
@@ -79,6 +80,7 @@ CONFIGS: dict[str, LlamaConfig] = {
         multiple_of=1024,
         ffn_dim_multiplier=1.3,
     ),
+    "moe": LlamaConfig(dim=2048, n_layers=16, n_heads=16, n_kv_heads=8, vocab_size=32000, n_experts=8),
 }
 
 # Every linear of the model, the output projection included. alpha = 2 * rank, so the scale is 2 at any rank.

@@ -1,0 +1,343 @@
+"""LoRA's cost on many GPUs: the steps of `train_3d.py` on each mesh, with adapters and frozen, and their collectives.
+
+    python examples/benchmarks/ranks.py --json ranks.json          # all meshes of Llama-3-8B that fit the GPUs
+    python examples/benchmarks/ranks.py --mesh tp2 tp2-async --steps 20
+    python examples/benchmarks/ranks.py --model debug              # in float32: losses equal to one GPU's
+    python examples/benchmarks/ranks.py --model tiny --mesh tp2 pp2 --device cpu         # does it run at all
+
+Every mesh is a run of its own, under torchrun. In it the frozen job runs first, then plain LoRA compiled as it stands,
+then lora_fx, then the frozen job again, which shows how far the GPUs drifted. A step is all that `train_3d.py` does:
+forward, backward, and with adapters the reduction of their gradients, clipping and AdamW, up to the loss on the host.
+The frozen job goes forward and backward, too (its embeddings have a gradient). Adapters are on the seven linears of
+every block, and on routed experts where there are some. The losses are compared with those of one GPU that has the
+same batch.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.common import compiling, format_table, write_json
+from benchmarks.runner import free
+from benchmarks.timing import Device, environment
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from corpus import library_sources
+from lora_fx.distributed import manual_seed
+from lora_fx.placements import local
+from options_3d import Settings
+from options_3d import parse as parse_job
+from train_3d import Trainer, join
+from trainer import random_windows
+
+FORMS = ("frozen", "plain", "lora_fx", "frozen")
+LABELS = {"frozen": "frozen", "plain": "plain LoRA, compile", "lora_fx": "lora_fx"}
+WARM = 2  # steps after the first, before the clock starts
+
+# name -> its options of `train_3d.py`. The first is what all others are compared with.
+MESHES: dict[str, list[str]] = {
+    "one": [],
+    "tp2": ["--tp", "2"],
+    "tp2-async": ["--tp", "2", "--async-tp"],
+    "dp2": ["--dp", "2"],
+    "cp2": ["--cp", "2"],
+    "pp2": ["--pp", "2"],
+    "ep2": ["--dp", "2", "--ep", "2", "--adapt-experts"],
+    "dp2-tp2": ["--dp", "2", "--tp", "2"],
+    "pp2-tp2": ["--pp", "2", "--tp", "2"],
+    "dp2-cp2": ["--dp", "2", "--cp", "2"],
+    "ep2-tp2": ["--dp", "2", "--ep", "2", "--tp", "2", "--adapt-experts"],
+    "pp2-dp2-tp2": ["--pp", "2", "--dp", "2", "--tp", "2"],
+    "pp2-dp2-cp2": ["--pp", "2", "--dp", "2", "--cp", "2"],
+    "tp8": ["--tp", "8"],
+    "tp8-async": ["--tp", "8", "--async-tp"],
+    "dp8": ["--dp", "8"],
+    "ep8": ["--dp", "8", "--ep", "8", "--adapt-experts"],
+}
+# model -> sequences a step for each rank that shares the weights' work, tokens of a sequence, dtype, rank.
+SIZES: dict[str, tuple[int, int, str, int]] = {
+    "8B": (2, 4096, "bfloat16", 16),
+    "moe": (2, 4096, "bfloat16", 16),
+    "debug": (4, 512, "float32", 8),
+    "tiny": (4, 128, "float32", 4),
+    "tiny-moe": (4, 128, "float32", 4),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found of one form on one mesh.
+
+    Attributes:
+        form: a key of `LABELS`.
+        milliseconds, low, high: of a step, median and quartiles of the slowest rank.
+        peak_bytes: the most that a rank had in use during a step; None on a CPU.
+        allowed_bytes: of lora_fx, for the same rank: 1.08 times the frozen job's peak, and adapters and their
+            optimizer's state.
+        first_seconds: of the first step, which compiles.
+        losses: of the first steps.
+        collectives: of one step of the first rank, by name.
+        sites: (rewritten, all) branches of the first block of each rank, by rank.
+    """
+
+    form: str
+    milliseconds: float
+    low: float
+    high: float
+    peak_bytes: int | None
+    adapter_bytes: int
+    first_seconds: float
+    losses: list[float]
+    collectives: dict[str, int]
+    sites: list[tuple[int, int]]
+
+
+def job(mesh: str, model: str, steps: int, *, whole: bool = False) -> list[str]:
+    """The options of `train_3d.py` for a mesh; `whole`, for its batch on one GPU."""
+    mixture = "--ep" in MESHES[mesh]
+    model = {"8B": "moe", "tiny": "tiny-moe"}.get(model, model) if mixture else model
+    sequences, length, dtype, rank = SIZES[model]
+    degrees = parse_job([*MESHES[mesh], "--compile", "block"]).degrees
+    # As many tokens a rank and pass on every mesh: tensor-parallel ranks and those of a pipeline share theirs.
+    shares = degrees.dp * degrees.cp * (2 * degrees.pp if degrees.pp > 1 else 1)
+    options = ["--model", model, "--compile", "block", "--exclude", "output", "--draw", "device"]
+    options += ["--batch", str(sequences * shares), "--length", str(length), "--dtype", dtype, "--rank", str(rank)]
+    options += ["--steps", str(steps), "--lr", "1e-3"]
+    if whole:
+        return [*options, "--microbatches", str(shares), *(["--adapt-experts"] if mixture else [])]
+    return [*options, *MESHES[mesh], *(["--microbatches", str(2 * degrees.pp)] if degrees.pp > 1 else [])]
+
+
+# ---- one rank of one mesh
+
+
+def measure(settings: Settings, form: str, device: Device) -> Row:
+    """Train one form for its steps; all ranks call it. The first, the second and the third step are not timed."""
+    settings = dataclasses.replace(settings, form=form)
+    place = torch.device(device.name, torch.cuda.current_device()) if device.cuda else torch.device("cpu")
+    mesh = settings.degrees.mesh(place)
+    trainer = Trainer(settings, mesh, place)
+    manual_seed(settings.seed, mesh)
+    windows = random_windows(
+        library_sources().train_tokens(), settings.steps, settings.batch, settings.length, settings.seed
+    )
+    losses: list[float] = []
+    seconds: list[float] = []
+    for step in range(settings.steps):
+        if step == 1 + WARM and device.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        device.synchronise()
+        torch.distributed.barrier()
+        began = time.perf_counter()
+        losses.append(trainer.step(step, windows[step])[0])
+        device.synchronise()
+        seconds.append(time.perf_counter() - began)
+    slowest = torch.tensor(seconds, dtype=torch.float64, device=place)
+    torch.distributed.all_reduce(slowest, op=torch.distributed.ReduceOp.MAX)
+    peak = torch.tensor(torch.cuda.max_memory_allocated() if device.cuda else 0, device=place)
+    torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
+    states = trainer.optimizer.state.values() if trainer.optimizer is not None else ()
+    held = [*trainer.adapters.values(), *(v for state in states for v in state.values())]
+    low, middle, high = statistics.quantiles(slowest[1 + WARM :].tolist(), n=4)
+    return Row(
+        form=form,
+        milliseconds=1e3 * middle,
+        low=1e3 * low,
+        high=1e3 * high,
+        peak_bytes=int(peak) if device.cuda else None,
+        adapter_bytes=sum(local(tensor).numel() * tensor.element_size() for tensor in held),
+        first_seconds=float(slowest[0]),
+        losses=losses,
+        collectives=collectives(lambda: trainer.step(settings.steps - 1, windows[-1]), device),
+        sites=trainer.sites(blocks=1) if form == "lora_fx" else [],
+    )
+
+
+def collectives(step: Any, device: Device) -> dict[str, int]:
+    """How often this rank starts each collective in a step, under the profiler's names."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.cuda else [])]
+    with profile(activities=activities) as profiler:
+        step()
+        device.synchronise()
+    found: Counter[str] = Counter()
+    for event in profiler.events():
+        backend, _, name = event.name.partition(":")
+        if backend in ("nccl", "gloo") and event.device_type == DeviceType.CPU:
+            found[name.split(" ")[0]] += 1  # without the rank that a message goes to
+    return dict(sorted(found.items()))
+
+
+def work(arguments: Sequence[str], forms: Sequence[str], file: Path) -> None:
+    """One rank: all forms of one mesh, one after another; the first rank writes what it found."""
+    settings = parse_job(arguments)
+    join(int(os.environ["LOCAL_RANK"]))
+    device = Device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    for form in forms:
+        with compiling():
+            rows.append(measure(settings, form, device))
+        free(device)
+        if torch.distributed.get_rank() == 0:
+            print(f"{LABELS[form]}: {rows[-1].milliseconds:.1f} ms", file=sys.stderr, flush=True)
+            write_json(file, {"rows": [dataclasses.asdict(row) for row in rows]})
+    torch.distributed.destroy_process_group()
+
+
+# ---- the run of all meshes
+
+
+def launch(arguments: Sequence[str], world: int, forms: Sequence[str], limit: float, cpu: bool) -> list[Row] | str:
+    """Run one job under torchrun: its rows, or the end of what it printed if it failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+        command += [__file__, "--worker", str(file), "--forms", *forms, "--", *arguments]
+        variables = {"OMP_NUM_THREADS": "1", **os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if cpu else {})}
+        try:
+            done = subprocess.run(
+                command, env=variables, timeout=limit, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+        except subprocess.TimeoutExpired as late:
+            return f"not done after {limit:.0f} s\n{(late.stdout or b'').decode(errors='replace')[-4000:]}"
+        if done.returncode:
+            return done.stdout.decode(errors="replace")[-4000:]
+        return [Row(**row) for row in json.loads(file.read_text())["rows"]]
+
+
+def difference(rows: Sequence[Row], reference: Sequence[Row]) -> float:
+    """The largest difference of a loss of lora_fx between a mesh and one GPU."""
+    (ours,), (alone,) = ([r for r in these if r.form == "lora_fx"] for these in (rows, reference))
+    return max(abs(a - b) for a, b in zip(ours.losses, alone.losses))
+
+
+def allowed(row: Row, frozen: Row) -> int | None:
+    """The bar for a rank's memory: 1.08 times the frozen job's, and adapters with their optimizer's state."""
+    return None if frozen.peak_bytes is None else int(1.08 * frozen.peak_bytes) + row.adapter_bytes
+
+
+def table(found: dict[str, list[Row]], references: dict[str, list[Row]]) -> str:
+    """All meshes as aligned text."""
+    cells = [("mesh", "form", "ms a step", "quartiles", "ratio", "peak GiB", "allowed", "first s", "loss off by",
+              "rewritten")]  # fmt: skip
+    for mesh, rows in found.items():
+        frozen = statistics.mean(row.milliseconds for row in rows if row.form == "frozen")
+        for row in rows:
+            bar, ours = allowed(row, rows[0]), row.form == "lora_fx"
+            done, total = (sum(column) for column in zip(*row.sites)) if row.sites else (0, 0)
+            cells.append(
+                (
+                    mesh,
+                    LABELS[row.form],
+                    f"{row.milliseconds:.1f}",
+                    f"{row.low:.1f}-{row.high:.1f}",
+                    f"{row.milliseconds / frozen:.3f}",
+                    "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f}",
+                    f"{bar / 2**30:.2f}" if bar is not None and ours else "",
+                    f"{row.first_seconds:.1f}",
+                    f"{difference(rows, references[mesh]):.1e}" if ours and mesh in references else "",
+                    f"{done} of {total}" if ours else "",
+                )
+            )
+    return format_table(cells)
+
+
+def collective_table(found: dict[str, list[Row]]) -> str:
+    """Collectives a step of the frozen job and of the others, where a mesh has some."""
+    cells = [("mesh", "collective", *LABELS.values())]
+    for mesh, rows in found.items():
+        forms = {row.form: row.collectives for row in rows}
+        for name in sorted({name for counts in forms.values() for name in counts}):
+            cells.append((mesh, name, *(str(forms.get(form, {}).get(name, 0)) for form in LABELS)))
+    return format_table(cells)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    option = parser.add_argument
+    option("--model", choices=("8B", "debug", "tiny"), default="8B", help="the model (%(default)s)")
+    option("--mesh", nargs="+", choices=[m for m in MESHES if m != "one"], help="meshes (all of as many ranks as GPUs)")
+    option("--steps", type=int, default=12, help=f"steps of each form, the first {1 + WARM} untimed (%(default)s)")
+    option("--limit", type=float, default=900, help="seconds that one mesh may take (%(default)s)")
+    option("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: wall clock, to try the program")
+    option("--no-reference", action="store_true", help="do not compare losses with one GPU's")
+    option("--json", type=Path, metavar="FILE", help="write the result here, too")
+    option("--worker", type=Path, help=argparse.SUPPRESS)
+    option("--forms", nargs="+", choices=LABELS, default=list(FORMS), help=argparse.SUPPRESS)
+    option("job", nargs="*", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.steps < 3 + WARM:
+        parser.error(f"--steps must be at least {3 + WARM}")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run from the command line, or as one of the ranks that it starts."""
+    options = parse(arguments)
+    if options.worker is not None:
+        work(options.job, options.forms, options.worker)
+        return
+    cpu = options.device == "cpu"
+    try:
+        device = Device(options.device)
+    except ValueError as error:
+        sys.exit(str(error))
+    worlds = {mesh: parse_job(job(mesh, options.model, options.steps)).degrees.world for mesh in MESHES}
+    gpus = torch.cuda.device_count() if device.cuda else max(worlds.values())
+    meshes = options.mesh or [mesh for mesh, world in worlds.items() if world == gpus > 1]
+    if not meshes or max(worlds[mesh] for mesh in meshes) > gpus:
+        sys.exit(f"{gpus} GPU(s): too few for {', '.join(meshes) or 'any mesh'}")
+    where = environment(device) | {"gpus": str(gpus)}
+    print(", ".join(f"{name} {value}" for name, value in where.items()), flush=True)
+    found: dict[str, list[Row]] = {}
+    references: dict[str, list[Row]] = {}
+    failed: dict[str, str] = {}
+    alone: dict[str, list[Row] | str] = {}  # by the job: meshes of one batch share theirs
+    for mesh in meshes:
+        print(f"{mesh} ...", file=sys.stderr, flush=True)
+        rows = launch(job(mesh, options.model, options.steps), worlds[mesh], options.forms, options.limit, cpu)
+        if isinstance(rows, str):
+            failed[mesh] = rows
+            continue
+        found[mesh] = rows
+        if not options.no_reference:
+            whole = job(mesh, options.model, options.steps, whole=True)
+            key = " ".join(whole)
+            if key not in alone:
+                alone[key] = launch(whole, 1, ["lora_fx"], options.limit, cpu)
+            reference = alone[key]
+            if isinstance(reference, str):
+                failed[f"{mesh} on one GPU"] = reference
+            else:
+                references[mesh] = reference
+        if options.json is not None:
+            rows_of = {name: [dataclasses.asdict(row) for row in rows] for name, rows in found.items()}
+            off = {name: difference(found[name], references[name]) for name in references}
+            settings = {mesh: job(mesh, options.model, options.steps) for mesh in found}
+            document = {**where, "jobs": settings, "meshes": rows_of, "loss_off_by": off, "failed": failed}
+            write_json(options.json, document)
+    print(f"\n{table(found, references)}\n\n{collective_table(found)}")
+    for name, why in failed.items():
+        print(f"\n{name} failed:\n{why}")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
