@@ -11,6 +11,7 @@ import functools
 import importlib
 import logging
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
@@ -146,10 +147,17 @@ class Workers:
         wait([self.started, needed], patience, FIRST_COMPLETED)
         return self.started.done() and not self.started.cancelled() and self.started.exception() is None
 
-    def submit(self, work: Callable[[], Any]) -> Future[Any]:
-        """Have ``work`` done, which is pickled, and imported there."""
-        found: Future[Any] = self.pool.submit(work)
-        return found
+    def run(self, work: Callable[[], Any], patience: float) -> Any:
+        """What ``work`` returns, or raises, in one of them. It is pickled, so they import what it is.
+
+        Raises:
+            TimeoutError: it took longer than ``patience`` seconds, or their own parent is dead, which nobody is told.
+        """
+        future: Future[Any] = self.pool.submit(work)
+        end = time.monotonic() + patience
+        while not future.done() and self.pool.process.poll() is None and time.monotonic() < end:
+            wait([future], min(1.0, patience))
+        return future.result(0)
 
 
 def compile_workers() -> Workers | None:

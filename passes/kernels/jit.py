@@ -176,7 +176,7 @@ class Compiler:
         try:
             fn = Source.of(source.fn)
             found = (source.signature, source.constants, source.attrs, target, dict(options), _environment_now())
-            theirs = workers.submit(Job(fn, *found).run).result(PATIENCE)
+            theirs = workers.run(Job(fn, *found).run, PATIENCE)
         except Exception:
             log.debug("%s is compiled in a thread", source.name, exc_info=True)
         compiled = triton.compile(source, target=target, options=options, **more)
