@@ -237,7 +237,8 @@ def test_a_job_builds_what_launches_the_kernel(
         prepare()
         finish(compiler)
     assert len(built) == 1 and compiler.trusts_workers
-    assert [record.message for record in caplog.records] == [f"no launcher for {built[0]} was built in a worker"] * fails
+    said = [record.message for record in caplog.records]
+    assert said == [f"no launcher for {built[0]} was built in a worker"] * fails
 
 
 def test_a_job_leaves_the_environment_as_it_is(driver: Driver, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
