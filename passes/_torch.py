@@ -9,6 +9,12 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -126,3 +132,60 @@ def pipelines_collectives(group: Any) -> bool:
     if not (inductor_config()._micro_pipeline_tp and distributed.is_available() and distributed.is_nccl_available()):
         return False
     return bool(_private("torch.distributed._symmetric_memory:is_symm_mem_enabled_for_group")(group))
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The processes in which Inductor compiles its Triton kernels."""
+
+    pool: Any
+    started: Future[Any]
+    """Done when they take work, or never will."""
+
+    def are_ready(self, needed: Future[None], patience: float) -> bool:
+        """Wait for their start, but no longer than ``patience`` seconds, nor once ``needed`` is done: do they run?"""
+        wait([self.started, needed], patience, FIRST_COMPLETED)
+        return self.started.done() and not self.started.cancelled() and self.started.exception() is None
+
+    def run(self, work: Callable[[], Any], patience: float) -> Any:
+        """What ``work`` returns, or raises, in one of them. It is pickled, so they import what it is.
+
+        Raises:
+            TimeoutError: it took longer than ``patience`` seconds, or their own parent is dead, which nobody is told.
+        """
+        future: Future[Any] = self.pool.submit(work)
+        end = time.monotonic() + patience
+        while not future.done() and self.pool.process.poll() is None and time.monotonic() < end:
+            wait([future], min(1.0, patience))
+        return future.result(0)
+
+
+def compile_workers() -> Workers | None:
+    """Inductor's worker processes, which are started where they are not; None where Inductor uses none.
+
+    As for Inductor's own kernels, what is configured for this compilation decides. Processes that are forked from this
+    one are left alone. To be called by one thread at a time.
+    """
+    config, name = inductor_config(), "torch._inductor.async_compile:AsyncCompile"
+    if config.worker_start_method != "subprocess" or config.triton.proton_profiling:
+        return None
+    inductor = _private(name)
+    try:
+        # Asking whether the pool is ready begins it.
+        if not inductor.use_process_pool() and inductor._ready_future is None:
+            return None
+        return Workers(inductor.process_pool(), inductor._ready_future)
+    except Exception:
+        logging.getLogger("lora_fx.passes").debug("Inductor has no worker processes", exc_info=True)
+        return None
+
+
+def prepare_triton(device: int) -> None:
+    """Set the two variables of Triton's that Inductor sets before a kernel of its own is compiled in this process.
+
+    Its workers have set them in any case. They choose the cache on the disk and the assembler, which is a part of
+    Triton's key: a kernel that was compiled before they were set, or in a process without them, is not found again.
+    """
+    _private("torch._inductor.runtime.compile_tasks:_set_triton_ptxas_path")()
+    folder = _private("torch._inductor.runtime.cache_dir_utils:triton_cache_dir")(device)
+    os.environ.setdefault("TRITON_CACHE_DIR", folder)

@@ -9,15 +9,13 @@ time, so two runs are equal to the bit.
 from __future__ import annotations
 
 import functools
-import linecache
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from lora_fx.passes.kernels.tile_launch import are_known, compiler
+from lora_fx.passes.kernels.jit import compiler, define
+from lora_fx.passes.kernels.tile_launch import are_known
 
 _BLOCK = 1024
 _AT_ONCE = 8
@@ -63,13 +61,8 @@ def _name(scaled: tuple[bool, ...]) -> str:
 @functools.lru_cache(maxsize=256)
 def kernel(scaled: tuple[bool, ...], ranks: tuple[int, ...] = ()) -> Any:
     """The kernel of :func:`source`."""
-    text = source(scaled, ranks)
     file = f"<lora_fx sums {''.join('01'[s] for s in scaled)} {ranks}>"
-    # Triton reads a kernel's source through linecache.
-    linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
-    space: dict[str, Any] = {"triton": triton, "tl": tl}
-    exec(compile(text, file, "exec"), space)
-    return space[_name(scaled)]
+    return define(source(scaled, ranks), _name(scaled), file)
 
 
 def arguments(outputs: list[Tensor], parts: list[Tensor], scales: list[Tensor | None]) -> list[Any]:

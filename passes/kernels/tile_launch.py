@@ -1,62 +1,22 @@
-"""Compile the kernels of tile programs ahead of their first run, and run them."""
+"""Have the kernels of tile programs compiled ahead of their first run, and run them."""
 
 from __future__ import annotations
 
 import functools
 import logging
-import os
-from collections.abc import Callable, Hashable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
-from triton.runtime.jit import MockTensor
 
+from lora_fx.passes.kernels.jit import compiler
 from lora_fx.passes.kernels.tile_program import Program, evaluate, loads
 from lora_fx.passes.kernels.tile_triton import kernel, name_of
 
 log = logging.getLogger("lora_fx.passes")
-
-
-class Compiler:
-    """Compiles kernels in threads ahead of their first run.
-
-    Processes of their own, each of which has to start Triton, took longer on an H200's machine with 16 cores: 10.7 s
-    for a Llama-3-8B block (M 512) that takes 6.9 s with threads, and 36 s for the first block.
-    """
-
-    def __init__(self) -> None:
-        self.pool = ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1), thread_name_prefix="lora_fx")
-        self.started: dict[Hashable, Future[None]] = {}
-
-    def start(
-        self, key: Hashable, make: Callable[[], Any], arguments: list[Any], device: torch.device, **named: Any
-    ) -> None:
-        """Begin to compile what ``make`` gives for arguments like these, which may be fake; ``key`` names it."""
-        mocks = [MockTensor(a.dtype) if isinstance(a, Tensor) else a for a in arguments]
-
-        def compile_one() -> None:
-            with torch.cuda.device(device):
-                compiled = make().warmup(*mocks, **named, grid=(1, 1))
-                # What launches it is a C module of its own, which its first use builds in a third of a second.
-                compiled[(1, 1, 1)]
-
-        if key not in self.started:
-            self.started[key] = self.pool.submit(compile_one)
-
-    def wait(self, key: Hashable) -> None:
-        """Let a compilation that has begun end; one that failed is tried again by whoever needs it."""
-        if (future := self.started.pop(key, None)) is not None:
-            future.exception()
-
-
-@functools.cache
-def compiler() -> Compiler:
-    """The one of this process."""
-    return Compiler()
 
 
 def are_known(tensors: Iterable[Tensor]) -> bool:

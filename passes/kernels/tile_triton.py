@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import linecache
 import math
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 
 from lora_fx.passes.kernels.dropout import MIX, ODD, threshold
+from lora_fx.passes.kernels.jit import define
 from lora_fx.passes.kernels.tile_program import OUTPUTS, Program, Statement, loads
 
 _OPS = {
@@ -339,10 +338,7 @@ def source(program: Program) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def kernel(text: str) -> Any:
-    """The Triton function of the program that ``text`` describes. Triton reads its source, so that is put on record."""
-    code = source(loads(text))
-    name = f"<lora_fx tile {hashlib.sha256(code.encode()).hexdigest()[:16]}>"
-    linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
-    namespace: dict[str, Any] = {"triton": triton, "tl": tl, "__name__": __name__}
-    exec(compile(code, name, "exec"), namespace)
-    return namespace[name_of(loads(text))]
+    """The Triton function of the program that ``text`` describes."""
+    program = loads(text)
+    code = source(program)
+    return define(code, name_of(program), f"<lora_fx tile {hashlib.sha256(code.encode()).hexdigest()[:16]}>")
