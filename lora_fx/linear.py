@@ -12,12 +12,14 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from lora_fx._torch import annotate
 from lora_fx.adapted import BUFFERS, Adapted, swapped_class
 from lora_fx.config import CHANGES_BASE
 from lora_fx.inits import ChangedBase, decomposed, put_back, put_residual, reset_factors
 from lora_fx.packed import check_not_quantised, is_activation_dtype
+from lora_fx.passes.graph import REPLICATED
 from lora_fx.passes.low_rank import low_rank, low_rank_rows
-from lora_fx.placements import deferred, is_dtensor, placed
+from lora_fx.placements import deferred, is_dtensor, placed, replica_groups
 from lora_fx.stored import (
     OWN_ATTRIBUTES,
     StoredAdapter,
@@ -38,6 +40,7 @@ ATTRIBUTES = (
     "_lora_base",
     "_lora_rows",
     "_lora_stack",
+    "_lora_replicated",
 )
 DEFAULT_NAME = "default"
 
@@ -64,6 +67,7 @@ class LoRAModule(Adapted, nn.Linear):
     _lora_rank: int
     _lora_base: ChangedBase | None
     _lora_stack: Any  # a lora_fx.rows.Stack, or None
+    _lora_replicated: tuple[str, ...] = ()  # the process groups, by name, on whose ranks lora_a is the same
 
     # The parameter is called `input` because `nn.Linear.forward`'s is, and callers may name it.
     def forward(self, input: Tensor) -> Tensor:
@@ -73,8 +77,13 @@ class LoRAModule(Adapted, nn.Linear):
             rows, *stack = self._lora_rows
             return base + low_rank_rows(input, rows, stack, self.lora_enabled).to(base.dtype)
         scale = self.lora_scale * self.lora_enabled
-        update = low_rank(input, *self._lora_factors(), scale, self.lora_dropout, self.training)
-        return base + update.to(base.dtype)
+        if self._lora_replicated:
+            with annotate({REPLICATED: self._lora_replicated}):
+                return base + self._lora_update(input, scale).to(base.dtype)
+        return base + self._lora_update(input, scale).to(base.dtype)
+
+    def _lora_update(self, input: Tensor, scale: Tensor) -> Tensor:
+        return low_rank(input, *self._lora_factors(), scale, self.lora_dropout, self.training)
 
     def _lora_factors(self) -> tuple[Tensor, Tensor]:
         """A and B as the forward reads them."""
@@ -104,6 +113,10 @@ class LoRAModule(Adapted, nn.Linear):
             if is_dtensor(param):
                 for stored in self.stored_adapters().values():
                     stored.follow(param)
+        if name in ("weight", "lora_a") and self._lora_replicated != (
+            now := replica_groups(self._parameters.get("lora_a"))
+        ):
+            self._lora_replicated = now
 
     def stored_adapters(self) -> dict[str, StoredAdapter]:
         """The adapters that are not active, by name."""

@@ -68,6 +68,15 @@ def placed(name: str, parameter: nn.Parameter, weight: object) -> nn.Parameter:
     return nn.Parameter(moved, requires_grad=parameter.requires_grad)
 
 
+def replica_groups(tensor: object) -> tuple[str, ...]:
+    """The names of the process groups whose ranks all have the same values in `tensor`; none for a plain one."""
+    if not is_dtensor(tensor):
+        return ()
+    theirs: Any = tensor
+    mesh = theirs.device_mesh
+    return tuple(mesh.get_group(dim).group_name for dim, p in enumerate(theirs.placements) if p.is_replicate())
+
+
 def expert_placements(weight: Sequence[Any], *, transposed: bool = False) -> dict[str, tuple[Any, ...]]:
     """The placements of A [E, R, K] and B [E, N, R], as "lora_a" and "lora_b", that those of the weight imply.
 

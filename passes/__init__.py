@@ -8,6 +8,7 @@ pass                    before                                        after
 ``pair_gradients``      ``mm(dy, B) * s, mm(dy^T, h) * s``            ``gradient_pair(dy, B, h, s)``
 ``scatter_branch``      ``scatter(mm(x, W^T) + u)``, u = ``h B^T``    ``scatter(mm(x, W^T)) + scatter(h) B^T``, where
                                                                       Inductor pipelines products with collectives
+``scatter_gradient``    dA from all ranks' tokens, gathered           dA from this rank's; g goes with dX's collective
 ``accumulate``          ``base + scaled_mm(h, B^T, s)``, written      ``accumulate(base, h, B^T, s)``
 ``recompute_branch``    saves ``base`` and the product                saves ``base``; on a GPU, ``residual + y`` if
                                                                       that is what reads y (``save sum``)

@@ -114,11 +114,14 @@ def _emit(region: Region, graph: Graph, choose: Choose) -> bool:
     replacements: dict[tuple[Node, int], Node] = {}
     for index, (key, statement) in enumerate(zip(writer.outputs, program.outputs)):
         out = _call(last, operator.getitem, (written, index), values[index])
+        member, which = key
         for product in writer.accumulated[:1]:
             out = _accumulate(last, out, product)
         for product in writer.accumulated[1:]:
-            out = _compute(last, aten.add.Tensor, out, product)
-        member, which = key
+            # In the shape of their reader: a sum of matrices Inductor would take for a product that accumulates into a
+            # copy of the rest, unless it is pointwise operations that read it.
+            terms = [_in_shape(last, term, _sizes(member, region, last)) for term in (out, product)]
+            out = _compute(last, aten.add.Tensor, *terms)
         replacements[key] = _finish(last, out, program.is_whole(statement), member, which, region)
     for (member, which), node in replacements.items():
         if member.target is operators.gradient_pair:
@@ -142,6 +145,10 @@ def _accumulate(like: Node, base: Node, product: Node) -> Node:
     operands = {"base": base, "a": a, "b": b, "scale": None}
     wrapper = _call(like, auto_functionalized, (operators.accumulate_,), (None, value), operands)
     return _call(like, operator.getitem, (wrapper, 1), value)
+
+
+def _in_shape(like: Node, node: Node, sizes: list[Any]) -> Node:
+    return node if len(sizes) == val(node).dim() else _compute(like, aten.reshape.default, node, sizes)
 
 
 def _outputs(program: Program, writer: Writer, region: Region, like: Node) -> list[Node]:
@@ -195,9 +202,7 @@ def _finish(like: Node, out: Node, whole: bool, member: Node, which: int, region
     value = val(member)
     value = value[which] if isinstance(value, (tuple, list)) else value
     if value_of(member) is not None:
-        if val(out).dim() == value.dim():
-            return out
-        return _compute(like, aten.reshape.default, out, _sizes(member, region, like))
+        return _in_shape(like, out, _sizes(member, region, like))
     scale = member.args[3] if member.target is operators.gradient_pair and len(member.args) > 3 else None
     if not whole and (scale is None or val(scale).device == val(out).device):  # type: ignore[arg-type]  # its schema
         return tile_sums.emit(like, out, scale, value.dtype)  # type: ignore[arg-type]  # its schema

@@ -274,6 +274,9 @@ def backward_nodes(graph: Graph) -> set[Node]:
 PARAMETER = "lora_fx_parameter"
 """In the ``custom`` metadata of a branch's nodes: which parameter of its module it adapts, where there are several."""
 
+REPLICATED = "lora_fx_replicated"
+"""In the ``custom`` metadata of a branch's nodes: the process groups, by name, on whose ranks A is the same."""
+
 _STACKS = ("nn_module_stack", "fwd_nn_module_stack")
 
 
@@ -290,6 +293,11 @@ def module_path(node: Node) -> str:
 def parameter_of(node: Node) -> str:
     """The name of the parameter that a branch adapts, where its module notes it, or nothing."""
     return str((node.meta.get("custom") or {}).get(PARAMETER, ""))
+
+
+def replicated_over(node: Node) -> tuple[str, ...]:
+    """The groups on whose ranks the A of the branch is the same that ``node`` belongs to, as far as that was noted."""
+    return tuple((node.meta.get("custom") or {}).get(REPLICATED, ()))
 
 
 def module_id(node: Node) -> int | None:

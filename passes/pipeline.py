@@ -27,6 +27,7 @@ from lora_fx.passes import (
     recompute_grouped,
     recompute_input,
     scatter_branch,
+    scatter_gradient,
     stack_siblings,
     unflatten_products,
 )
@@ -62,6 +63,8 @@ PASSES = (
     Pass("pair_gradients", pair_gradients.find, pair_gradients.rewrite),
     # After pairing, which takes h from the up-projection. Before the sum is swallowed.
     Pass("scatter_branch", scatter_branch.find, scatter_branch.rewrite),
+    # After stacking, while the term in dX is still in its sum.
+    Pass("scatter_gradient", scatter_gradient.find, scatter_gradient.rewrite),
     # It swallows the up-projection, its sum, and the (by now single) term in dX, where those are written to memory.
     Pass("accumulate", accumulate.find, accumulate.rewrite),
     # For the up-projections that are left.

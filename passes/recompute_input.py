@@ -40,7 +40,7 @@ def rewrite(group: list[Site], rewriter: Rewriter) -> None:
     """Tag what lies between each input and what it is made of."""
     sums = {site.add for site in group}
     for site in group:
-        chain = pointwise_chain(peel(before_dropout(site.x)[0]), sums)
+        chain = pointwise_chain(peel(before_dropout(site.x if site.piece is None else site.piece)[0]), sums)
         for node in chain:
             rewriter.tag(node, recompute=CheckpointPolicy.PREFER_RECOMPUTE, ac_graph_id=REGION)
         if chain:

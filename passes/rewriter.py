@@ -43,6 +43,7 @@ class Rewriter:
         self._made: list[Node] = []
         self._redirected: list[tuple[Node, tuple[Any, ...], dict[str, Any]]] = []
         self._tagged: list[tuple[Node, dict[str, Any]]] = []
+        self._discarded: list[Node] = []
         self._order = list(graph.nodes)
         self.changed = False
 
@@ -124,10 +125,14 @@ class Rewriter:
         self._tagged.append((node, {name: node.meta.get(name, _ABSENT) for name in meta}))
         node.meta.update(meta)
 
+    def discard(self, *nodes: Node) -> None:
+        """Say of nodes that have effects in torch's eyes, such as collectives, that they go with their last user."""
+        self._discarded += nodes
+
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Undo everything done inside when it raises; the exception goes on."""
-        start = len(self._made), len(self._redirected), len(self._tagged)
+        start = len(self._made), len(self._redirected), len(self._tagged), len(self._discarded)
         try:
             yield
         except Exception:
@@ -143,15 +148,18 @@ class Rewriter:
             stable_topological_sort(self.graph)
             self.graph.lint()
         except Exception:
-            self._undo(0, 0, 0)
+            self._undo(0, 0, 0, 0)
             *others, output = self._order
             for node in others:
                 output.prepend(node)
             raise
+        for node in reversed([node for node in self.graph.nodes if node in self._discarded]):
+            if not node.users:
+                self.graph.erase_node(node)
         self.graph.eliminate_dead_code()
 
-    def _undo(self, made: int, redirected: int, tagged: int) -> None:
-        """Take back everything after the given numbers of new nodes, re-pointed users and tagged nodes."""
+    def _undo(self, made: int, redirected: int, tagged: int, discarded: int) -> None:
+        """Take back everything after the given numbers of new nodes, re-pointed users, tagged and discarded nodes."""
         for node, meta in reversed(self._tagged[tagged:]):
             for name, value in meta.items():
                 if value is _ABSENT:
@@ -162,7 +170,7 @@ class Rewriter:
             user.args, user.kwargs = args, kwargs
         for node in reversed(self._made[made:]):
             self.graph.erase_node(node)
-        del self._made[made:], self._redirected[redirected:], self._tagged[tagged:]
+        del self._made[made:], self._redirected[redirected:], self._tagged[tagged:], self._discarded[discarded:]
 
 
 def scale_node(scale: float | int | Node | None, rewriter: Rewriter, *, like: Node) -> Node | None:

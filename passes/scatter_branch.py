@@ -35,8 +35,8 @@ from lora_fx.passes.rewriter import Rewriter
 from lora_fx.passes.site import Site
 
 _PRODUCTS = (MM, aten._scaled_mm.default)
-_REDUCE = torch.ops._c10d_functional.reduce_scatter_tensor.default
-_WAIT = torch.ops._c10d_functional.wait_tensor.default
+REDUCE = torch.ops._c10d_functional.reduce_scatter_tensor.default
+WAIT = torch.ops._c10d_functional.wait_tensor.default
 # Before the reduce-scatter rows are put in the order of the ranks that get them.
 _CUTS = (aten.split.Tensor, aten.split_with_sizes.default, aten.slice.Tensor)
 
@@ -115,7 +115,7 @@ def _found(total: Node, small: Node) -> _Scatter | None:
     large: Any = total.args[1] if total.args[0] is small else total.args[0]
     if not (is_call(peel_views(large), *_PRODUCTS) and len(large.users) == 1 and same_shape(large, total)):
         return None
-    chain = _chain(total)
+    chain = chain_to_scatter(total)
     if chain is None:
         return None
     reduction, _, group = chain[-2].args[1:4]
@@ -123,20 +123,20 @@ def _found(total: Node, small: Node) -> _Scatter | None:
     return _Scatter(total, large, small, chain) if linear and pipelines_collectives(group) else None
 
 
-def _chain(total: Node) -> list[Node] | None:
+def chain_to_scatter(total: Node) -> list[Node] | None:
     """Everything from the readers of ``total`` to the end of its reduce-scatter, or None if it is read otherwise."""
     last, chain, pending = len(shape(total)) - 1, set[Node](), list(total.users)
     while pending:
         node = pending.pop()
-        if not (is_call(node, _REDUCE, _WAIT, operator.getitem) or _moves_rows(node, last)):
+        if not (is_call(node, REDUCE, WAIT, operator.getitem) or _moves_rows(node, last)):
             return None
         if node not in chain:
             chain.add(node)
-            pending += [] if is_call(node, _WAIT) else list(node.users)
-    ends = [node for node in chain if is_call(node, _REDUCE, _WAIT)]
+            pending += [] if is_call(node, WAIT) else list(node.users)
+    ends = [node for node in chain if is_call(node, REDUCE, WAIT)]
     alone = all(operand is total or operand in chain for node in chain for operand in node.all_input_nodes)
     ordered = sorted(chain)
-    return ordered if alone and len(ends) == 2 and is_call(ordered[-1], _WAIT) else None
+    return ordered if alone and len(ends) == 2 and is_call(ordered[-1], WAIT) else None
 
 
 def _moves_rows(node: Node, last: int) -> bool:

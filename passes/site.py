@@ -61,6 +61,8 @@ class Site(Branch):
     """The branch of one linear."""
 
     grad_a_transposed: bool = False
+    piece: Node | None = None
+    """What dA is computed from in place of ``x``: the part of its rows that this rank had before it was gathered."""
 
     @property
     def x(self) -> Any:

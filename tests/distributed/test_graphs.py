@@ -72,8 +72,9 @@ def captured(adapted: bool, sequence: bool, rewrite: bool = True) -> Captured:
 
 
 def collectives(graph: torch.fx.Graph) -> Counter[str]:
+    """How many there are of each, by name; several tensors that go together are one."""
     names = [target_name(node.target) for node in graph.nodes if node.op == "call_function"]
-    return Counter(name for name in names if "c10d" in name and "wait" not in name)
+    return Counter(name.removesuffix("_coalesced") for name in names if "c10d" in name and "wait" not in name)
 
 
 @pytest.fixture(autouse=True)

@@ -248,18 +248,19 @@ return %49, %0, %4, %5, %6, %9, %10, %11, %14, %15, %17, %18, %20, %28, %30, %21
 | %69 = getitem(%68, 0) bf16[160, 136]
 | %70 = auto_functionalized(lora_fx.accumulate_, base=%69, a=%46, b=%32, scale=None) (None, bf16[160, 136])
 | %71 = getitem(%70, 1) bf16[160, 136]
-| %72 = add(%71, %65) bf16[160, 136]
-| %73 = reshape(%72, [2, 80, 136]) bf16[2, 80, 136]
-| %74 = lora_fx.sum_parts([%26, %37, %45, %54, %60], [%16, None, %14, %11, None], bf16) (bf16[136, 4], bf16[4, 264],
+| %72 = reshape(%71, [2, 80, 136]) bf16[2, 80, 136]
+| %73 = reshape(%65, [2, 80, 136]) bf16[2, 80, 136]
+| %74 = add(%72, %73) bf16[2, 80, 136]
+| %75 = lora_fx.sum_parts([%26, %37, %45, %54, %60], [%16, None, %14, %11, None], bf16) (bf16[136, 4], bf16[4, 264],
         bf16[264, 4], bf16[264, 4], bf16[8, 136])
-| %75 = getitem(%74, 0) bf16[136, 4]
-| %76 = getitem(%74, 1) bf16[4, 264]
-| %77 = getitem(%74, 2) bf16[264, 4]
-| %78 = getitem(%74, 3) bf16[264, 4]
-| %79 = getitem(%74, 4) bf16[8, 136]
-| %80 = slice(%79, 0, 4, 8) bf16[4, 136]
-| %81 = slice(%79, 0, 0, 4) bf16[4, 136]
-return None, %73, None, None, %81, %78, None, None, None, %80, %77, None, None, None, %76, %75
+| %76 = getitem(%75, 0) bf16[136, 4]
+| %77 = getitem(%75, 1) bf16[4, 264]
+| %78 = getitem(%75, 2) bf16[264, 4]
+| %79 = getitem(%75, 3) bf16[264, 4]
+| %80 = getitem(%75, 4) bf16[8, 136]
+| %81 = slice(%80, 0, 4, 8) bf16[4, 136]
+| %82 = slice(%80, 0, 0, 4) bf16[4, 136]
+return None, %74, None, None, %82, %79, None, None, None, %81, %78, None, None, None, %77, %76
 #0: bfloat16, 136 columns; in0 full, in1 factor 4 NR, in2 thin 4
     0: load in0
     1: down %0 in1

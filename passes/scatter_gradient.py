@@ -1,0 +1,192 @@
+"""Under sequence parallelism, compute dA from this rank's tokens: no rank then keeps the input of all of them.
+
+Before, for column-wise linears on one of T ranks, whose input x is gathered and whose input gradient is scattered::
+
+    x: f[M, K] = wait(all_gather(x_mine))          x_mine: f[M / T, K]
+    dA: f[R, K] = mm(g^T, x)                        g and dA are this rank's terms of sums over the ranks
+    dX: f[M / T, K] = wait(reduce_scatter(... + mm(g, A)))
+
+After, with both in one collective::
+
+    dX, g_mine: f[M / T, R] = wait(reduce_scatter(... + mm(g, A), g))
+    dA = mm(g_mine^T, x_mine)
+
+The sum over the ranks is the same: sum(g)^T x, over all tokens. The frozen model does not keep x, which is T times the
+size of x_mine, and would have to gather it again; now dA, too, is left with x_mine, or what that is made of
+(:mod:`lora_fx.passes.recompute_input`), and with a T-th of the work. There are as many collectives as before, and they
+carry R more numbers a token.
+
+A must be the same on all these ranks, which a graph does not show: whoever knows the placements notes the groups
+(:data:`lora_fx.passes.graph.REPLICATED`). Left alone where Inductor pipelines the collective with its product (async
+tensor parallelism), which it would no longer find.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from lora_fx.passes._torch import pipelines_collectives, statically_known_true
+from lora_fx.passes.graph import (
+    CONVERT,
+    MM,
+    aten,
+    is_call,
+    is_row_view,
+    is_sum,
+    is_transpose,
+    peel_views,
+    replicated_over,
+    same_count,
+    same_shape,
+    shape,
+    val,
+)
+from lora_fx.passes.rewriter import Rewriter
+from lora_fx.passes.scatter_branch import WAIT, chain_to_scatter
+from lora_fx.passes.site import Site
+
+_GATHER = torch.ops._c10d_functional.all_gather_into_tensor.default
+_TOGETHER = torch.ops._c10d_functional.reduce_scatter_tensor_coalesced.default
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """How the ranks of a group share a tensor: each has its piece along ``dim``, which is 0 where they lie in a row."""
+
+    dim: int
+    ranks: int
+    group: str
+
+
+def find(sites: list[Site]) -> Iterator[list[Site]]:
+    """Sites whose dA is one product, of an input that ranks share before and after."""
+    groups: dict[Node, list[Site]] = {}
+    for site in sites:
+        if (product := _product(site)) is not None:
+            groups.setdefault(product, []).append(site)
+    return (group for product, group in groups.items() if _found(product, group) is not None)
+
+
+def rewrite(group: list[Site], rewriter: Rewriter) -> None:
+    """Scatter g with the input gradient, and multiply it with the piece that was gathered."""
+    product = _product(group[0])
+    assert product is not None
+    found = _found(product, group)
+    assert found is not None
+    # New nodes are like dA, which is backward's for certain: what a user's own autograd function made may be of no half.
+    mine, total, chain = found
+    *moves, scatter, result = chain
+    g: Any = product.args[0]
+    made = {total: rewriter.rows_like(rewriter.transpose(g, like=product), total, like=product)}
+    for node in moves:
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: made.get(n, n))
+        target: Any = node.target
+        made[node] = rewriter.emit(target, *args, like=product, **kwargs)
+    theirs, *how = scatter.args
+    assert isinstance(theirs, Node)
+    both = rewriter.emit(_TOGETHER, [theirs, made[theirs]], *how, like=product)
+    scattered = [
+        rewriter.emit(WAIT, rewriter.emit(operator.getitem, both, place, like=product), like=product)
+        for place in (0, 1)
+    ]
+    rewriter.replace(result, scattered[0])
+    rewriter.discard(scatter, result)
+    rows = rewriter.flatten_rows(scattered[1], like=product)
+    x = rewriter.flatten_rows(mine, like=product)
+    rewriter.replace(product, rewriter.emit(MM, rewriter.transpose(rows, like=product), x, like=product))
+    for site in group:
+        site.piece = mine
+        site.backward_rewrites.append("scatter g")
+
+
+def _product(site: Site) -> Node | None:
+    """``mm(g^T, x)``, of which a site's dA may be some rows."""
+    node: Any = site.grad_a
+    while is_call(node, aten.slice.Tensor, aten.permute.default):
+        node = node.args[0]
+    return node if is_call(node, MM) and is_transpose(node.args[0]) else None
+
+
+def _found(product: Node, group: list[Site]) -> tuple[Node, Node, list[Node]] | None:
+    """The piece of x that this rank had, the sum that is the gradient of x, and what leads from that to its piece."""
+    if (gathered := _gathered(product.args[1])) is None:
+        return None
+    mine, whole, shared = gathered
+    if any(shared.group not in replicated_over(site.down) for site in group) or pipelines_collectives(shared.group):
+        return None
+    for site in group:
+        node = site.grad_x
+        while node is not None:
+            chain = chain_to_scatter(node)
+            if chain is not None and _scattered(node, chain) == shared and _same_rows(node, whole, shared.dim):
+                return (mine, node, chain) if val(node).dtype == val(product).dtype else None
+            users = list(node.users)
+            follows = len(users) == 1 and (is_sum(users[0]) or is_row_view(users[0]) or is_call(users[0], CONVERT))
+            node = users[0] if follows else None
+    return None
+
+
+def _gathered(x: Any) -> tuple[Node, Node, _Shared] | None:
+    """The piece that this rank had of ``x``, and x in the shape in which its pieces lie one after another."""
+    whole = source = peel_views(x)
+    dim = 0
+    if is_call(source, aten.cat.default):
+        pieces, *dims = source.args
+        dim = dims[0] if dims else source.kwargs.get("dim", 0)
+        source = _cut(pieces, 0)
+    if not (is_call(source, WAIT) and is_call(source.args[0], _GATHER)):
+        return None
+    mine, ranks, group = source.args[0].args[:3]
+    if whole is not source and len(whole.args[0]) != ranks:
+        return None
+    return mine, whole, _Shared(_along(whole, dim), ranks, group)
+
+
+def _along(node: Node, dim: int) -> int:
+    """``dim``, or 0 where all dimensions before it have one element."""
+    return 0 if all(statically_known_true(size == 1) for size in shape(node)[:dim]) else dim
+
+
+def _same_rows(a: Node, b: Node, dim: int) -> bool:
+    """Whether two tensors have the same pieces along ``dim``: any rows in a row, otherwise the same dimensions."""
+    return same_shape(a, b) if dim else same_count(a, b) and bool(statically_known_true(shape(a)[-1] == shape(b)[-1]))
+
+
+def _scattered(total: Node, chain: list[Node]) -> _Shared | None:
+    """How ``total`` is shared after its chain, if that sums the ranks' terms and puts pieces in the ranks' order."""
+    *moves, scatter, _ = chain
+    theirs, reduction, ranks, group = scatter.args[:4]
+    if reduction != "sum":
+        return None
+    if not moves:
+        return _Shared(0, ranks, group) if theirs is total else None  # type: ignore[arg-type]  # its schema
+    if not is_call(theirs, aten.cat.default):
+        return None
+    pieces, *dims = theirs.args  # type: ignore[union-attr]  # a node, as is_call saw
+    first: Any = pieces[0] if pieces else None  # type: ignore[index]  # a list of nodes
+    if (dims and dims[0] != 0) or not is_call(first, operator.getitem) or len(pieces) != ranks:  # type: ignore[arg-type]
+        return None
+    cut = first.args[0]
+    dim = cut.args[2] if len(cut.args) > 2 else cut.kwargs.get("dim", 0)
+    if _cut(pieces, dim) is not total:
+        return None
+    return _Shared(_along(total, dim), ranks, group)  # type: ignore[arg-type]  # its schema
+
+
+def _cut(pieces: Any, dim: int) -> Any:
+    """What ``pieces`` are, in their order, when it is cut along ``dim``; None if they are something else."""
+    first = pieces[0]
+    if not (is_call(first, operator.getitem) and is_call(first.args[0], aten.split.Tensor)):
+        return None
+    cut = first.args[0]
+    along = cut.args[2] if len(cut.args) > 2 else cut.kwargs.get("dim", 0)
+    if along != dim or len(val(cut)) != len(pieces):
+        return None
+    in_order = all(is_call(p, operator.getitem) and p.args == (cut, i) for i, p in enumerate(pieces))
+    return cut.args[0] if in_order else None

@@ -1,0 +1,255 @@
+"""Sequence parallelism: dA from this rank's tokens, with no collective more, and what must be left alone."""
+
+# Submodules are reached by attribute, which torch types as `Tensor | Module`.
+# mypy: no-check-untyped-defs
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import expecttest
+import pytest
+import torch
+from torch import nn
+from torch.distributed._functional_collectives import all_gather_tensor_autograd, reduce_scatter_tensor_autograd
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import lora_fx
+from lora_fx.distributed import reduce_gradients
+from lora_fx.passes import pipeline, scatter_gradient
+from tests.distributed.processes import run_ranks
+from tests.distributed.simulated import fake_world, whole
+from tests.distributed.test_graphs import Gated, captured, collectives, parallel
+from tests.passes.harness import adapt, capture
+from tests.passes.test_scatter_branch import Alone, alone, pipelining
+
+pytestmark = [pytest.mark.distributed]
+
+
+class Narrow(nn.Module):
+    """As `Alone`, with sizes that no two of its values share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(16, 24, bias=False)
+        self.down = nn.Linear(24, 16, bias=False)
+
+    def forward(self, x):
+        return self.down(torch.tanh(self.up(x)))
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    """What Dynamo has seen of the same code in other tests, with other sizes, would make sizes symbols here."""
+    torch._dynamo.reset()
+
+
+def saved(result: Any) -> list[tuple[int, ...]]:
+    """The shapes of what forward leaves for backward."""
+    (module,) = result.backward
+    placeholders = module.graph.find_nodes(op="placeholder")
+    return [tuple(node.meta["val"].shape) for node in placeholders if "tangent" not in node.name]
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("size", [(2, 10, 16), (1, 10, 16), (10, 16)], ids=str)
+def test_where_ranks_share_tokens(dim, size):
+    """One linear, on each dimension that tokens have; the frozen model's collectives, and nothing gathered is kept."""
+    if dim == len(size) - 1 or (dim, size[0]) == (0, 1):
+        pytest.skip("no dimension of tokens, or one that two ranks cannot share")
+    plan = {
+        "up": ColwiseParallel(input_layouts=Shard(dim)),
+        "down": RowwiseParallel(output_layouts=Shard(dim)),
+    }
+    with fake_world(2):
+        mesh = init_device_mesh("cpu", (2,))
+        results = []
+        for adapted in (False, True):
+            torch.manual_seed(0)
+            model: nn.Module = adapt(Narrow(), rank=3) if adapted else Narrow()
+            parallelize_module(model, mesh, plan)
+            _ = lora_fx.freeze(model) if adapted else model.requires_grad_(False)
+            x = torch.randn(*(n // 2 if d == dim else n for d, n in enumerate(size)), requires_grad=True)
+            results.append(capture(model, x, rewrite=adapted, backward=True))
+    frozen, ours = results
+    assert ours.reasons == [] and ours.count("backward")["scatter g"] == 1
+    (before,), (after,) = frozen.backward, ours.backward
+    assert collectives(after.graph) == collectives(before.graph)
+    rows = torch.Size(size[:-1]).numel()
+    gathered = {size, (rows, 16)}
+    # down's B takes the gathered gradient, which is none of forward's.
+    assert not gathered & {*saved(ours)}
+
+
+def test_siblings_share_one_collective():
+    with fake_world(2):
+        frozen, ours = captured(False, True), captured(True, True)
+        passes = tuple(p for p in pipeline.PASSES if p.name != "scatter_gradient")
+        x = torch.randn(2, 4, 16, requires_grad=True)
+        without = capture(parallel(True, True), x, passes=passes, backward=True)
+    assert ours.count("backward")["scatter g"] == 2  # gate and up; down's input is this rank's own
+    for result in (ours, without):
+        (before,), (after,) = frozen.backward, result.backward
+        assert collectives(after.graph) == collectives(before.graph)
+    # The norm's output of both ranks, [2, 8, 16], as a matrix; tanh(gate) and up have that shape, too.
+    assert saved(without).count((16, 16)) - saved(ours).count((16, 16)) == 1
+
+
+@pytest.mark.parametrize("why", ["placements unknown", "average", "pipelined", "whole inputs", "dropout"])
+def test_what_is_left_alone(why):
+    x = torch.randn(2, 4, 16, requires_grad=True)
+    with fake_world(2):
+        if why == "pipelined":
+            with pipelining():
+                result = capture(alone(True), x, backward=True)
+        elif why == "whole inputs":
+            result = captured(True, sequence=False)
+        elif why == "dropout":
+            torch.manual_seed(0)
+            model = adapt(Alone(), rank=2, dropout=0.5)
+            plan = {"up": ColwiseParallel(input_layouts=Shard(1)), "down": RowwiseParallel(output_layouts=Shard(1))}
+            parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+            result = capture(lora_fx.freeze(model), x, backward=True)
+        else:
+            result = by_hand(x, average=why == "average")
+    assert result.sites >= 1 and "scatter g" not in result.count("backward")
+
+
+def by_hand(x: torch.Tensor, average: bool) -> Any:
+    """Gathered and scattered by functions, without DTensor: A could be another one on each rank."""
+    torch.manual_seed(0)
+    linear: Any = adapt(nn.ModuleDict({"up": nn.Linear(16, 12, bias=False)}), rank=2)
+    group = init_device_mesh("cpu", (2,)).get_group()
+
+    class Gathered(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return all_gather_tensor_autograd(x, 0, group)
+
+        @staticmethod
+        def backward(ctx: Any, dx: torch.Tensor) -> torch.Tensor:
+            return reduce_scatter_tensor_autograd(dx, "avg" if average else "sum", 0, group)
+
+    noted = mock.patch.object(scatter_gradient, "replicated_over", lambda node: (group.group_name,))
+    if not average:
+        return capture(lambda x: linear["up"](Gathered.apply(x)), x, backward=True)
+    with noted:
+        return capture(lambda x: linear["up"](Gathered.apply(x)), x, backward=True)
+
+
+def test_by_hand_is_what_it_looks_like():
+    """The one above is left alone for the reason that it names: with the placements noted it is rewritten."""
+    x = torch.randn(2, 4, 16, requires_grad=True)
+    with fake_world(2), mock.patch.object(scatter_gradient, "replicated_over", lambda node: ("0", "1", "2")):
+        result = by_hand(x, average=False)
+    assert result.count("backward")["scatter g"] == 1
+
+
+def test_groups_follow_the_placements():
+    with fake_world(4):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+        model: Any = adapt(nn.ModuleDict({"up": nn.Linear(16, 12), "down": nn.Linear(16, 12)}), rank=2)
+        assert model["up"]._lora_replicated == () and "_lora_replicated" not in model["up"].__dict__
+        parallelize_module(model, mesh["b"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        assert model["up"]._lora_replicated == (mesh["b"].get_group().group_name,)
+        assert model["down"]._lora_replicated == ()
+        weight = distribute_tensor(torch.randn(12, 16), mesh, [Replicate(), Shard(0)])
+        model["up"].register_parameter("lora_a", nn.Parameter(distribute_tensor(torch.randn(2, 16), mesh)))
+        assert model["up"]._lora_replicated == tuple(mesh.get_group(dim).group_name for dim in range(2))
+        del weight
+        lora_fx.remove(model)
+        assert not hasattr(model["up"], "_lora_replicated")
+
+
+class TestOneLinear(expecttest.TestCase):
+    def test_after(self) -> None:
+        torch.manual_seed(0)
+        with fake_world(2):
+            model: Any = adapt(nn.ModuleDict({"up": nn.Linear(16, 12, bias=False)}), rank=2)
+            plan = ColwiseParallel(input_layouts=Shard(0))
+            parallelize_module(model["up"], init_device_mesh("cpu", (2,)), plan)
+            x = torch.randn(3, 16, requires_grad=True)
+            result = capture(lambda x: model["up"](x), x, backward=True)
+        self.assertExpectedInline(
+            result.rewrite.after,
+            """\
+%0 = input                                                                           f32[3, 16]
+%1 = input                                                                           FakeScriptObject
+%2 = input                                                                           f32[6, 16]
+%3 = input                                                                           f32[]
+%4 = input                                                                           f32[]
+%5 = input                                                                           f32[2, 16]
+%6 = input                                                                           f32[6, 2]
+| %7 = tangent                                                                       f32[6, 6]
+%8 = view(%0, [3, 16])                                                               f32[3, 16]
+%9 = _c10d_functional.all_gather_into_tensor(%8, 2, '0')                             f32[6, 16]
+%10 = _c10d_functional.wait_tensor(%9)                                               f32[6, 16]
+%11 = permute(%2, [1, 0])                                                            f32[16, 6]
+%12 = mm(%10, %11)                                                                   f32[6, 6]
+%13 = mul(%3, %4)                                                                    f32[]
+%14 = permute(%5, [1, 0])                                                            f32[16, 2]
+%15 = mm(%10, %14)                                                                   f32[6, 2]
+%16 = permute(%6, [1, 0])                                                            f32[2, 6]
+%17 = lora_fx.accumulate(%12, %15, %16, %13)                                         f32[6, 6]
+%18 = view(%17, [6, 6])                                                              f32[6, 6]
+| %19 = view(%7, [6, 6])                                                             f32[6, 6]
+| %20 = permute(%16, [1, 0])                                                         f32[6, 2]
+| %21 = lora_fx.gradient_pair(%7, %20, %15, %13)                                     (f32[6, 2], f32[6, 2])
+| %22 = getitem(%21, 1)                                                              f32[6, 2]
+| %23 = permute(%22, [1, 0])                                                         f32[2, 6]
+| %24 = getitem(%21, 0)                                                              f32[6, 2]
+| %25 = permute(%23, [1, 0])                                                         f32[6, 2]
+| %26 = permute(%14, [1, 0])                                                         f32[2, 16]
+| %27 = permute(%11, [1, 0])                                                         f32[6, 16]
+| %28 = mm(%19, %27)                                                                 f32[6, 16]
+| %29 = lora_fx.accumulate(%28, %24, %26)                                            f32[6, 16]
+| %30 = _c10d_functional.reduce_scatter_tensor_coalesced([%29, %24], 'sum', 2, '0')  (f32[3, 16], f32[3, 2])
+| %31 = getitem(%30, 0)                                                              f32[3, 16]
+| %32 = _c10d_functional.wait_tensor(%31)                                            f32[3, 16]
+| %33 = getitem(%30, 1)                                                              f32[3, 2]
+| %34 = _c10d_functional.wait_tensor(%33)                                            f32[3, 2]
+| %35 = permute(%34, [1, 0])                                                         f32[2, 3]
+| %36 = mm(%35, %0)                                                                  f32[2, 16]
+| %37 = permute(%36, [1, 0])                                                         f32[16, 2]
+| %38 = permute(%37, [1, 0])                                                         f32[2, 16]
+return %18, %32, None, None, None, None, %38, %1, %25, %1""",
+        )
+
+
+def two_ranks(rank: int, folder: Path) -> dict[str, float]:
+    """The largest error of any value against one process in float64."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    generator = torch.Generator().manual_seed(0)
+    found: dict[str, float] = {}
+    for name, single, build in (
+        ("siblings", adapt(Gated(), rank=2), lambda: parallel(True, sequence=True)),
+        ("alone", adapt(Alone(), rank=2), lambda: alone(True)),
+    ):
+        x, dy = (torch.randn(2, 80, 16, generator=generator) for _ in range(2))
+        model = build()
+        single.load_state_dict({k: v.full_tensor() for k, v in model.state_dict().items()})
+        exact, exact_x = single.double(), x.double().requires_grad_()
+        expected = exact(exact_x)
+        expected.backward(dy.double())
+        ours_x, ours_dy = (distribute_tensor(t, mesh, [Shard(1)]).to_local() for t in (x, dy))
+        y = lora_fx.compile(model, strict=True)(ours_x.requires_grad_())
+        y.backward(ours_dy)
+        reduce_gradients(model)
+        assert ours_x.grad is not None and exact_x.grad is not None
+        pairs = [
+            (y.detach(), expected.detach().chunk(2, dim=1)[rank]),
+            (ours_x.grad, exact_x.grad.chunk(2, dim=1)[rank]),
+        ]
+        for p, q in zip(lora_fx.adapter_parameters(model), lora_fx.adapter_parameters(exact), strict=True):
+            assert p.grad is not None and q.grad is not None
+            pairs.append((whole(p.grad), q.grad))
+        found[name] = max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)
+    return found
+
+
+@pytest.mark.slow
+def test_values_on_two_ranks(tmp_path):
+    for found in run_ranks(two_ranks, 2, tmp_path):
+        assert found["siblings"] < 1e-6 and found["alone"] < 1e-6, found
