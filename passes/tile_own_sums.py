@@ -7,7 +7,7 @@ Before (M tokens, P parts, R rank), two launches for each link of the chain from
 
 After, one, in which the program that ends last on its rows adds them up (:mod:`lora_fx.passes.kernels.tile_last`)::
 
-    counters: i32[M / rows] = slice(full([...], 0))                      zeros, one buffer for all kernels of the graph
+    counters: i32[M / rows] = slice(lora_fx.counters(...))               zeros, one buffer for all kernels of the graph
     g, parts_dB = tile(outputs=[empty(M, R), ...], sum, across, inputs=[dy, B, h, s, counters])
 
 A sum that is stacked beside others is written into its columns of their matrix, by one program after the other. For
@@ -81,7 +81,9 @@ def own(graph: Graph) -> None:
         return
     inside = sorted(calls.values(), key=lambda call: order[call.node])
     sizes = [-(-row_parts(call.rows, call.program.tile.rows) // _APART) * _APART for call in inside]
-    zeros = _add(inside[0].node, aten.full.default, [sum(sizes)], 0, dtype=torch.int32, device=_device(sums[0]))
+    operands: Any = inside[0].node.kwargs["inputs"]
+    like = next((node for node in operands if node.op == "placeholder"), operands[0])  # which nothing has to wait for
+    zeros = _add(inside[0].node, operators.counters, like, sum(sizes))
     replacements: dict[Node, Node] = {}
     start = 0
     for call, size in zip(inside, sizes, strict=True):
@@ -100,7 +102,9 @@ def own(graph: Graph) -> None:
         for node in (*each.node.users, each.node):
             graph.erase_node(node)
     for call in reversed(inside):
-        for node in (*_results(call.node).values(), *call.node.users, call.node):
+        given: Any = call.node.kwargs["outputs"]
+        memory = [given[output] for output in call.sums]
+        for node in (*_results(call.node).values(), *call.node.users, call.node, *memory):
             graph.erase_node(node)
 
 
@@ -144,8 +148,9 @@ def _results(call: Node) -> dict[int, Node]:
 def _rewritten(call: _Call, counters: Node) -> dict[Node, Node]:
     """The call with sums in place of parts, before the old one: for every old result the new one, but for the parts."""
     node, program = call.node, call.program
-    inputs, kinds = list(node.kwargs["inputs"]), list(program.inputs)  # type: ignore[call-overload, arg-type]
-    outputs, body = list(node.kwargs["outputs"]), list(program.body)  # type: ignore[call-overload, arg-type]
+    inputs: list[Any] = list(node.kwargs["inputs"])  # type: ignore[arg-type]  # its schema: a list
+    outputs: list[Any] = list(node.kwargs["outputs"])  # type: ignore[arg-type]  # its schema: a list
+    kinds, body = list(program.inputs), list(program.body)
 
     def operand(given: Node, kind: list[Any]) -> int:
         """Its place among the inputs."""
@@ -159,12 +164,13 @@ def _rewritten(call: _Call, counters: Node) -> dict[Node, Node]:
     columns = []
     places = [place for place, statement in enumerate(body) if statement[0] in OUTPUTS]
     for output, (each, place) in sorted(call.sums.items()):
+        parts: Any
+        scales: Any
         parts, scales, dtype = each.node.args[:3]
-        scale = scales[place]  # type: ignore[index]  # its schema: a list
         name = str(dtype).removeprefix("torch.")
-        number = None if scale is None else operand(scale, ["number"])
+        number = None if scales[place] is None else operand(scales[place], ["number"])
         body[places[output]] = ["sum", *body[places[output]][1:3], number, name]
-        ranks = [int(val(part).shape[2]) for part in parts]  # type: ignore[union-attr]  # its schema: a list
+        ranks = [int(val(part).shape[2]) for part in parts]
         columns.append(sum(ranks[:place]))
         if each.memory is None:
             sizes = [call.rows, sum(ranks)]

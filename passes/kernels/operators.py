@@ -25,6 +25,7 @@ for _schema in (
     "tile_(Tensor(a!)[] outputs, str program, Tensor[] inputs, int[] columns=[]) -> ()",
     "sum_parts(Tensor[] parts, Tensor?[] scales, ScalarType dtype, bool stacked=False) -> Tensor[]",
     "donated(Tensor saved, SymInt[] size) -> Tensor",
+    "counters(Tensor like, int count) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -167,6 +168,15 @@ def _donated(saved: Tensor, size: list[int | torch.SymInt]) -> Tensor:
     return saved.new_empty(size)
 
 
+def _counters(like: Tensor, count: int) -> Tensor:
+    """``count`` zeros, int32, on the device of ``like``: one launch for all kernels of a graph that count.
+
+    Inductor would make zeros anew for each slice of them that a kernel gets.
+    """
+    return like.new_zeros([count], dtype=torch.int32)
+
+
+_library.impl("counters", _counters, "CompositeExplicitAutograd")
 _library.impl("keep", dropout.keep_eager, "CompositeExplicitAutograd")
 _library.impl("tile_", _tile_, "CPU")
 _library.impl("tile_", _tile_cuda_, "CUDA")
@@ -246,3 +256,4 @@ keep = torch.ops.lora_fx.keep.default
 tile_ = torch.ops.lora_fx.tile_.default
 sum_parts = torch.ops.lora_fx.sum_parts.default
 donated = torch.ops.lora_fx.donated.default
+counters = torch.ops.lora_fx.counters.default

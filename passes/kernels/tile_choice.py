@@ -49,10 +49,10 @@ def choose(kinds: list[list[Any]], body: list[Statement], rows: Any, columns: in
     m = rows if isinstance(rows, int) else 1 << 13
     if m < FEWEST_ROWS:
         return None
-    names = [statement[0] for statement in body]
+    names = ["down" if statement[0] == "sum" else statement[0] for statement in body]
     rank = max((kind[1] for kind in kinds if kind[0] in ("thin", "factor")), default=0)
     tile = _walk(names, rank, m, columns)
-    summed = sum(kinds[statement[2]][1] for statement in body if statement[0] == "down")
+    summed = sum(kinds[statement[2]][1] for statement in body if statement[0] in ("down", "sum"))
     return dataclasses.replace(tile, last=isinstance(rows, int) and _sums_last(tile, summed, m, columns))
 
 

@@ -20,24 +20,13 @@ from lora_fx.passes.kernels.tile_program import Program
 AT_ONCE, ADDED = 8, "((v0 + v1) + (v2 + v3)) + ((v4 + v5) + (v6 + v7))"
 """How parts are added up, whoever does it: so many at a time, and those in this order."""
 
-# Elements that are added up at a time: with eight loads of 16 in each of 128 threads, 64 KiB are on their way, which is
-# what one multiprocessor needs to have asked for: its 64 bytes a clock for the 0.6 us that the second-level cache takes.
+# Elements that are added up at a time. With eight loads of 16 in each of 128 threads 64 KiB are on their way, which is
+# what a multiprocessor has to ask for: 64 bytes a clock for the 0.6 us that the second-level cache takes to answer.
 _BLOCK = 2048
 
 
-def lines(program: Program, scales: dict[int, str]) -> list[str]:
-    """The end of the kernel of ``program``, behind all its stores.
-
-    Args:
-        program: with sums among its outputs, whose parts are at ``part<i>`` and rows ``pitch<i>`` apart in ``out<i>``.
-        scales: the name of the number that sum ``i`` is multiplied by, where it is.
-    """
-    parts, rows = program.column_parts, program.tile.rows
-    counter = f"in{program.inputs.index(['counters'])} + pm"
-    inside: list[str] = []
-    for out, statement in enumerate(program.outputs):
-        if statement[0] == "sum":
-            inside += _sum(out, program.rank(statement[2]), parts, rows, scales.get(out), statement[4])
+def count(program: Program) -> list[str]:
+    """How a program counts itself, behind the stores of its parts."""
     return [
         # Every thread of this program has stored its elements of the parts before one of them counts the program: the
         # barrier orders the stores of all before what that thread does next.
@@ -45,12 +34,29 @@ def lines(program: Program, scales: dict[int, str]) -> list[str]:
         # One thread counts. That releases to the whole GPU what it has stored and seen stored, that is, the parts that
         # all threads stored before the barrier; and it acquires what the programs counted before have released. Triton
         # hands the result to the other threads through shared memory and a barrier, so their loads below come after.
-        f'arrived = tl.atomic_add({counter}, 1, sem="acq_rel", scope="gpu")',
-        f"if arrived == {parts - 1}:",
-        *(f"    {line}" for line in inside),
-        # All programs of the row have been counted: nobody reads it before the next kernel.
-        f"    tl.store({counter}, 0)",
+        f'arrived = tl.atomic_add({_counter(program)}, 1, sem="acq_rel", scope="gpu")',
     ]
+
+
+def add(program: Program, scales: dict[int, str]) -> list[str]:
+    """How the last program of a row adds up the parts of all.
+
+    Args:
+        program: with sums among its outputs, whose parts are at ``part<i>`` and rows ``pitch<i>`` apart in ``out<i>``.
+        scales: the name of the number that sum ``i`` is multiplied by, where it is.
+    """
+    parts, inside = program.column_parts, []
+    for out, statement in enumerate(program.outputs):
+        if statement[0] == "sum":
+            rank = program.rank(statement[2])
+            inside += _sum(out, rank, parts, program.tile.rows, scales.get(out), statement[4])
+    # All programs of the row have been counted: nobody reads it before the next kernel.
+    inside.append(f"tl.store({_counter(program)}, 0)")
+    return [f"if arrived == {parts - 1}:", *(f"    {line}" for line in inside)]
+
+
+def _counter(program: Program) -> str:
+    return f"in{program.inputs.index(['counters'])} + pm"
 
 
 def _sum(out: int, rank: int, parts: int, rows: int, scale: str | None, dtype: str) -> list[str]:
@@ -61,7 +67,7 @@ def _sum(out: int, rank: int, parts: int, rows: int, scale: str | None, dtype: s
     # memory before others stored to it.
     loads = [
         f"v{k} = tl.load(part{out} + (p + {k}) * size + (pm.to(tl.int64) * {count} + e), "
-        f'mask=there & (p + {k} + none < {parts}), other=0.0, cache_modifier=".cg")'
+        f'mask=there{f" & (p + {k} + none < {parts})" if parts % AT_ONCE else ""}, other=0.0, cache_modifier=".cg")'
         for k in range(AT_ONCE)
     ]
     return [

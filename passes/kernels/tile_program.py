@@ -116,8 +116,8 @@ class Program:
         return int(self.inputs[index][1])
 
     def output_shape(self, statement: Statement, rows: Any, parts: Any) -> tuple[tuple[Any, ...], torch.dtype]:
-        """Shape and dtype of an output for ``rows`` = M and :func:`row_parts`. A stored value is a matrix; of the matrix
-        of a "sum" these are the columns that it writes."""
+        """Shape and dtype of an output for ``rows`` = M and :func:`row_parts`. A stored value is a matrix; a "sum" is
+        what it writes of one."""
         kind = statement[0]
         if kind == "store":
             return (rows, self.columns), getattr(torch, statement[2])

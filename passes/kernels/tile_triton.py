@@ -138,8 +138,12 @@ class _Writer:
                     if (statement[0] in OUTPUTS) == outputs:
                         self._statement(index, statement)
         if self.sums:
-            scales = {i: program.outputs[i][3] for i in self.sums if program.outputs[i][3] is not None}
-            self.after += tile_last.lines(program, {i: self._value(scale) for i, scale in scales.items()})
+            scales = [(i, program.outputs[i][3]) for i in self.sums]
+            named = {i: self._value(scale) for i, scale in scales if scale is not None}
+            # Its stores are waited for when a program counts itself, so sums over rows are stored behind that.
+            count = tile_last.count(program)
+            self.after = count + self.after if self.down_rows else self.after + count
+            self.after += tile_last.add(program, named)
         # A seed is one of several side by side, and so are the counters of several kernels.
         unaligned = [f"in{i}" for i, kind in enumerate(program.inputs) if kind[0] in ("seed", "counters")]
         lines = [
