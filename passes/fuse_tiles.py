@@ -60,7 +60,7 @@ def cut(graph: Graph, choose: Choose = choose) -> Iterator[tuple[Node, Exception
         with _undone(graph) as failure:
             tile_sums.stack(graph)
             tile_sums.join(graph)
-            # After stacking, which says where a sum is written, and joining, which takes those that nothing waits for.
+            # After stacking, which says where a sum is written, and joining, which takes those that nobody waits for.
             tile_own_sums.own(graph)
             _prepare(graph)
         if failure:

@@ -13,7 +13,7 @@ After, one, in which the program that ends last on its rows adds them up (:mod:`
 A sum that is stacked beside others is written into its columns of their matrix, by one program after the other. For
 the graph, counters are an input: they are as they were when the kernel has ended.
 
-Which programs do it, their tile says (``Tile.last``). Sums over rows stay with ``sum_parts``: only the optimizer reads
+Which programs do it, their tile says (``Tile.last``); where that is one sum of a graph, nothing is gained. Sums over rows stay with ``sum_parts``: only the optimizer reads
 them, and all of a graph are one launch at its end.
 """
 
@@ -32,6 +32,8 @@ from lora_fx.passes.graph import aten, val
 from lora_fx.passes.kernels import operators
 from lora_fx.passes.kernels.tile_program import OUTPUTS, Program, loads, row_parts
 
+# Launches of sums that a graph must be spared: making the counters is one.
+FEWEST = 2
 # Counters of one kernel begin at multiples of this, 128 bytes: kernels that run side by side (on streams that a user
 # forks) do not write to one line of the cache.
 _APART = 32
@@ -73,12 +75,12 @@ def own(graph: Graph) -> None:
     found = [_found(node, order) for node in graph.find_nodes(op="call_function", target=operators.sum_parts)]
     sums = [each for each in found if each is not None]
     sums = [each for each in sums if _device(each) == _device(sums[0])]  # one buffer of counters is on one device
+    if len(sums) < FEWEST:
+        return
     calls: dict[Node, _Call] = {}
     for each in sums:
         for place, (maker, output) in enumerate(each.makers):
             calls.setdefault(maker, _Call(maker)).sums[output] = (each, place)
-    if not calls:
-        return
     inside = sorted(calls.values(), key=lambda call: order[call.node])
     sizes = [-(-row_parts(call.rows, call.program.tile.rows) // _APART) * _APART for call in inside]
     operands: Any = inside[0].node.kwargs["inputs"]

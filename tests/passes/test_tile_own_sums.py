@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import re
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -33,7 +34,9 @@ def last_tile(kinds: Any, body: Any, rows: Any, columns: int) -> Tile:
 
 
 def lower(graph: Graph) -> None:
-    on_gpu.lower(graph, last_tile)
+    """Also where it is one sum."""
+    with mock.patch.object(tile_own_sums, "FEWEST", 1):
+        on_gpu.lower(graph, last_tile)
 
 
 # ---- graphs ----------------------------------------------------------------------------------------------------------
@@ -228,6 +231,13 @@ def untouched(step: Any, **more: Any) -> None:
     for graph in (captured.forward[0].graph, captured.backward[0].graph):
         assert not any(s[0] == "sum" for p in programs(graph) for s in p.body)
         assert not graph.find_nodes(op="call_function", target=operators.counters)
+
+
+def test_one_sum_is_as_well_left_to_a_kernel_of_its_own() -> None:
+    """Whose launch is spared, but making counters is one; SwiGLU has one in forward, and two in backward."""
+    captured = capture(mlp(), x(), step=lambda graph: on_gpu.lower(graph, last_tile))
+    graphs = [captured.forward[0].graph, captured.backward[0].graph]
+    assert [sum(s[0] == "sum" for p in programs(graph) for s in p.body) for graph in graphs] == [0, 3]
 
 
 def test_only_where_the_tile_says_so() -> None:
