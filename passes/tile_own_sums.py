@@ -13,8 +13,8 @@ After, one, in which the program that ends last on its rows adds them up (:mod:`
 A sum that is stacked beside others is written into its columns of their matrix, by one program after the other. For
 the graph, counters are an input: they are as they were when the kernel has ended.
 
-Which programs do it, their tile says (``Tile.last``); where that is one sum of a graph, nothing is gained. Sums over rows stay with ``sum_parts``: only the optimizer reads
-them, and all of a graph are one launch at its end.
+Which programs do it, their tile says (``Tile.last``); where that is one sum of a graph, nothing is gained. Sums over
+rows stay with ``sum_parts``: only the optimizer reads them, and all of a graph are one launch at its end.
 """
 
 from __future__ import annotations
