@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from lora_fx.passes import tile_sums
+from lora_fx.passes import tile_own_sums, tile_sums
 from lora_fx.passes._torch import auto_functionalized, detect_fake_mode, stable_topological_sort
 from lora_fx.passes.graph import (
     CONVERT,
     aten,
     has_shape,
+    is_call,
     is_row_view,
     is_tensor,
     shape,
@@ -59,8 +60,26 @@ def cut(graph: Graph, choose: Choose = choose) -> Iterator[tuple[Node, Exception
         with _undone(graph) as failure:
             tile_sums.stack(graph)
             tile_sums.join(graph)
+            # After stacking, which says where a sum is written, and joining, which takes those that nobody waits for.
+            tile_own_sums.own(graph)
+            _prepare(graph)
         if failure:
             yield graph.output_node(), failure[0]
+
+
+def _prepare(graph: Graph) -> None:
+    """Begin to compile the kernels that the graph calls, when it is known which these are."""
+    for node in graph.nodes:
+        if is_call(node, auto_functionalized) and node.args[0] is operators.tile_:
+            inputs, outputs = ([val(each) for each in node.kwargs[name]] for name in ("inputs", "outputs"))
+            if outputs[0].device.type == "cuda":
+                operators.prepare_tile(node.kwargs["program"], inputs, outputs, node.kwargs.get("columns", ()))
+        elif is_call(node, operators.sum_parts):
+            parts, scales, dtype, stacked = (*node.args, False)[:4]
+            given = [val(part) for part in parts]
+            numbers = [None if scale is None else val(scale) for scale in scales]
+            if given[0].device.type == "cuda":
+                operators.prepare_sums(given, numbers, dtype, stacked)
 
 
 @contextlib.contextmanager
@@ -106,8 +125,6 @@ def _emit(region: Region, graph: Graph, choose: Choose) -> bool:
         # Values of their own: by their storage Inductor would take them for views of what is mutated.
         values = [torch.empty_like(val(node)) for node in outputs]
     operands = {"outputs": outputs, "program": program.dumps(), "inputs": writer.inputs}
-    if val(writer.inputs[0]).device.type == "cuda":
-        operators.prepare_tile(program.dumps(), [val(node) for node in writer.inputs], values)
     # The wrapper is how Inductor represents a mutation that it may perform in place (accumulate has the same).
     ran = _call(last, auto_functionalized, (operators.tile_,), (None, values), operands)
     written = _call(last, operator.getitem, (ran, 1), values)

@@ -79,7 +79,7 @@ def rewrite(group: list[Site], rewriter: Rewriter) -> None:
     assert product is not None
     found = _found(product, group)
     assert found is not None
-    # New nodes are like dA, which is backward's for certain: what a user's own autograd function made may be of no half.
+    # New nodes are like dA, which is backward's for certain: what a user's autograd function made may be of no half.
     mine, total, chain = found
     *moves, scatter, result = chain
     g: Any = product.args[0]

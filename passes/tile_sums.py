@@ -99,8 +99,6 @@ def _emit(
     numbers = [None if scale is None else val(scale) for scale in scales]
     with detect_fake_mode(given):
         values = operators.sum_parts(given, numbers, dtype, stacked)
-        if given[0].device.type == "cuda":
-            operators.prepare_sums(given, numbers, dtype, stacked)
     kept = {name: item for name, item in (meta or before.meta).items() if name not in ("val", "tensor_meta")}
     with before.graph.inserting_before(before):
         node = before.graph.call_function(operators.sum_parts, (parts, scales, dtype, *([True] if stacked else [])))

@@ -3,7 +3,8 @@
 A program that sums over rows or columns leaves ``[P, E...]`` float32 parts. What they come to is read by the next
 program, or it is a gradient that only the optimizer reads: all of those are one launch at the end of a graph. Sums that
 a stack of siblings reads side by side are one launch, too, and one matrix. Parts are added in a fixed order, eight at a
-time, so two runs are equal to the bit.
+time, so two runs are equal to the bit. Where that is cheap, programs sum for themselves what others read
+(:mod:`lora_fx.passes.tile_own_sums`), in the same order.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ import torch
 from torch import Tensor
 
 from lora_fx.passes.kernels.jit import compiler, define
+from lora_fx.passes.kernels.relaunch import Launches, described
+from lora_fx.passes.kernels.tile_last import ADDED, AT_ONCE
 from lora_fx.passes.kernels.tile_launch import are_known
 
 _BLOCK = 1024
-_AT_ONCE = 8
+
+_launches = Launches()
 
 
 def source(scaled: tuple[bool, ...], ranks: tuple[int, ...]) -> str:
@@ -32,7 +36,7 @@ def source(scaled: tuple[bool, ...], ranks: tuple[int, ...]) -> str:
         names += [f"out{i}", f"parts{i}", *([f"scale{i}"] if has_scale else []), f"P{i}", f"E{i}"]
         loads = [
             f"v{k} = tl.load(parts{i} + (p + {k}) * size + e, mask=there & (p + {k} + none < P{i}), other=0.0)"
-            for k in range(_AT_ONCE)
+            for k in range(AT_ONCE)
         ]
         value = f"total * tl.load(scale{i})" if has_scale else "total"
         place = f"(e // {ranks[i]}) * {sum(ranks)} + {sum(ranks[:i])} + e % {ranks[i]}" if ranks else "e"
@@ -44,9 +48,9 @@ def source(scaled: tuple[bool, ...], ranks: tuple[int, ...]) -> str:
             f"    total = tl.zeros(({_BLOCK},), tl.float32)",
             f"    size = tl.full((), E{i}, tl.int64)",
             "    none = 0 * e",  # makes a tensor of a condition that is a number in the interpreter
-            f"    for p in range(0, P{i}, {_AT_ONCE}):",
+            f"    for p in range(0, P{i}, {AT_ONCE}):",
             *(f"        {line}" for line in loads),
-            "        total += ((v0 + v1) + (v2 + v3)) + ((v4 + v5) + (v6 + v7))",
+            f"        total += {ADDED}",
             f"    tl.store(out{i} + {place}, {value}, mask=there)",
             "first = last",
         ]
@@ -105,11 +109,17 @@ def run(parts: list[Tensor], scales: list[Tensor | None], dtype: torch.dtype, st
 
     ``stacked``: for parts [P, M, R], the sums side by side in one matrix [M, sum of R].
     """
+    outputs = empty(parts, dtype, stacked)
+    whole = [part.contiguous() for part in parts]
+    found = arguments(outputs, whole, scales)
+    tensors = [argument for argument in found if isinstance(argument, Tensor)]
+    again = tuple(s is not None for s in scales), stacked, described(tensors)
+    if (launch := _launches.find(again)) is not None:
+        launch(tensors)
+        return outputs
     key = _key(parts, scales, dtype, stacked)
     compiler().wait(key)
-    outputs = empty(parts, dtype, stacked)
-    blocks = sum(-(-part.shape[1:].numel() // _BLOCK) for part in parts)
-    if blocks:
-        whole = [part.contiguous() for part in parts]
-        kernel(*key[:2])[(blocks,)](*arguments(outputs, whole, scales))
+    if blocks := sum(-(-part.shape[1:].numel() // _BLOCK) for part in parts):
+        function = kernel(*key[:2])
+        _launches.keep(again, function, function[(blocks,)](*found), (blocks,), found, {}, tensors)
     return outputs
