@@ -83,7 +83,7 @@ def prepare(columns: int = 32) -> None:
     """Begin to compile that, for 48 rows."""
     like = torch.empty
     inputs = [like(48, columns, dtype=torch.bfloat16), like(columns, 16, dtype=torch.bfloat16)]
-    tile_launch.prepare(program(columns), inputs, [like(48, 16, dtype=torch.bfloat16)], [])
+    tile_launch.prepare(program(columns), inputs, [like(48, 16, dtype=torch.bfloat16)])
 
 
 def prepare_sums() -> None:
