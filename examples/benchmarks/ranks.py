@@ -91,7 +91,8 @@ class Row:
         peak_bytes: the most that a rank had in use during a step; None on a CPU.
         adapter_bytes: of the first rank's adapters and their optimizer's state.
         first_seconds: of the first step, which compiles.
-        losses: of the first steps.
+        losses: of all steps.
+        norms: of all steps' gradients before they are clipped; none of the frozen job.
         collectives: of one step of the first rank, by name.
         sites: (rewritten, all) branches of the first block of each rank, by rank.
     """
@@ -104,6 +105,7 @@ class Row:
     adapter_bytes: int
     first_seconds: float
     losses: list[float]
+    norms: list[float]
     collectives: dict[str, int]
     sites: list[tuple[int, int]]
 
@@ -138,6 +140,7 @@ def measure(settings: Settings, form: str, device: Device) -> Row:
         library_sources().train_tokens(), settings.steps, settings.batch, settings.length, settings.seed
     )
     losses: list[float] = []
+    norms: list[float] = []
     seconds: list[float] = []
     for step in range(settings.steps):
         if step == 1 + WARM and device.cuda:
@@ -145,9 +148,11 @@ def measure(settings: Settings, form: str, device: Device) -> Row:
         device.synchronise()
         torch.distributed.barrier()
         began = time.perf_counter()
-        losses.append(trainer.step(step, windows[step])[0])
+        loss, norm = trainer.step(step, windows[step])
         device.synchronise()
         seconds.append(time.perf_counter() - began)
+        losses.append(loss)
+        norms += [norm] if norm is not None and trainer.adapters else []
     slowest = torch.tensor(seconds, dtype=torch.float64, device=place)
     torch.distributed.all_reduce(slowest, op=torch.distributed.ReduceOp.MAX)
     peak = torch.tensor(torch.cuda.max_memory_allocated() if device.cuda else 0, device=place)
@@ -164,6 +169,7 @@ def measure(settings: Settings, form: str, device: Device) -> Row:
         adapter_bytes=sum(local(tensor).numel() * tensor.element_size() for tensor in held),
         first_seconds=float(slowest[0]),
         losses=losses,
+        norms=norms,
         collectives=collectives(lambda: trainer.step(settings.steps - 1, windows[-1]), device),
         sites=trainer.sites(blocks=1) if form == "lora_fx" else [],
     )
@@ -328,9 +334,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 references[mesh] = reference
         if options.json is not None:
             rows_of = {name: [dataclasses.asdict(row) for row in rows] for name, rows in found.items()}
-            alone_losses = {name: rows[0].losses for name, rows in references.items()}
+            one_gpu = {name: dataclasses.asdict(rows[0]) for name, rows in references.items()}
             settings = {mesh: " ".join(job(mesh, options.model, options.steps)) for mesh in found}
-            document = {**where, "jobs": settings, "meshes": rows_of, "one_gpu": alone_losses, "failed": failed}
+            document = {**where, "jobs": settings, "meshes": rows_of, "one_gpu": one_gpu, "failed": failed}
             write_json(options.json, document)
     print(f"\n{table(found, references)}\n\n{collective_table(found)}")
     for name, why in failed.items():
