@@ -291,6 +291,72 @@ def test_another_key_ends_the_use_of_workers(compiler: jit.Compiler, monkeypatch
     assert len(pool.keys) == 1
 
 
+def test_a_worker_with_another_key_compiles_nothing(
+    compiler: jit.Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It says so at once, and it is said once; kernels that were begun before are not sent, either."""
+    pool, began = Inline(), Future[None]()
+    monkeypatch.setattr(jit.Job, "run", functools.partial(elsewhere, jit.Job.run))
+    use(monkeypatch, pool, began)
+    compiler.threads = jit.ThreadPoolExecutor(max_workers=1)
+    with caplog.at_level("DEBUG", "lora_fx.passes"):
+        for columns in (32, 40, 64):
+            prepare(columns)
+        began.set_result(None)
+        finish(compiler)
+    said = [record.message for record in caplog.records]
+    assert len(said) == 1 and "has another key in a worker" in said[0]
+    assert pool.keys == ["another key"] and len(cubins(tmp_path)) == 3
+
+
+def elsewhere(run: Callable[[jit.Job], str], job: jit.Job) -> str:
+    """What a job does in a process where Triton's key is another one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jit, "_key", lambda *found: "another key")
+        patch.setattr(triton, "compile", None)
+        return run(job)
+
+
+def test_the_key_names_the_assembler_that_is_used(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Triton had been asked for the key before torch's assembler was chosen, as Inductor does for each plain kernel."""
+
+    def assembler() -> str:
+        return str(triton.compiler.make_backend(driver.get_current_target()).hash())
+
+    _torch.follow_assembler()
+    own = assembler()
+    other = tmp_path / "ptxas"
+    other.write_text("#!/bin/sh\necho Cuda compilation tools, release 13.9, V13.9.1\n")
+    other.chmod(0o700)
+    with monkeypatch.context() as patch:
+        patch.setenv("TRITON_PTXAS_PATH", str(other))
+        assert assembler() == own
+        _torch.prepare_triton(0)
+        assert "V13.9.1" in assembler()
+        with jit._environment({}):  # a worker whose parent has chosen another
+            assert assembler() == own
+        assert "V13.9.1" in assembler()
+    _torch.follow_assembler()
+    assert assembler() == own
+
+
+def test_a_walk_of_short_steps_stays_a_loop(
+    compiler: jit.Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Assemblers write out loops that they know to be short, which takes them seconds (h of N 4096 and R 16)."""
+    use(monkeypatch, None)
+    body: list[Any] = [["load", 0], ["down", 0, 1]]
+    tile = Tile(rows=64, columns=4096, step=128, walk="columns", stages=5)
+    text = Program(4096, "bfloat16", [["full"], ["factor", 16, "RN"]], body, tile).dumps()
+    like = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
+    tile_launch.prepare(text, [like(8192, 4096), like(16, 4096)], [like(8192, 16)], [])
+    finish(compiler)
+    (cubin,) = cubins(tmp_path).values()
+    assert len(cubin) < 40_000  # 96 KB as one piece
+
+
 @pytest.mark.parametrize(
     "config", [{"compile_threads": 1}, {"worker_start_method": "fork"}, {"triton.proton_profiling": True}], ids=str
 )
