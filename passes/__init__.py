@@ -31,6 +31,6 @@ happened; ``kernels`` holds the operators and their lowerings; ``low_rank`` is t
 computed twice for it, ``tile_siblings`` what is read once; ``tile_writer`` writes a region's program,
 ``kernels.tile_program`` says what a program means, ``kernels.tile_triton`` writes its kernel, ``kernels.jit`` compiles
 it ahead, ``kernels.tile_launch`` runs it and ``kernels.relaunch`` runs it again; ``tile_sums`` adds up what programs
-leave in parts, and ``tile_own_sums`` has them do it themselves. The entry points are
+leave in parts. The entry points are
 :func:`lora_fx.passes.pipeline.hooks` and :func:`lora_fx.passes.pipeline.rewrite_graph`.
 """

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from lora_fx.passes import tile_own_sums, tile_sums
+from lora_fx.passes import tile_sums
 from lora_fx.passes._torch import auto_functionalized, detect_fake_mode, stable_topological_sort
 from lora_fx.passes.graph import (
     CONVERT,
@@ -60,8 +60,6 @@ def cut(graph: Graph, choose: Choose = choose) -> Iterator[tuple[Node, Exception
         with _undone(graph) as failure:
             tile_sums.stack(graph)
             tile_sums.join(graph)
-            # After stacking, which says where a sum is written, and joining, which takes those that nobody waits for.
-            tile_own_sums.own(graph)
             _prepare(graph)
         if failure:
             yield graph.output_node(), failure[0]
@@ -73,7 +71,7 @@ def _prepare(graph: Graph) -> None:
         if is_call(node, auto_functionalized) and node.args[0] is operators.tile_:
             inputs, outputs = ([val(each) for each in node.kwargs[name]] for name in ("inputs", "outputs"))
             if outputs[0].device.type == "cuda":
-                operators.prepare_tile(node.kwargs["program"], inputs, outputs, node.kwargs.get("columns", ()))
+                operators.prepare_tile(node.kwargs["program"], inputs, outputs)
         elif is_call(node, operators.sum_parts):
             parts, scales, dtype, stacked = (*node.args, False)[:4]
             given = [val(part) for part in parts]

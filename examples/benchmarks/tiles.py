@@ -114,11 +114,7 @@ def materialised(kernel: Kernel, device: Device) -> tuple[list[Tensor], list[Ten
         tensor = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device.name)
         return tensor.normal_() if like.is_floating_point() else tensor.random_(0, 2)
 
-    # Counters for tiles of any height.
-    rows = kernel.program.row_count(kernel.inputs)
-    counters = torch.zeros(rows, dtype=torch.int32, device=device.name)
-    given = [counters if k == ["counters"] else one(t) for k, t in zip(kernel.program.inputs, kernel.inputs)]
-    return given, [one(t) for t in kernel.outputs]
+    return [one(t) for t in kernel.inputs], [one(t) for t in kernel.outputs]
 
 
 def with_tile(kernel: Kernel, tile: Tile) -> tuple[str, list[Tensor]]:

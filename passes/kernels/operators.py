@@ -7,7 +7,6 @@ Legend: M tokens, K in, N out, R rank. ``scale`` is a 0-d tensor or None for 1.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,10 +21,9 @@ for _schema in (
     "accumulate_(Tensor(a!) base, Tensor a, Tensor b, Tensor? scale=None) -> ()",
     "gradient_pair(Tensor dy, Tensor b, Tensor h, Tensor? scale=None) -> (Tensor, Tensor)",
     "keep(Tensor seed, SymInt[] size, float p) -> Tensor",
-    "tile_(Tensor(a!)[] outputs, str program, Tensor[] inputs, int[] columns=[]) -> ()",
+    "tile_(Tensor(a!)[] outputs, str program, Tensor[] inputs) -> ()",
     "sum_parts(Tensor[] parts, Tensor?[] scales, ScalarType dtype, bool stacked=False) -> Tensor[]",
     "donated(Tensor saved, SymInt[] size) -> Tensor",
-    "counters(Tensor like, int count) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -94,24 +92,20 @@ def _gradient_pair_cpu(dy: Tensor, b: Tensor, h: Tensor, scale: Tensor | None = 
     return grad_h, _scaled_mm_cpu(dy.t(), h, scale)
 
 
-def _tile_(outputs: list[Tensor], program: str, inputs: list[Tensor], columns: Sequence[int] = ()) -> None:
+def _tile_(outputs: list[Tensor], program: str, inputs: list[Tensor]) -> None:
     """Run a tile program (:mod:`lora_fx.passes.kernels.tile_program`) as ATen.
 
-    An output [M, N] may be an input's memory: every element is read before it is written. ``columns``: for each "sum",
-    the first of the columns that it writes of its output, which others write the rest of.
+    An output [M, N] may be an input's memory: every element is read before it is written.
     """
-    plan = tile_program.loads(program)
-    for output, value in zip(
-        tile_program.written(plan, outputs, list(columns)), tile_program.evaluate(plan, inputs), strict=True
-    ):
+    for output, value in zip(outputs, tile_program.evaluate(tile_program.loads(program), inputs)):
         output.copy_(value.view_as(output))
 
 
-def _tile_cuda_(outputs: list[Tensor], program: str, inputs: list[Tensor], columns: Sequence[int] = ()) -> None:
+def _tile_cuda_(outputs: list[Tensor], program: str, inputs: list[Tensor]) -> None:
     """Run a tile program as a kernel; needs Triton, which is imported with its first use."""
     from lora_fx.passes.kernels.tile_launch import run
 
-    run(program, inputs, outputs, list(columns))
+    run(program, inputs, outputs)
 
 
 def _sum_parts(
@@ -146,11 +140,11 @@ def teach_inductor() -> None:
     read_from_memory([tile_, accumulate_, scaled_mm, gradient_pair, sum_parts])
 
 
-def prepare_tile(program: str, inputs: list[Tensor], outputs: list[Tensor], columns: Sequence[int] = ()) -> None:
+def prepare_tile(program: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
     """Begin to compile the kernel of a tile program, in the background, for tensors like these, which may be fake."""
     from lora_fx.passes.kernels.tile_launch import prepare
 
-    prepare(program, inputs, outputs, list(columns))
+    prepare(program, inputs, outputs)
 
 
 def prepare_sums(parts: list[Tensor], scales: list[Tensor | None], dtype: torch.dtype, stacked: bool) -> None:
@@ -168,15 +162,6 @@ def _donated(saved: Tensor, size: list[int | torch.SymInt]) -> Tensor:
     return saved.new_empty(size)
 
 
-def _counters(like: Tensor, count: int) -> Tensor:
-    """``count`` zeros, int32, on the device of ``like``: one launch for all kernels of a graph that count.
-
-    Inductor would make zeros anew for each slice of them that a kernel gets.
-    """
-    return like.new_zeros([count], dtype=torch.int32)
-
-
-_library.impl("counters", _counters, "CompositeExplicitAutograd")
 _library.impl("keep", dropout.keep_eager, "CompositeExplicitAutograd")
 _library.impl("tile_", _tile_, "CPU")
 _library.impl("tile_", _tile_cuda_, "CUDA")
@@ -196,10 +181,9 @@ def _sum_parts_fake(
 
 
 @torch.library.register_fake("lora_fx::tile_", lib=_library)
-def _tile_fake_(outputs: list[Tensor], program: str, inputs: list[Tensor], columns: Sequence[int] = ()) -> None:
+def _tile_fake_(outputs: list[Tensor], program: str, inputs: list[Tensor]) -> None:
     plan = tile_program.loads(program)
     torch._check(len(inputs) == len(plan.inputs) and len(outputs) == len(plan.outputs), lambda: "operands are missing")
-    tile_program.written(plan, outputs, list(columns))
 
 
 @torch.library.register_fake("lora_fx::keep", lib=_library)
@@ -256,4 +240,3 @@ keep = torch.ops.lora_fx.keep.default
 tile_ = torch.ops.lora_fx.tile_.default
 sum_parts = torch.ops.lora_fx.sum_parts.default
 donated = torch.ops.lora_fx.donated.default
-counters = torch.ops.lora_fx.counters.default

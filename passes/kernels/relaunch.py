@@ -11,7 +11,6 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
@@ -32,15 +31,11 @@ class Launch:
     arguments: list[Any]
     tensors: list[tuple[int, int]]
     """Which argument is which of the tensors that it is launched on."""
-    scratch: list[tuple[int, torch.Size]]
-    """Which arguments are float32 memory for the time of the launch."""
 
     def __call__(self, tensors: Sequence[Tensor]) -> None:
         arguments = self.arguments.copy()
         for place, index in self.tensors:
             arguments[place] = tensors[index]
-        for place, size in self.scratch:
-            arguments[place] = torch.empty(size, dtype=torch.float32, device=tensors[0].device)
         self.run(*arguments)
 
 
@@ -63,12 +58,11 @@ class Launches:
         positional: Sequence[Any],
         named: dict[str, Any],
         tensors: Sequence[Tensor],
-        scratch: Sequence[Tensor] = (),
     ) -> None:
         """Remember what Triton launched: ``compiled``, for a ``function`` with these arguments.
 
-        Those of ``positional`` that are tensors, and no scratch, are ``tensors`` in their order, as the kernel indexes
-        them. (By their order and not by their memory, which two of them may share in one launch and not in the next.)
+        Those of ``positional`` that are tensors are ``tensors`` in their order, as the kernel indexes them. (By their
+        order and not by their memory, which two of them may share in one launch and not in the next.)
         Nothing is kept where one is a copy that was made for this launch, or nothing was compiled (Triton's
         interpreter).
         """
@@ -77,18 +71,13 @@ class Launches:
         given = iter(positional)
         arguments = [named[name] if name in named else next(given) for name in function.arg_names]
         places: list[tuple[int, int]] = []
-        sizes: list[tuple[int, torch.Size]] = []
         for place, argument in enumerate(arguments):
-            if not isinstance(argument, Tensor):
-                continue
-            arguments[place] = None
-            if any(argument is memory for memory in scratch):
-                sizes.append((place, argument.shape))
-            elif argument.data_ptr() == tensors[len(places)].data_ptr():
+            if isinstance(argument, Tensor):
+                if argument.data_ptr() != tensors[len(places)].data_ptr():
+                    return
                 places.append((place, len(places)))
-            else:
-                return
+                arguments[place] = None
         assert len(places) == len(tensors)
         if len(self.known) >= _MOST:
             self.known.clear()
-        self.known[key] = Launch(compiled[(*grid, 1, 1)[:3]], arguments, places, sizes)
+        self.known[key] = Launch(compiled[(*grid, 1, 1)[:3]], arguments, places)

@@ -25,7 +25,6 @@ rate of a copy. ``examples/benchmarks/tiles.py`` prints both for what is chosen,
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from lora_fx.passes.kernels.tile_program import Statement, Tile
@@ -34,10 +33,6 @@ from lora_fx.passes.kernels.tile_program import Statement, Tile
 FEWEST_ROWS = 256
 # Programs that keep a large GPU (132 multiprocessors) busy: one on each, nearly, where a step loads much, else two.
 BUSY, BUSY_TWICE = 128, 256
-# Bytes of parts that one program of a GPU adds up at the end of a kernel rather than that another kernel does it.
-LAST = 160 << 10
-# Rows up to which tiles are made for that: lower ones, whose sums are shared by more programs.
-LOW_ROWS = 1024
 
 
 def choose(kinds: list[list[Any]], body: list[Statement], rows: Any, columns: int) -> Tile | None:
@@ -49,27 +44,8 @@ def choose(kinds: list[list[Any]], body: list[Statement], rows: Any, columns: in
     m = rows if isinstance(rows, int) else 1 << 13
     if m < FEWEST_ROWS:
         return None
-    names = ["down" if statement[0] == "sum" else statement[0] for statement in body]
+    names = [statement[0] for statement in body]
     rank = max((kind[1] for kind in kinds if kind[0] in ("thin", "factor")), default=0)
-    tile = _walk(names, rank, m, columns)
-    summed = sum(kinds[statement[2]][1] for statement in body if statement[0] in ("down", "sum"))
-    return dataclasses.replace(tile, last=isinstance(rows, int) and _sums_last(tile, summed, m, columns))
-
-
-def _sums_last(tile: Tile, rank: int, m: int, columns: int) -> bool:
-    """Whether the last program of a row of tiles should add up the row's parts of sums over columns, R in all.
-
-    It does so while the others are idle, where a kernel of its own would use all of the GPU. Reasoned, for an H200: it
-    waits some 1.5 us for its barriers, its atomic operation and its first loads, and then loads 64 bytes a clock,
-    100 KiB in a microsecond. The other kernel takes 3 us (8 of them 25 to 30 us of a Llama-3-8B block, M 512) and a
-    launch, about 1 us in a CUDA graph.
-    """
-    parts = -(-columns // tile.columns)
-    return rank > 0 and parts > 1 and parts * min(tile.rows, m) * rank * 4 <= LAST
-
-
-def _walk(names: list[str], rank: int, m: int, columns: int) -> Tile:
-    """How the program walks."""
     if "across" in names:
         return _across(names, rank, m, columns)
     if "down" in names:
@@ -102,15 +78,13 @@ def _down(names: list[str], rank: int, m: int, columns: int) -> Tile:
     heavy = "product" in names and rank > 32
     if heavy and rank <= 64 and m >= 64 * BUSY:
         return Tile(rows=64, columns=-(-columns // 64) * 64, step=64, walk="columns", stages=4)
-    height = 32 if m <= LOW_ROWS else 64
     if "product" in names or "keep" in names:
-        width = _shrunk(1024, height, columns, m, 128, BUSY_TWICE)
+        width = _shrunk(1024, 64, columns, m, 128, BUSY_TWICE)
         step = 64 if heavy or names.count("keep") > 1 else 128
-        return Tile(rows=height, columns=width, step=step, walk="columns", stages=2 if heavy and rank > 64 else 3)
-    width = _shrunk(4096, height, columns, m, 128, BUSY)
+        return Tile(rows=64, columns=width, step=step, walk="columns", stages=2 if heavy and rank > 64 else 3)
+    width = _shrunk(4096, 64, columns, m, 128, BUSY)
     # All columns in one part need no other kernel, and a deeper pipeline, as there are no more programs.
-    stages = 5 if width >= columns and rank <= 48 else 3
-    return Tile(rows=height, columns=width, step=128, walk="columns", stages=stages)
+    return Tile(rows=64, columns=width, step=128, walk="columns", stages=5 if width >= columns and rank <= 48 else 3)
 
 
 def _shrunk(length: int, width: int, along: int, across: int, least: int, enough: int) -> int:

@@ -14,7 +14,7 @@ from triton.runtime.errors import OutOfResources
 
 from lora_fx.passes.kernels.jit import compiler
 from lora_fx.passes.kernels.relaunch import Launches, described
-from lora_fx.passes.kernels.tile_program import Program, evaluate, loads, row_parts, written
+from lora_fx.passes.kernels.tile_program import Program, evaluate, loads
 from lora_fx.passes.kernels.tile_triton import kernel, name_of
 
 log = logging.getLogger("lora_fx.passes")
@@ -27,10 +27,10 @@ def are_known(tensors: Iterable[Tensor]) -> bool:
     return torch.cuda.is_available() and all(isinstance(size, int) for t in tensors for size in t.shape)
 
 
-def prepare(text: str, inputs: list[Tensor], outputs: list[Tensor], columns: list[int]) -> None:
+def prepare(text: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
     """Begin to compile the kernel of the program that ``text`` describes, for tensors like these, which may be fake."""
     if are_known((*inputs, *outputs)):
-        arguments = _arguments(loads(text), inputs, written(loads(text), outputs, columns))
+        arguments = _arguments(loads(text), inputs, outputs)
         make = functools.partial(kernel, text)
         compiler().start(text, make, arguments.positional, inputs[0].device, **arguments.named)
 
@@ -41,7 +41,6 @@ class _Arguments:
 
     positional: list[Any]
     named: dict[str, Any]
-    scratch: list[Tensor]
 
 
 def _arguments(program: Program, inputs: list[Tensor], outputs: list[Tensor]) -> _Arguments:
@@ -55,49 +54,35 @@ def _arguments(program: Program, inputs: list[Tensor], outputs: list[Tensor]) ->
         elif kind[0] in ("thin", "factor"):
             strides += t.stride() if kind[-1] != "RN" else reversed(t.stride())
     named.update(EVEN_ROWS=m % tile.rows == 0, num_warps=tile.warps, num_stages=tile.stages)
-    sums: list[Any] = []
-    scratch: list[Tensor] = []
-    for statement, output in zip(program.outputs, outputs):
-        if statement[0] == "sum":
-            # Gone when the kernel ends, so nobody else plans memory for it.
-            parts = (program.column_parts, m, program.rank(statement[2]))
-            scratch.append(output.new_empty(parts, dtype=torch.float32))
-            sums += [scratch[-1], output.stride(0)]
-    return _Arguments([*tensors, *strides, *outputs, *sums, m], named, scratch)
+    return _Arguments([*tensors, *strides, *outputs, m], named)
 
 
-def run(text: str, inputs: list[Tensor], outputs: list[Tensor], columns: list[int]) -> None:
+def run(text: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
     """Run the kernel of the program that ``text`` describes on ``inputs`` into ``outputs``.
 
     An output [M, N] may be the memory of an input: a tile is loaded before it is stored, and by nobody else. Kernels
-    write contiguous memory, but for sums, which may be ``columns`` of a matrix (:func:`tile_program.written`); what is
-    laid out in another way gets a copy.
+    write contiguous memory; what is laid out in another way gets a copy.
     """
-    program = loads(text)
-    outputs = written(program, outputs, columns)
     key = text, described([*inputs, *outputs])
     if (launch := _launches.find(key)) is not None:
         launch([*inputs, *outputs])
         return
+    program = loads(text)
     tile, m = program.tile, int(program.row_count(inputs))
     if not m:
         return
     compiler().wait(text)
-    targets = [
-        t if t.is_contiguous() or (s[0] == "sum" and t.stride(1) == 1) else t.new_empty(t.shape)
-        for s, t in zip(program.outputs, outputs)
-    ]
-    arguments = _arguments(program, inputs, targets)
-    grid = (program.column_parts, row_parts(m, tile.rows))
+    written = [t if t.is_contiguous() else t.new_empty(t.shape) for t in outputs]
+    arguments = _arguments(program, inputs, written)
+    grid = (-(-program.columns // tile.columns), -(-m // tile.rows))
     function = kernel(text)
     try:
         compiled = function[grid](*arguments.positional, **arguments.named)
-        found = grid, arguments.positional, arguments.named, [*inputs, *outputs], arguments.scratch
-        _launches.keep(key, function, compiled, *found)
+        _launches.keep(key, function, compiled, grid, arguments.positional, arguments.named, [*inputs, *outputs])
     except OutOfResources as error:
         _warn_once(f"{name_of(program)} does not fit this device ({error}): it runs as ATen, which is slower")
-        targets = [value.view_as(t) for value, t in zip(evaluate(program, inputs), outputs)]
-    for output, memory in zip(outputs, targets):
+        written = [value.view_as(t) for value, t in zip(evaluate(program, inputs), outputs)]
+    for output, memory in zip(outputs, written):
         if memory is not output:
             output.copy_(memory)
 

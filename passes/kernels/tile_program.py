@@ -17,13 +17,9 @@ A program is a list of statements; a statement's value is named by its place in 
                                       whole [M, R], in the program's dtype, where a tile has all columns
     ["across", value, thin, order]    an output: value^T [N, M] times [M, R], in parts [ceil(M / rows), N, R] for the
                                       order "NR", [ceil(M / rows), R, N] for "RN"
-    ["sum", value, factor, scale, dtype]
-                                      an output: what the parts of a "down" come to, times a number (or null), as R
-                                      columns of a matrix, which may have others; see below
 
-Parts are float32 and are summed by whoever reads them, or, for a "sum", by the program (in the GPU's sense) that is the
-last one of its rows to end: in a fixed order in either case, so that two runs are equal to the bit, and no sum is made
-by atomics. Pointwise arithmetic is float32; the operands of products have the dtype of the program.
+Parts are float32 and are summed by whoever reads them: in a fixed order and without atomics, so that two runs are equal
+to the bit. Pointwise arithmetic is float32; the operands of products have the dtype of the program.
 
 Legend: M tokens, N the columns of the pass, R rank.
 """
@@ -43,7 +39,7 @@ from lora_fx.passes.kernels import dropout
 
 Statement = list[Any]
 
-OUTPUTS = ("store", "down", "across", "sum")
+OUTPUTS = ("store", "down", "across")
 
 
 @dataclass(frozen=True)
@@ -60,8 +56,6 @@ class Tile:
     """Parts of a step of rows, side by side, that are computed one after the other: smaller tiles, fewer parts."""
     warps: int = 4
     stages: int = 2
-    last: bool = False
-    """Whether the last program of a row of tiles should add up what a "down" leaves in parts, as a "sum" does."""
 
     def __post_init__(self) -> None:
         along = self.rows if self.walk == "rows" else self.columns
@@ -81,8 +75,7 @@ class Program:
     """Of the matrices that products multiply: ``bfloat16`` or ``float16``."""
     inputs: list[list[Any]]
     """What each input is: ``["full"]`` [..., N], ``["row"]`` [..., 1], ``["column"]`` [N], ``["number"]`` [],
-    ``["seed"]`` [], ``["counters"]``: a zero (int32) for each tile along M, with which programs find out which of them
-    is the last one, and which are zero again when the kernel ends,
+    ``["seed"]`` [],
     ``["thin", R]`` [M, R], ``["factor", R, order]`` [N, R] for the order ``"NR"``, [R, N] for ``"RN"``."""
     body: list[Statement]
     tile: Tile
@@ -98,36 +91,27 @@ class Program:
 
     def is_whole(self, statement: Statement) -> bool:
         """Whether an output comes as it is and not in parts."""
-        return statement[0] in ("store", "sum") or (statement[0] == "down" and self.tile.columns >= self.columns)
+        return statement[0] == "store" or (statement[0] == "down" and self.tile.columns >= self.columns)
 
     @property
     def sums_both_ways(self) -> bool:
         """Whether it sums over columns and over rows."""
-        kinds = {statement[0] for statement in self.body}
-        return "across" in kinds and not kinds.isdisjoint(("down", "sum"))
-
-    @property
-    def column_parts(self) -> int:
-        """Tiles along N: the parts of a sum over columns."""
-        return -(-self.columns // self.tile.columns)
+        return {"down", "across"} <= {statement[0] for statement in self.body}
 
     def rank(self, index: int) -> int:
         """R of a thin or factor input."""
         return int(self.inputs[index][1])
 
     def output_shape(self, statement: Statement, rows: Any, parts: Any) -> tuple[tuple[Any, ...], torch.dtype]:
-        """Shape and dtype of an output for ``rows`` = M and :func:`row_parts`. A stored value is a matrix; a "sum" is
-        what it writes of one."""
+        """Shape and dtype of an output for ``rows`` = M and :func:`row_parts`. A stored value is a matrix."""
         kind = statement[0]
         if kind == "store":
             return (rows, self.columns), getattr(torch, statement[2])
         r = self.rank(statement[2])
-        if kind == "sum":
-            return (rows, r), getattr(torch, statement[4])
         if self.is_whole(statement):
             return (rows, r), getattr(torch, self.dtype)
         if kind == "down":
-            return (self.column_parts, rows, r), torch.float32
+            return (-(-self.columns // self.tile.columns), rows, r), torch.float32
         sizes = (self.columns, r) if statement[3] == "NR" else (r, self.columns)
         return (parts, *sizes), torch.float32
 
@@ -216,9 +200,7 @@ def evaluate(program: Program, inputs: list[Tensor]) -> list[Tensor]:
             else:
                 full = full.to(dtype).to(wide)
                 other = matrices[statement[2]].to(wide)
-                total = full.t() @ other if kind == "across" else full @ other
-                if kind == "sum" and statement[3] is not None:
-                    total = total * matrices[statement[3]]
+                total = full @ other if kind == "down" else full.t() @ other
                 if program.is_whole(statement):
                     results.append(total.to(out_dtype))
                     values.append(None)
@@ -229,16 +211,6 @@ def evaluate(program: Program, inputs: list[Tensor]) -> list[Tensor]:
                 results.append(parts)
         values.append(value)
     return results
-
-
-def written(program: Program, outputs: list[Tensor], columns: list[int]) -> list[Tensor]:
-    """What of ``outputs`` a program writes: of the matrices of its sums R columns, from the numbers in ``columns``, one
-    for each sum; from the first one on where ``columns`` is empty."""
-    first = iter(columns or [0] * len(outputs))
-    return [
-        output.narrow(1, next(first), program.rank(statement[2])) if statement[0] == "sum" else output
-        for statement, output in zip(program.outputs, outputs, strict=True)
-    ]
 
 
 def _constant(number: float, like: Tensor) -> Tensor:

@@ -4,9 +4,6 @@ The source of a kernel is written statement by statement, so that a value is a t
 store. What does not change along the walk is loaded once: the factors and columns of a program that walks down its
 rows, the thin matrices and rows of one that walks along its columns; and so are the sums that it walks over kept in
 registers (``across`` when walking down, ``down`` when walking along) and written once as a part.
-
-A ``sum`` leaves parts in memory of its own, and the last program of a row of tiles adds them up, which spares a launch
-(:mod:`lora_fx.passes.kernels.tile_last`).
 """
 
 from __future__ import annotations
@@ -19,7 +16,6 @@ from typing import Any
 import torch
 import triton
 
-from lora_fx.passes.kernels import tile_last
 from lora_fx.passes.kernels.dropout import MIX, ODD, threshold
 from lora_fx.passes.kernels.jit import define
 from lora_fx.passes.kernels.tile_program import OUTPUTS, Program, Statement, loads
@@ -105,7 +101,6 @@ class _Writer:
         self.loaded: set[str] = set()
         self.strip = 0
         self.rounded = {s[1] for s in program.outputs if s[0] != "store" or s[2] == program.dtype}
-        self.sums = [i for i, s in enumerate(program.outputs) if s[0] == "sum"]
 
     def source(self) -> str:
         """The kernel's text.
@@ -120,8 +115,6 @@ class _Writer:
             if kind[0] in ("thin", "factor"):
                 names += [f"outer{i}", f"inner{i}"]
         names += [f"out{i}" for i in range(len(program.outputs))]
-        for i in self.sums:
-            names += [f"part{i}", f"pitch{i}"]
         strides = [f"stride{i}: tl.constexpr" for i, kind in enumerate(program.inputs) if kind[0] == "full"]
         rows, width = self._tile_shape()
         row = f"pm * {tile.rows} + step * {tile.step}" if self.down_rows else f"pm * {tile.rows}"
@@ -135,17 +128,10 @@ class _Writer:
                 for index, statement in enumerate(program.body):
                     if (statement[0] in OUTPUTS) == outputs:
                         self._statement(index, statement)
-        if self.sums:
-            scales = [(i, program.outputs[i][3]) for i in self.sums]
-            named = {i: self._value(scale) for i, scale in scales if scale is not None}
-            # Its stores are waited for when a program counts itself, so sums over rows are stored behind that.
-            count = tile_last.count(program)
-            self.after = count + self.after if self.down_rows else self.after + count
-            self.after += tile_last.add(program, named)
-        # A seed is one of several side by side, and so are the counters of several kernels.
-        unaligned = [f"in{i}" for i, kind in enumerate(program.inputs) if kind[0] in ("seed", "counters")]
+        # A seed is one of several side by side.
+        seeds = [f"in{i}" for i, kind in enumerate(program.inputs) if kind[0] == "seed"]
         lines = [
-            f"@triton.jit(do_not_specialize_on_alignment={unaligned})",
+            f"@triton.jit(do_not_specialize_on_alignment={seeds})",
             f"def {name_of(program)}({', '.join((*names, 'M', *strides, 'EVEN_ROWS: tl.constexpr'))}):",
             "    pn, pm = tl.program_id(0), tl.program_id(1)",
             f"    i, j = tl.arange(0, {rows}), tl.arange(0, {width})",
@@ -165,7 +151,7 @@ class _Writer:
         """
         tile = self.program.tile
         steps = (tile.rows if self.down_rows else tile.columns) // tile.step
-        is_short = {statement[0] for statement in self.program.body} <= {"load", "op", "down", "sum"}
+        is_short = {statement[0] for statement in self.program.body} <= {"load", "op", "down"}
         return f"{steps} + tl.minimum(M, 0)" if is_short and not self.down_rows else f"{steps}"
 
     def _tile_shape(self) -> tuple[int, int]:
@@ -305,7 +291,7 @@ class _Writer:
                 self._for_product(index)
         else:
             out = next(i for i, s in enumerate(self.program.outputs) if s is statement)
-            {"store": self._store, "down": self._down, "sum": self._down, "across": self._across}[kind](out, statement)
+            {"store": self._store, "down": self._down, "across": self._across}[kind](out, statement)
 
     @staticmethod
     def _op(name: str, operands: list[str]) -> str:
@@ -330,8 +316,7 @@ class _Writer:
         self._define(f"a{out}", self.inside if self.down_rows else self.before, [zero])
         self.inside.append(f"a{out} = tl.dot({value}, {factor}, a{out})")
         if self.strip == tile.strips - 1:
-            memory = f"part{out}" if statement[0] == "sum" else f"out{out}"
-            pointer = f"{memory} + (pn.to(tl.int64) * M + row) * {rank} + (i[:, None] * {rank} + k{out}[None, :])"
+            pointer = f"out{out} + (pn.to(tl.int64) * M + row) * {rank} + (i[:, None] * {rank} + k{out}[None, :])"
             write = self._write(pointer, f"a{out}", self._mask("m[:, None]", None, (f"k{out}[None, :]", rank)))
             where = self.inside if self.down_rows else self.after
             where += [f"k{out} = tl.arange(0, {padded(rank)})", write]
@@ -353,7 +338,7 @@ class _Writer:
 def name_of(program: Program) -> str:
     """What profilers call the kernel: how many statements of each kind it has, and N."""
     kinds = [statement[0] for statement in program.body]
-    counts = "_".join(f"{kinds.count(k)}{k}" for k in ("load", "product", *OUTPUTS) if k in kinds)
+    counts = "_".join(f"{kinds.count(k)}{k}" for k in ("load", "product", "store", "down", "across") if k in kinds)
     return f"lora_fx_{counts}_n{program.columns}"
 
 

@@ -3,34 +3,31 @@
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import lora_fx
-from lora_fx.passes import tile_own_sums
 from lora_fx.passes.kernels.tile_choice import choose
 from lora_fx.passes.kernels.tile_program import Program, Tile
-from tests.passes import pointwise_cases, sum_cases, test_part_sums, tile_cases
+from tests.passes import pointwise_cases, test_part_sums, tile_cases
 from tests.passes.harness import adapt
 from tests.passes.modules import Block, Mlp
-from tests.passes.tile_cases import SIZES, TILES, Case
+from tests.passes.tile_cases import CASES, SIZES, TILES, Case
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-CASES = [*tile_cases.CASES, *sum_cases.CASES]
 f16, bf16 = torch.float16, torch.bfloat16
 
 
 def run(program: Program, inputs: list[Tensor], outputs: list[Tensor]) -> None:
     from lora_fx.passes.kernels import tile_launch  # needs Triton, which is there where there is a GPU
 
-    tile_launch.run(program.dumps(), inputs, outputs, [])
+    tile_launch.run(program.dumps(), inputs, outputs)
 
 
 # ---- kernels by themselves -------------------------------------------------------------------------------------------
@@ -54,16 +51,6 @@ def test_the_tiles_that_are_chosen(case: Case, rows: int, columns: int, dtype: t
     if tile is None:
         pytest.skip("a kernel would not pay here")
     tile_cases.check(case, case.program(columns, dtype, tile), rows, run, "cuda")
-
-
-@pytest.mark.parametrize("dtype", [f16, bf16])
-@pytest.mark.parametrize(("rows", "columns"), [(100, 120), (192, 1024), (512, 4096), (1027, 14336), (4096, 1016)])
-@pytest.mark.parametrize("tile", TILES, ids=lambda t: f"{t.walk} {t.rows}x{t.columns}")
-def test_sums_of_a_stack(tile: Tile, rows: int, columns: int, dtype: torch.dtype) -> None:
-    """The last program of a row adds up what a kernel of its own does, to the bit, 50 times over."""
-    from tests.passes import stacked_sums  # needs Triton
-
-    stacked_sums.check(tile, rows, columns, dtype, "cuda", runs=50)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, bf16, f16])
@@ -179,42 +166,6 @@ def test_retain_graph() -> None:
     second = torch.autograd.grad(y, leaves, dy)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert torch.equal(y, kept)
-
-
-def test_programs_of_a_model_sum_their_parts() -> None:
-    """At 1024 tokens they do, and each sum is what a kernel of its own would have made of it, to the bit."""
-    from torch._inductor.utils import run_and_get_code
-
-    module, x = model("two blocks", rank=16)
-    theirs = copy.deepcopy(module)
-    with torch._inductor.config.patch(force_disable_caches=True):
-        lora_fx.compile(module, strict=True)
-        found, codes = run_and_get_code(step, module, x)
-        assert [code.count('"sum"') >= 4 for code in codes] == [True, True]
-        torch._dynamo.reset()
-        with mock.patch.object(tile_own_sums, "own", lambda graph: None):
-            lora_fx.compile(theirs, strict=True)
-            expected, codes = run_and_get_code(step, theirs, x)
-        assert [code.count('"sum"') for code in codes] == [0, 0]
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    for _ in range(20):
-        assert all(torch.equal(a, b) for a, b in zip(step(module, x), found, strict=True))
-
-
-def test_two_streams_at_once() -> None:
-    """Runs of one compiled graph that overlap have counters of their own."""
-    module, x = model("SwiGLU", rank=16)
-    lora_fx.compile(module, strict=True)
-    expected = step(module, x)
-    streams = [torch.cuda.Stream() for _ in range(2)]
-    torch.cuda.synchronize()
-    for _ in range(10):
-        found = []
-        for stream in streams:
-            with torch.cuda.stream(stream):
-                found.append(step(module, x))
-        torch.cuda.synchronize()
-        assert all(torch.equal(a, b) for each in found for a, b in zip(each, expected, strict=True))
 
 
 @pytest.mark.parametrize("name", ["SwiGLU", "linear and silu"])

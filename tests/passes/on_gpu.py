@@ -107,13 +107,13 @@ def by_graphs(
 
 
 def by_kernels(
-    case: Case, module: nn.Module, *, rewrite: bool, dtype: torch.dtype | None = None, step: Any = lower
+    case: Case, module: nn.Module, *, rewrite: bool, dtype: torch.dtype | None = None
 ) -> tuple[Outcome, Captured]:
     """`harness.by_kernels`, as on a GPU: programs run as ATen among Inductor's kernels."""
     if not rewrite:
         return harness.by_kernels(case, module, rewrite=False, dtype=dtype)
     with recorded() as captured:
-        function = torch.compile(case.wrap(module), options=options(step), dynamic=case.dynamic, fullgraph=True)
+        function = torch.compile(case.wrap(module), options=options(), dynamic=case.dynamic, fullgraph=True)
         return harness.run(case, module, function, dtype or case.dtype), captured
 
 

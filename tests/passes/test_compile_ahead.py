@@ -10,7 +10,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def prepare(columns: int = 32) -> None:
     """Begin to compile that, for 48 rows."""
     like = torch.empty
     inputs = [like(48, columns, dtype=torch.bfloat16), like(columns, 16, dtype=torch.bfloat16)]
-    tile_launch.prepare(program(columns), inputs, [like(48, 16, dtype=torch.bfloat16)], [])
+    tile_launch.prepare(program(columns), inputs, [like(48, 16, dtype=torch.bfloat16)])
 
 
 def prepare_many_sums() -> None:
@@ -323,7 +323,7 @@ def test_a_worker_with_another_key_compiles_nothing(
     """It says so at once, and it is said once; kernels that were begun before are not sent, either."""
     pool, began = Elsewhere(), Future[None]()
     use(monkeypatch, pool, began)
-    compiler.threads = jit.ThreadPoolExecutor(max_workers=1)
+    compiler.threads = ThreadPoolExecutor(max_workers=1)
     with caplog.at_level("DEBUG", "lora_fx.passes"):
         for columns in (32, 40, 64):
             prepare(columns)

@@ -14,7 +14,7 @@ from triton.compiler import CompiledKernel
 from lora_fx.passes.kernels import relaunch
 from lora_fx.passes.kernels.relaunch import Launches, described
 
-FUNCTION = SimpleNamespace(arg_names=["x", "STRIDE", "out", "scratch", "m"])
+FUNCTION = SimpleNamespace(arg_names=["x", "STRIDE", "out", "m"])
 
 
 class Compiled(CompiledKernel):
@@ -29,9 +29,9 @@ class Compiled(CompiledKernel):
 
 def kept(launches: Launches, x: Tensor, out: Tensor, given: Tensor | None = None) -> Compiled:
     """What is kept after a launch on ``x`` (or ``given``, in its place) and ``out``."""
-    compiled, scratch = Compiled(), torch.empty(2, 3)
-    positional = [x if given is None else given, out, scratch, 7]
-    launches.keep(described([x, out]), FUNCTION, compiled, (5, 6), positional, {"STRIDE": 4}, [x, out], [scratch])
+    compiled = Compiled()
+    positional = [x if given is None else given, out, 7]
+    launches.keep(described([x, out]), FUNCTION, compiled, (5, 6), positional, {"STRIDE": 4}, [x, out])
     return compiled
 
 
@@ -42,12 +42,9 @@ def test_a_launch_gets_its_own_tensors_and_the_numbers_of_the_first():
     launch = launches.find(described([other_x, other_out]))
     assert launch is not None
     launch([other_x, other_out])
-    ((grid, first, stride, second, scratch, m),) = compiled.launched
+    ((grid, first, stride, second, m),) = compiled.launched
     assert (grid, stride, m) == ((5, 6, 1), 4, 7)
     assert first is other_x and second is other_out
-    assert scratch.shape == (2, 3) and scratch.dtype == torch.float32
-    launch([x, out])
-    assert compiled.launched[1][4] is not scratch
 
 
 def test_an_output_that_was_an_input_once_is_not_taken_for_it():

@@ -18,19 +18,18 @@ import torch
 from torch import Tensor
 
 from lora_fx.passes.kernels.tile_program import Program, Tile
-from tests.passes import pointwise_cases, sum_cases, test_part_sums, tile_cases
-from tests.passes.tile_cases import SIZES, TILES, Case
+from tests.passes import pointwise_cases, test_part_sums, tile_cases
+from tests.passes.tile_cases import CASES, SIZES, TILES, Case
 
 tile_launch = pytest.importorskip("lora_fx.passes.kernels.tile_launch", reason="needs Triton", exc_type=ImportError)
 tile_triton = pytest.importorskip("lora_fx.passes.kernels.tile_triton", reason="needs Triton", exc_type=ImportError)
 part_sums = pytest.importorskip("lora_fx.passes.kernels.part_sums", reason="needs Triton", exc_type=ImportError)
 
-CASES = [*tile_cases.CASES, *sum_cases.CASES]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def run(program: Program, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-    tile_launch.run(program.dumps(), inputs, outputs, [])
+    tile_launch.run(program.dumps(), inputs, outputs)
 
 
 def compiled(program: Program, mask: int | None, full: str) -> Any:
@@ -44,13 +43,11 @@ def compiled(program: Program, mask: int | None, full: str) -> Any:
         what, place = name.rstrip("0123456789"), name.lstrip("abcdefghijklmnopqrstuvwxyz")
         if what == "in":
             kind = program.inputs[int(place)][0]
-            types = {"number": "fp32", "seed": "i64", "counters": "i32"}
+            types = {"number": "fp32", "seed": "i64"}
             signature[name] = "*i1" if int(place) == mask else f"*{types.get(kind, full)}"
         elif what == "out":
             store = program.outputs[int(place)][-1] == "bfloat16"
             signature[name] = "*bf16" if store else "*fp32"
-        elif what == "part":
-            signature[name] = "*fp32"
         elif what in ("stride", "EVEN_ROWS"):
             signature[name], constants[name] = "constexpr", program.columns if what == "stride" else False
         else:
@@ -108,29 +105,6 @@ if not INTERPRETED:
             assert compiled(case.program(136, torch.bfloat16, tile), case.mask, full).asm["cubin"]
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("tile", TILES[2:], ids=lambda t: t.walk)
-    def test_parts_are_seen_by_who_adds_them_up(tile: Tile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The order of what a GPU does to memory: parts, a barrier, one thread's atomic operation, which releases and
-        acquires for the GPU, a barrier, and loads of parts that no first-level cache answers."""
-        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-        case = next(c for c in CASES if str(c) == "gradient pair, rank 16, NR, summed and scaled")
-        text = compiled(case.program(256, torch.bfloat16, tile), None, "bf16").asm["ptx"]
-        steps = {"st.global": "store", "bar.sync": "barrier", "ld.global.cg": "part", "ld.global": "load"}
-        found: list[str] = []
-        for line in (" ".join(line.split()) for line in text.splitlines()):
-            what = next((step for start, step in steps.items() if start in line), None)
-            if "atom.global.gpu.acq_rel.add" in line:
-                assert line.startswith("@%p"), "one thread"
-                what = "count"
-            if what is not None and found[-1:] != [what]:
-                found.append(what)
-        assert found.count("count") == 1 and "part" not in found[: found.index("count")]
-        before, after = found[: found.index("count")], found[found.index("count") + 1 :]
-        assert before[-1] == "barrier" and "store" in before
-        assert after[0] == "barrier" and "load" not in after
-        assert after[after.index("part") :] == ["part", "store"], "the sum, and zero for the counter"
-
-    @pytest.mark.slow
     @pytest.mark.parametrize(("scaled", "ranks"), [((True,), ()), ((False, True, False), ()), ((True, True), (16, 4))])
     def test_sums_compile_for_a_gpu(
         scaled: tuple[bool, ...], ranks: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -164,13 +138,6 @@ else:
     def test_sums_of_parts() -> None:
         test_part_sums.check(part_sums.run, torch.float32)
         test_part_sums.check_stacked(part_sums.run, torch.float32)
-
-    @pytest.mark.parametrize(("rows", "columns"), [(100, 120), (192, 1024)])
-    @pytest.mark.parametrize("tile", TILES, ids=lambda t: f"{t.walk} {t.rows}x{t.columns}")
-    def test_program_of_a_stack(tile: Tile, rows: int, columns: int) -> None:
-        from tests.passes import stacked_sums  # needs Triton
-
-        stacked_sums.check(tile, rows, columns, torch.float16)
 
     @pytest.mark.parametrize("case", pointwise_cases.every(), ids=str)
     def test_pointwise(case: Case) -> None:

@@ -40,7 +40,7 @@ class Case:
 
     def program(self, columns: int, dtype: torch.dtype, tile: Tile) -> Program:
         name = str(dtype).removeprefix("torch.")
-        body = [[*s[:-1], name] if s[0] in ("store", "sum") and s[-1] == "model" else s for s in self.body]
+        body = [[*s[:2], name] if s[0] == "store" and s[2] == "model" else s for s in self.body]
         return Program(columns, name, self.inputs, body, tile)
 
     def bound(self, dtype: torch.dtype) -> float:
@@ -67,7 +67,7 @@ def _branch(r: int, order: str, scaled: bool) -> Case:
     )
 
 
-def pair(r: int, order: str) -> Case:
+def _pair(r: int, order: str) -> Case:
     """g = dy B and dB = dy^T h."""
     return Case(
         f"gradient pair, rank {r}, {order}",
@@ -78,7 +78,7 @@ def pair(r: int, order: str) -> Case:
     )
 
 
-def swiglu(r: int, q: int) -> Case:
+def _swiglu(r: int, q: int) -> Case:
     """z = silu(gate) * up, with both products, and h of the next linear."""
     return Case(
         f"SwiGLU, ranks {r} and {q}",
@@ -103,7 +103,7 @@ def swiglu(r: int, q: int) -> Case:
     )
 
 
-def swiglu_backward(r: int) -> Case:
+def _swiglu_backward(r: int) -> Case:
     """dgate and dup, which go to memory, both gradient pairs, and dA of the next linear from silu(gate) * up."""
     body: list[Statement] = [
         ["load", 0],
@@ -228,7 +228,7 @@ def _mask(r: int) -> Case:
     )
 
 
-def masked(r: int, p: float) -> Case:
+def _dropout(r: int, p: float) -> Case:
     """Two siblings that share x under a mask each: h and dA of the one, h of the other, and a mask itself."""
 
     def exact(x: Tensor, s: Tensor, t: Tensor, a: Tensor, b: Tensor, g: Tensor) -> tuple[Tensor, ...]:
@@ -256,17 +256,17 @@ def masked(r: int, p: float) -> Case:
 
 CASES = [
     *(_branch(r, order, scaled) for r, order, scaled in ((1, "NR", True), (16, "RN", False), (128, "NR", False))),
-    *(pair(r, order) for r, order in ((1, "NR"), (5, "RN"), (16, "NR"), (33, "RN"), (128, "NR"))),
-    swiglu(8, 24),
-    swiglu_backward(3),
-    swiglu_backward(16),
+    *(_pair(r, order) for r, order in ((1, "NR"), (5, "RN"), (16, "NR"), (33, "RN"), (128, "NR"))),
+    _swiglu(8, 24),
+    _swiglu_backward(3),
+    _swiglu_backward(16),
     _norm(16),
     _norm(20),
     _infinite(4),
     _mask(8),
     _broadcast(),
-    masked(16, 0.1),
-    masked(5, 0.75),
+    _dropout(16, 0.1),
+    _dropout(5, 0.75),
 ]
 SIZES = [(1, 8), (100, 120), (192, 128), (131, 136)]
 """M and N: M a multiple of no tile (or of all), N an odd multiple of 8 (or a multiple of a tile)."""
@@ -286,8 +286,6 @@ def operands(program: Program, rows: int, device: str = "cpu", batch: int = 1) -
     def one(kind: list[Any]) -> Tensor:
         if kind[0] == "number":
             return torch.rand((), device=device) + 0.5
-        if kind[0] == "counters":
-            return torch.zeros(rows, dtype=torch.int32, device=device)
         if kind[0] == "seed":
             return torch.randint(-(2**63), 2**63 - 1, (), device=device)
         if kind[0] == "full":
@@ -303,7 +301,7 @@ def operands(program: Program, rows: int, device: str = "cpu", batch: int = 1) -
         return torch.randn((n, kind[1]) if kind[2] == "NR" else (kind[1], n), device=device)
 
     def typed(kind: list[Any], tensor: Tensor) -> Tensor:
-        if kind[0] in ("number", "seed", "counters"):
+        if kind[0] in ("number", "seed"):
             return tensor
         # Factors have the size that keeps products near 1.
         scale = kind[1] ** -0.5 if kind[0] == "factor" else 1.0
@@ -336,7 +334,7 @@ def totals(program: Program, results: list[Tensor]) -> list[Tensor]:
 def exactly(case: Case, program: Program, inputs: list[Tensor]) -> list[Tensor]:
     """What the case says about inputs, transposed where the program's order says so."""
     flat = [t.reshape(-1, t.shape[-1]) if k[0] in ("full", "row") else t for k, t in zip(program.inputs, inputs)]
-    exact = case.exact(*(t if k[0] in ("seed", "counters") else t.double() for k, t in zip(program.inputs, flat)))
+    exact = case.exact(*(t if k == ["seed"] else t.double() for k, t in zip(program.inputs, flat)))
     return [
         t.t() if s[0] == "across" and s[3] == "RN" and t.shape[0] != program.rank(s[2]) else t
         for s, t in zip(program.outputs, exact, strict=True)
@@ -368,7 +366,7 @@ def check(case: Case, program: Program, rows: int, run: Runner, device: str = "c
         # A sum over few elements may cancel.
         room = 1 if min(rows, program.columns) > 16 else 8
         dtype = getattr(torch, program.dtype)
-        rounded = statement[0] in ("down", "sum") and program.is_whole(statement)
+        rounded = statement[0] == "down" and program.is_whole(statement)
         assert error <= room * max(case.bound(dtype), EPS[dtype] * rounded), (statement, error)
     _check_in_place(program, inputs, results, rows, run)
 
