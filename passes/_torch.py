@@ -11,6 +11,7 @@ import functools
 import importlib
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -187,5 +188,23 @@ def prepare_triton(device: int) -> None:
     Triton's key: a kernel that was compiled before they were set, or in a process without them, is not found again.
     """
     _private("torch._inductor.runtime.compile_tasks:_set_triton_ptxas_path")()
+    follow_assembler()
     folder = _private("torch._inductor.runtime.cache_dir_utils:triton_cache_dir")(device)
     os.environ.setdefault("TRITON_CACHE_DIR", folder)
+
+
+def follow_assembler() -> None:
+    """Have Triton's key name the assembler that Triton's variables choose now.
+
+    Triton asks one for its version once in a process, and Inductor has it ask (for its own cache) before it sets the
+    variable in this process, unlike in its workers: a kernel was assembled by torch's, under the key of Triton's own.
+    """
+    _ask_assembler(*(os.environ.get(name) for name in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")))
+
+
+@functools.lru_cache(maxsize=1)
+def _ask_assembler(*paths: str | None) -> None:
+    """Have Triton ask again, where the paths have changed (Triton 3.6 to 3.9 keep the version in this function)."""
+    nvidia = sys.modules.get("triton.backends.nvidia.compiler")
+    if (version := getattr(nvidia, "get_ptxas_version", None)) is not None:
+        version.cache_clear()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import linecache
 import logging
 import os
@@ -25,10 +26,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.compiler import ASTSource
+from triton._C.libtriton import get_cache_invalidating_env_vars
+from triton.compiler import ASTSource, get_cache_key, make_backend
 from triton.runtime.jit import JITFunction, MockTensor
 
-from lora_fx.passes._torch import compile_workers, prepare_triton
+from lora_fx.passes._torch import compile_workers, follow_assembler, prepare_triton
 
 log = logging.getLogger("lora_fx.passes")
 
@@ -78,14 +80,29 @@ class Job:
     options: dict[str, Any]
     environment: dict[str, str]
     """Every variable of Triton's: a worker has been changed by other jobs, and was started before the last changes."""
+    key: str
+    """What Triton will look for."""
 
     def run(self) -> str:
-        """Compile into Triton's cache; gives the key. It runs in a worker, which must not touch a GPU."""
+        """Compile into Triton's cache, if the key is the same here; gives the key.
+
+        It runs in a worker, which must not touch a GPU.
+        """
         with _environment(self.environment):
             source = ASTSource(self.source.define(), self.signature, self.constants, self.attributes)
+            if (key := _key(source, self.target, self.options)) != self.key:
+                return key  # nobody would find it
             compiled = triton.compile(source, target=self.target, options=self.options)
             _build_launcher(source, compiled.metadata)
             return str(compiled.hash)
+
+
+def _key(source: ASTSource, target: Any, options: dict[str, Any]) -> str:
+    """Under which ``triton.compile`` keeps what it makes of this (checked on 3.6 and 3.9)."""
+    backend = make_backend(target)
+    parsed = backend.parse_options({**options, **source.parse_options()})
+    key = get_cache_key(source, backend, parsed, env_vars=get_cache_invalidating_env_vars())
+    return hashlib.sha256(key.encode()).hexdigest()
 
 
 def _environment_now() -> dict[str, str]:
@@ -101,11 +118,13 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
         for name in before:
             del os.environ[name]
         os.environ.update(variables)
+        follow_assembler()
         yield
     finally:
         for name in variables:
             os.environ.pop(name, None)
         os.environ.update(before)
+        follow_assembler()
 
 
 def _build_launcher(source: ASTSource, metadata: Any) -> None:
@@ -139,14 +158,15 @@ class Compiler:
         if key in self.started:
             return
         mocks = [MockTensor(a.dtype) if isinstance(a, Tensor) else a for a in arguments]
-        # Started by whoever compiles a graph, who is alone in that; threads would start them twice.
+        # Not by the threads: they would start workers twice, and Inductor may ask what they were about to change.
+        prepare_triton(torch.cuda.current_device() if device.index is None else device.index)
         workers = compile_workers() if self.trusts_workers else None
         needed: Future[None] = Future()
 
         def compile_one() -> None:
             with torch.cuda.device(device):
                 function = make()
-                if workers is not None and workers.are_ready(needed, PATIENCE):
+                if workers is not None and workers.are_ready(needed, PATIENCE) and self.trusts_workers:
                     self.delegate(function, workers)
                 compiled = function.warmup(*mocks, **named, grid=(1, 1))
                 # Loads it, and what launches it, which in Triton 3.6 is a C module of its own.
@@ -172,18 +192,26 @@ class Compiler:
 
     def _compile(self, workers: Any, source: ASTSource, target: Any, options: dict[str, Any], **more: Any) -> Any:
         """``triton.compile``, after a worker has done the work."""
-        theirs = None
+        key = theirs = None
         try:
             fn = Source.of(source.fn)
+            key = _key(source, target, options)
             found = (source.signature, source.constants, source.attrs, target, dict(options), _environment_now())
-            theirs = workers.run(Job(fn, *found).run, PATIENCE)
+            if self.trusts_workers:
+                theirs = workers.run(Job(fn, *found, key).run, PATIENCE)
         except Exception:
             log.debug("%s is compiled in a thread", source.name, exc_info=True)
+        # Before this thread compiles it, so that others do not ask in vain.
+        self._compare(source.name, key, theirs)
         compiled = triton.compile(source, target=target, options=options, **more)
-        if theirs is not None and theirs != compiled.hash:
-            log.debug("%s has another key in a worker: kernels are compiled in threads from now on", source.name)
-            self.trusts_workers = False
+        self._compare(source.name, compiled.hash, theirs)
         return compiled
+
+    def _compare(self, name: str, ours: str | None, theirs: str | None) -> None:
+        """Do without workers from now on if a key of theirs is another one here."""
+        if theirs is not None and theirs != ours and self.trusts_workers:
+            log.debug("%s has another key in a worker: kernels are compiled in threads from now on", name)
+            self.trusts_workers = False
 
 
 @functools.cache

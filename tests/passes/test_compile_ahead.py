@@ -10,7 +10,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,15 @@ def prepare(columns: int = 32) -> None:
     like = torch.empty
     inputs = [like(48, columns, dtype=torch.bfloat16), like(columns, 16, dtype=torch.bfloat16)]
     tile_launch.prepare(program(columns), inputs, [like(48, 16, dtype=torch.bfloat16)])
+
+
+def prepare_many_sums() -> None:
+    """Also of one part, which Triton makes a constant, and of sizes that are not multiples of 16."""
+    parts = [torch.empty(1 + i % 3, 16 - i) for i in range(5)]
+    part_sums.prepare(parts, [None, torch.empty(()), None, None, None], torch.bfloat16, False)
+    side_by_side = [torch.empty(1, 48, 16), torch.empty(2, 48, 4), torch.empty(9, 48, 7)]
+    part_sums.prepare(side_by_side, [torch.empty(()), None, None], torch.bfloat16, True)
+    part_sums.prepare([torch.empty(1, 1)], [None], torch.bfloat16, False)
 
 
 def prepare_sums() -> None:
@@ -289,6 +298,76 @@ def test_another_key_ends_the_use_of_workers(compiler: jit.Compiler, monkeypatch
     prepare(64)
     finish(compiler)
     assert len(pool.keys) == 1
+
+
+@pytest.mark.parametrize(
+    ("walk", "steps"), [("columns", "range(0, 32 + tl.minimum(M, 0))"), ("rows", "range(0, 64)")], ids=["along", "down"]
+)
+def test_the_assembler_cannot_write_out_a_walk_of_short_steps(walk: str, steps: str) -> None:
+    """It would, h of N 4096 and R 16, and take seconds for it; a walk down the rows is longer, or has longer steps."""
+    body: list[Any] = [["load", 0], ["down", 0, 1]]
+    tile = Tile(rows=64, columns=4096, step=128, walk=walk) if walk == "columns" else Tile(8192, 64, 128, "rows")
+    assert steps in tile_triton.source(Program(4096, "bfloat16", [["full"], ["factor", 16, "RN"]], body, tile))
+
+
+def test_sums_of_every_kind_compile(compiler: jit.Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    use(monkeypatch, None)
+    prepare_many_sums()
+    finish(compiler)
+    assert len(cubins(tmp_path)) == 3
+
+
+def test_a_worker_with_another_key_compiles_nothing(
+    compiler: jit.Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It says so at once, and it is said once; kernels that were begun before are not sent, either."""
+    pool, began = Elsewhere(), Future[None]()
+    use(monkeypatch, pool, began)
+    compiler.threads = ThreadPoolExecutor(max_workers=1)
+    with caplog.at_level("DEBUG", "lora_fx.passes"):
+        for columns in (32, 40, 64):
+            prepare(columns)
+        began.set_result(None)
+        finish(compiler)
+    said = [record.message for record in caplog.records]
+    assert len(said) == 1 and "has another key in a worker" in said[0]
+    assert pool.keys == ["another key"] and len(cubins(tmp_path)) == 3
+
+
+class Elsewhere(Inline):
+    """Workers in which Triton's key is another one."""
+
+    def submit(self, work: Callable[[], str]) -> Future[Any]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jit, "_key", lambda *found: "another key")
+            patch.setattr(triton, "compile", None)
+            return super().submit(work)
+
+
+def test_the_key_names_the_assembler_that_is_used(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Triton had been asked for the key before torch's assembler was chosen, as Inductor does for each plain kernel."""
+
+    def assembler() -> str:
+        return str(triton.compiler.make_backend(driver.get_current_target()).hash())
+
+    _torch.follow_assembler()
+    own = assembler()
+    other = tmp_path / "ptxas"
+    other.write_text("#!/bin/sh\necho Cuda compilation tools, release 13.9, V13.9.1\n")
+    other.chmod(0o700)
+    with monkeypatch.context() as patch:
+        for name in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):  # which of them, hangs on the release
+            patch.setenv(name, str(other))
+        assert assembler() == own
+        _torch.prepare_triton(0)
+        assert "V13.9.1" in assembler()
+        with jit._environment({}):  # a worker whose parent has chosen another
+            assert assembler() == own
+        assert "V13.9.1" in assembler()
+    _torch.follow_assembler()
+    assert assembler() == own
 
 
 @pytest.mark.parametrize(
