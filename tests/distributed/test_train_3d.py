@@ -18,6 +18,7 @@ import options_3d
 import train_3d
 from corpus import library_sources
 from llama3 import CONFIGS, Llama
+from lora_fx.placements import local
 from parallel import Degrees, initialise, layers_of_stage
 from tests.distributed.processes import run_ranks
 from tests.toy_models import shake
@@ -150,6 +151,33 @@ def test_stages_compiled_in_one(degrees, tmp_path):
 # ---- small things, in one process ------------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(300)
+def test_parts_of_a_batch_add_up(tmp_path):
+    """Without a pipeline too: one backward pass after another, and the step of the whole batch."""
+    check(["--microbatches", "4", "--layers", "1"], tmp_path, timeout=240)
+
+
+def test_the_frozen_job_trains_nothing(tmp_path):
+    """It goes forward and backward, and the model is what it was."""
+    arguments = [*SMALL, "--layers", "1", "--steps", "2", "--form", "frozen", "--tp", "2", "--seed", "3"]
+    for seen in run_ranks(frozen_job, 2, tmp_path, timeout=240, arguments=arguments):
+        assert seen == {"trained": 0, "same": True, "backward": True, "losses": 2}
+
+
+def frozen_job(rank: int, folder: Path, arguments: list[str]) -> dict[str, Any]:
+    """One rank of it."""
+    settings = options_3d.parse(arguments)
+    trainer = train_3d.Trainer(settings, settings.degrees.mesh(torch.device("cpu")), torch.device("cpu"))
+    (model,) = trainer.models
+    before = {name: local(p).clone() for name, p in model.named_parameters()}
+    flowed: list[bool] = []
+    model.layers["0"].register_full_backward_hook(lambda *_: flowed.append(True))
+    windows = random_windows(library_sources().train_tokens(), 2, settings.batch, settings.length, settings.seed)
+    losses = [trainer.step(step, windows[step])[0] for step in range(2)]
+    same = all(torch.equal(local(p), before[name]) for name, p in model.named_parameters())
+    return {"trained": len(trainer.adapters), "same": same, "backward": len(flowed) == 2, "losses": len(losses)}
+
+
 def test_stages_hold_every_layer_once():
     for layers in (4, 6, 7, 32):
         for stages in range(1, 5):
@@ -169,6 +197,10 @@ def test_stages_hold_every_layer_once():
         (["--length", "30", "--cp", "2"], "--length 30 cannot be cut into 4 equal pieces"),
         (["--dp", "4", "--ep", "3"], "--ep 3 must divide --dp 4"),
         (["--save-every", "2"], "--save-every needs --checkpoints"),
+        (["--microbatches", "3"], "--batch 8 is not 1 equal parts of 3 equal microbatches"),
+        (["--form", "frozen", "--save-every", "2", "--checkpoints", "x"], "--form frozen trains nothing"),
+        (["--async-tp", "--tp", "2"], "--async-tp is about compiled tensor parallelism"),
+        (["--async-tp", "--compile", "block"], "--async-tp is about compiled tensor parallelism"),
     ],
 )
 def test_wrong_options_are_told(arguments, text, capsys):
