@@ -12,7 +12,7 @@ import expecttest
 import pytest
 import torch
 from torch import nn
-from torch.distributed._functional_collectives import all_gather_tensor_autograd, reduce_scatter_tensor_autograd
+from torch.distributed._functional_collectives import all_gather_tensor, reduce_scatter_tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -127,11 +127,11 @@ def by_hand(x: torch.Tensor, average: bool) -> Any:
     class Gathered(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-            return all_gather_tensor_autograd(x, 0, group)
+            return all_gather_tensor(x, 0, group)
 
         @staticmethod
         def backward(ctx: Any, dx: torch.Tensor) -> torch.Tensor:
-            return reduce_scatter_tensor_autograd(dx, "avg" if average else "sum", 0, group)
+            return reduce_scatter_tensor(dx, "avg" if average else "sum", 0, group)
 
     noted = mock.patch.object(scatter_gradient, "replicated_over", lambda node: (group.group_name,))
     if not average:
@@ -174,6 +174,7 @@ def without_meshes(text: str) -> str:
     return "\n".join(re.sub(r"%\d+", lambda match: number[match.group()], " ".join(line.split())) for line in lines)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="torch 2.11 has other views around it")
 class TestOneLinear(expecttest.TestCase):
     def test_after(self) -> None:
         torch.manual_seed(0)
