@@ -29,6 +29,7 @@ import lora_fx
 from corpus import library_sources
 from llama3 import CONFIGS
 from lora_fx.distributed import DeferredReduction, average_gradients, clip_grad_norm, manual_seed
+from lora_fx.placements import is_dtensor
 from options_3d import SCHEDULES, Settings, parse
 from parallel import build_stage
 from ring_attention import sequences_over
@@ -125,9 +126,13 @@ class Trainer:
         parameters = list(self.adapters.values())
         # Adapters of experts that FSDP leaves alone: their gradients hold the tokens of the ranks that share experts.
         self.shared_out = [p for name, p in self.adapters.items() if ".experts." in name] if degrees.ep > 1 else []
-        # One kernel for all parameters, where otherwise the CPU would lag behind the GPU.
-        fused = device.type == "cuda"
-        kinds: dict[str, Any] = {"adamw": functools.partial(torch.optim.AdamW, fused=fused), "sgd": torch.optim.SGD}
+        # One kernel for all parameters, where otherwise the CPU would lag behind the GPU. It takes tensors of one kind:
+        # the router of a mixture is whole on every tensor-parallel rank.
+        self.fused = device.type == "cuda" and len({is_dtensor(parameter) for parameter in parameters}) == 1
+        kinds: dict[str, Any] = {
+            "adamw": functools.partial(torch.optim.AdamW, fused=self.fused),
+            "sgd": torch.optim.SGD,
+        }
         # A stage may be without adapters, and torch has no optimizer of nothing.
         self.optimizer: torch.optim.Optimizer | None = None
         self.reduction: DeferredReduction | None = None
@@ -228,7 +233,8 @@ class Trainer:
             for name, parameter in self.adapters.items():
                 state = self.optimizer.state[parameter]
                 if not state:  # before the first step: what AdamW starts with
-                    state["step"] = torch.zeros((), device=self.device)  # fused AdamW counts on the device
+                    # Fused AdamW counts on the device.
+                    state["step"] = torch.zeros((), device=self.device if self.fused else "cpu")
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
                 tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}

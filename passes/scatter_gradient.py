@@ -17,8 +17,10 @@ size of x_mine, and would have to gather it again; now dA, too, is left with x_m
 carry R more numbers a token.
 
 A must be the same on all these ranks, which a graph does not show: whoever knows the placements notes the groups
-(:data:`lora_fx.passes.graph.REPLICATED`). Left alone where Inductor pipelines the collective with its product (async
-tensor parallelism), which it would no longer find.
+(:data:`lora_fx.passes.graph.REPLICATED`). By DTensor's placements dA is then a term of a sum, as dX is, and whoever has
+it adds up the ranks' terms. g is summed in the dtype of dX, which it travels with. Left alone where Inductor pipelines
+the collective with its product (async tensor parallelism), which it would no longer find, and where the dimension that
+ranks share is a symbol: then nothing shows that pieces are put together as they are cut.
 """
 
 from __future__ import annotations
@@ -64,45 +66,84 @@ class _Shared:
     group: str
 
 
+@dataclass(frozen=True)
+class _Found:
+    """One dA that can be computed from this rank's rows."""
+
+    product: Node
+    mine: Node
+    """The piece of x that this rank had."""
+    total: Node
+    """The sum that is the gradient of x."""
+    chain: list[Node]
+    """From the readers of that to its piece."""
+
+
 def find(sites: list[Site]) -> Iterator[list[Site]]:
-    """Sites whose dA is one product, of an input that ranks share before and after."""
+    """Sites whose dA is a product with an input that ranks share before and after: those of one collective together."""
+    found = _by_product(sites)
     groups: dict[Node, list[Site]] = {}
     for site in sites:
-        if (product := _product(site)) is not None:
-            groups.setdefault(product, []).append(site)
-    return (group for product, group in groups.items() if _found(product, group) is not None)
+        product = _product(site)
+        if product in found:
+            groups.setdefault(found[product].chain[-1], []).append(site)
+    return (group for group in groups.values() if all(map(_is_replicated, group)))
 
 
 def rewrite(group: list[Site], rewriter: Rewriter) -> None:
-    """Scatter g with the input gradient, and multiply it with the piece that was gathered."""
-    product = _product(group[0])
-    assert product is not None
-    found = _found(product, group)
-    assert found is not None
-    # New nodes are like dA, which is backward's for certain: what a user's autograd function made may be of no half.
-    mine, total, chain = found
+    """Scatter each g with the input gradient, and multiply it with the piece that was gathered."""
+    found = _by_product(group)
+    products = [(site, _product(site)) for site in group]
+    total, chain = next((f.total, f.chain) for f in found.values())
     *moves, scatter, result = chain
-    g: Any = product.args[0]
-    made = {total: rewriter.rows_like(rewriter.transpose(g, like=product), total, like=product)}
+    theirs, *how = scatter.args
+    assert isinstance(theirs, Node)
+    # New nodes are like dA, which is backward's for certain: what a user's autograd function made may be of no half.
+    like = next(iter(found))
+    tensors = [theirs]
+    for product in found:
+        g = rewriter.transpose(product.args[0], like=like)
+        tensors.append(_moved(rewriter.rows_like(g, total, like=like), total, moves, theirs, rewriter, like))
+    together = rewriter.emit(_TOGETHER, tensors, *how, like=like)
+    own, *rows = [
+        rewriter.emit(WAIT, rewriter.emit(operator.getitem, together, place, like=like), like=like)
+        for place in range(len(tensors))
+    ]
+    rewriter.replace(result, own)
+    rewriter.discard(scatter, result)
+    for (product, shared), row in zip(found.items(), rows, strict=True):
+        g_t = rewriter.transpose(rewriter.flatten_rows(row, like=product), like=product)
+        x = rewriter.flatten_rows(shared.mine, like=product)
+        rewriter.replace(product, rewriter.emit(MM, g_t, x, like=product))
+        for site, own_product in products:
+            if own_product is product:
+                site.piece = shared.mine
+                site.backward_rewrites.append("scatter g")
+
+
+def _moved(rows: Node, total: Node, moves: list[Node], last: Node, rewriter: Rewriter, like: Node) -> Node:
+    """``rows`` in the order in which ``moves`` put those of ``total``: what is to ``rows`` as ``last`` is to that."""
+    made = {total: rows}
     for node in moves:
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: made.get(n, n))
         target: Any = node.target
-        made[node] = rewriter.emit(target, *args, like=product, **kwargs)
-    theirs, *how = scatter.args
-    assert isinstance(theirs, Node)
-    both = rewriter.emit(_TOGETHER, [theirs, made[theirs]], *how, like=product)
-    scattered = [
-        rewriter.emit(WAIT, rewriter.emit(operator.getitem, both, place, like=product), like=product)
-        for place in (0, 1)
-    ]
-    rewriter.replace(result, scattered[0])
-    rewriter.discard(scatter, result)
-    rows = rewriter.flatten_rows(scattered[1], like=product)
-    x = rewriter.flatten_rows(mine, like=product)
-    rewriter.replace(product, rewriter.emit(MM, rewriter.transpose(rows, like=product), x, like=product))
-    for site in group:
-        site.piece = mine
-        site.backward_rewrites.append("scatter g")
+        made[node] = rewriter.emit(target, *args, like=like, **kwargs)
+    return made[last]
+
+
+def _is_replicated(site: Site) -> bool:
+    """Whether A is the same on all ranks that share the input, and Inductor is not to pipeline their collective."""
+    product = _product(site)
+    gathered = None if product is None else _gathered(product.args[1])
+    if gathered is None:
+        return False
+    group = gathered[-1].group
+    return group in replicated_over(site.down) and not pipelines_collectives(group)
+
+
+def _by_product(sites: list[Site]) -> dict[Node, _Found]:
+    """What was found for each product; of siblings whose gradients of x are one term, one has that term."""
+    return {f.product: f for site in sites if (f := _found(site)) is not None}
 
 
 def _product(site: Site) -> Node | None:
@@ -113,22 +154,19 @@ def _product(site: Site) -> Node | None:
     return node if is_call(node, MM) and is_transpose(node.args[0]) else None
 
 
-def _found(product: Node, group: list[Site]) -> tuple[Node, Node, list[Node]] | None:
-    """The piece of x that this rank had, the sum that is the gradient of x, and what leads from that to its piece."""
-    if (gathered := _gathered(product.args[1])) is None:
+def _found(site: Site) -> _Found | None:
+    product = _product(site)
+    if product is None or (gathered := _gathered(product.args[1])) is None:
         return None
     mine, whole, shared = gathered
-    if any(shared.group not in replicated_over(site.down) for site in group) or pipelines_collectives(shared.group):
-        return None
-    for site in group:
-        node = site.grad_x
-        while node is not None:
-            chain = chain_to_scatter(node)
-            if chain is not None and _scattered(node, chain) == shared and _same_rows(node, whole, shared.dim):
-                return (mine, node, chain) if val(node).dtype == val(product).dtype else None
-            users = list(node.users)
-            follows = len(users) == 1 and (is_sum(users[0]) or is_row_view(users[0]) or is_call(users[0], CONVERT))
-            node = users[0] if follows else None
+    node = site.grad_x
+    while node is not None:
+        chain = chain_to_scatter(node)
+        if chain is not None and _scattered(node, chain) == shared and _same_rows(node, whole, shared.dim):
+            return _Found(product, mine, node, chain) if val(node).dtype == val(product).dtype else None
+        users = list(node.users)
+        follows = len(users) == 1 and (is_sum(users[0]) or is_row_view(users[0]) or is_call(users[0], CONVERT))
+        node = users[0] if follows else None
     return None
 
 

@@ -199,8 +199,10 @@ class Compiler:
             found = (source.signature, source.constants, source.attrs, target, dict(options), _environment_now())
             if self.trusts_workers:
                 theirs = workers.run(Job(fn, *found, key).run, PATIENCE)
-        except Exception:
+        except Exception as error:
             log.debug("%s is compiled in a thread", source.name, exc_info=True)
+            # Whoever does not answer is not asked again: every kernel would wait as long.
+            self.trusts_workers &= not isinstance(error, TimeoutError)
         # Before this thread compiles it, so that others do not ask in vain.
         self._compare(source.name, key, theirs)
         compiled = triton.compile(source, target=target, options=options, **more)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
@@ -66,7 +67,7 @@ class Launches:
         Nothing is kept where one is a copy that was made for this launch, or nothing was compiled (Triton's
         interpreter).
         """
-        if not isinstance(compiled, CompiledKernel):
+        if not isinstance(compiled, CompiledKernel) or torch.version.hip:  # AMD's compiler looks at more than alignment
             return
         given = iter(positional)
         arguments = [named[name] if name in named else next(given) for name in function.arg_names]

@@ -53,6 +53,7 @@ DIMENSIONS = {
     "context": ["--cp", "2"],
     "pipeline": ["--pp", "2"],
     "interleaved": ["--pp", "2", "--schedule", "interleaved", "--layers", "4"],
+    "whole experts": ["--tp", "2", "--model", "tiny-moe", "--adapt-experts"],
     "experts": ["--dp", "2", *MIXTURE],
     "experts, exchanged": ["--dp", "2", *MIXTURE, "--exchange"],
 }

@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import lora_fx
 from lora_fx.distributed import reduce_gradients
-from lora_fx.passes import pipeline, scatter_gradient
+from lora_fx.passes import pipeline, scatter_gradient, stack_siblings
 from tests.distributed.processes import run_ranks
 from tests.distributed.simulated import fake_world, whole
 from tests.distributed.test_graphs import Gated, captured, collectives, parallel
@@ -98,6 +98,26 @@ def test_siblings_share_one_collective():
     assert saved(without).count((16, 16)) - saved(ours).count((16, 16)) == 1
 
 
+@pytest.mark.parametrize("which", ["used twice", "one factor frozen", "not stacked"])
+def test_several_products_with_one_input_share_one_collective(which):
+    """Siblings that are no stack: each has a product of its own, and their g's go together."""
+    x = torch.randn(2, 4, 16, requires_grad=True)
+    with fake_world(2):
+        frozen, model = captured(False, True), parallel(True, True)
+        mlp: Any = model.mlp
+        if which == "used twice":
+            mlp.up = mlp.gate
+        elif which == "one factor frozen":
+            mlp.gate.lora_a.requires_grad_(False)
+        unstacked = mock.patch.object(stack_siblings, "has_few_rows", lambda node: which == "not stacked")
+        with unstacked:
+            result = capture(model, x, backward=True)
+    assert not [reason for reason in result.reasons if "scatter" in reason]
+    assert result.count("backward")["scatter g"] == (1 if which == "one factor frozen" else 2)
+    (before,), (after,) = frozen.backward, result.backward
+    assert collectives(after.graph) == collectives(before.graph)
+
+
 @pytest.mark.parametrize("why", ["placements unknown", "average", "pipelined", "whole inputs", "dropout"])
 def test_what_is_left_alone(why):
     x = torch.randn(2, 4, 16, requires_grad=True)
@@ -174,7 +194,7 @@ def without_meshes(text: str) -> str:
     return "\n".join(re.sub(r"%\d+", lambda match: number[match.group()], " ".join(line.split())) for line in lines)
 
 
-@pytest.mark.skipif(torch.__version__ < (2, 13), reason="torch 2.11 has other views around it")
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch 2.11 has other views around it")
 class TestOneLinear(expecttest.TestCase):
     def test_after(self) -> None:
         torch.manual_seed(0)
