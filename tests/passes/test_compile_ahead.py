@@ -286,6 +286,7 @@ def test_threads_do_what_workers_do_not(
     prepare()
     finish(compiler, needed=True)
     assert not pool.keys and len(cubins(tmp_path)) == 1
+    assert compiler.trusts_workers == (what != "is late")  # the next kernel would wait for them as long
 
 
 def test_another_key_ends_the_use_of_workers(compiler: jit.Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
