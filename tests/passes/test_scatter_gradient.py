@@ -249,38 +249,48 @@ return %17, %31, None, None, None, None, %37, mesh, %24, mesh""",
         )
 
 
-def two_ranks(rank: int, folder: Path) -> dict[str, float]:
-    """The largest error of any value against one process in float64."""
+def two_ranks(rank: int, folder: Path) -> dict[str, list[float]]:
+    """The largest error of any value against one process in float64: rewritten, and compiled as it stands."""
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     generator = torch.Generator().manual_seed(0)
-    found: dict[str, float] = {}
-    for name, single, build in (
-        ("siblings", adapt(Gated(), rank=2), lambda: parallel(True, sequence=True)),
-        ("alone", adapt(Alone(), rank=2), lambda: alone(True)),
-    ):
-        x, dy = (torch.randn(2, 80, 16, generator=generator) for _ in range(2))
-        model = build()
-        single.load_state_dict({k: v.full_tensor() for k, v in model.state_dict().items()})
-        exact, exact_x = single.double(), x.double().requires_grad_()
-        expected = exact(exact_x)
-        expected.backward(dy.double())
-        ours_x, ours_dy = (distribute_tensor(t, mesh, [Shard(1)]).to_local() for t in (x, dy))
-        y = lora_fx.compile(model, strict=True)(ours_x.requires_grad_())
-        y.backward(ours_dy)
-        reduce_gradients(model)
-        assert ours_x.grad is not None and exact_x.grad is not None
-        pairs = [
-            (y.detach(), expected.detach().chunk(2, dim=1)[rank]),
-            (ours_x.grad, exact_x.grad.chunk(2, dim=1)[rank]),
-        ]
-        for p, q in zip(lora_fx.adapter_parameters(model), lora_fx.adapter_parameters(exact), strict=True):
-            assert p.grad is not None and q.grad is not None
-            pairs.append((whole(p.grad), q.grad))
-        found[name] = max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)
+    found: dict[str, list[float]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, single, build in (
+            ("siblings", adapt(Gated(), rank=2), lambda: parallel(True, sequence=True)),
+            ("alone", adapt(Alone(), rank=2), lambda: alone(True)),
+        ):
+            x, dy = (torch.randn(2, 80, 16, generator=generator).to(dtype) for _ in range(2))
+            single.load_state_dict({k: v.full_tensor() for k, v in build().to(dtype).state_dict().items()})
+            exact, exact_x = single.double(), x.double().requires_grad_()
+            expected = exact(exact_x)
+            expected.backward(dy.double())
+            assert exact_x.grad is not None
+            for rewritten in (True, False):
+                torch._dynamo.reset()
+                model: Any = build().to(dtype)
+                compiled = lora_fx.compile(model, strict=True) if rewritten else torch.compile(model)
+                ours_x, ours_dy = (distribute_tensor(t, mesh, [Shard(1)]).to_local() for t in (x, dy))
+                y = compiled(ours_x.requires_grad_())
+                y.backward(ours_dy)
+                reduce_gradients(model)
+                assert ours_x.grad is not None
+                pairs = [
+                    (y.detach(), expected.detach().chunk(2, dim=1)[rank]),
+                    (ours_x.grad, exact_x.grad.chunk(2, dim=1)[rank]),
+                ]
+                for p, q in zip(lora_fx.adapter_parameters(model), lora_fx.adapter_parameters(exact), strict=True):
+                    assert p.grad is not None and q.grad is not None
+                    pairs.append((whole(p.grad), q.grad))
+                worst = max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)
+                found.setdefault(f"{name} {dtype}", []).append(worst)
     return found
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_values_on_two_ranks(tmp_path):
-    for found in run_ranks(two_ranks, 2, tmp_path):
-        assert found["siblings"] < 1e-6 and found["alone"] < 1e-6, found
+    for found in run_ranks(two_ranks, 2, tmp_path, timeout=500):
+        assert len(found) == 4
+        for name, (ours, plain) in found.items():
+            # In bfloat16 g is rounded once more, when the ranks' terms are added.
+            assert ours < (1e-6 if "float32" in name else 1.2 * plain), found
