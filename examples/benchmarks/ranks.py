@@ -6,11 +6,10 @@
     python examples/benchmarks/ranks.py --model tiny --mesh tp2 pp2 --device cpu         # does it run at all
 
 Every mesh is a run of its own, under torchrun. In it the frozen job runs first, then plain LoRA compiled as it stands,
-then lora_fx. A step is all that `train_3d.py` does:
-forward, backward, and with adapters the reduction of their gradients, clipping and AdamW, up to the loss on the host.
-The frozen job goes forward and backward, too (its embeddings have a gradient). Adapters are on the seven linears of
-every block, and on routed experts where there are some. The losses are compared with those of one GPU that has the
-same batch.
+then lora_fx. A step is all that `train_3d.py` does: forward, backward, and with adapters the reduction of their
+gradients, clipping and AdamW, up to the loss on the host. The frozen job goes forward and backward, too (its embeddings
+have a gradient). Adapters are on the seven linears of every block, and on routed experts where there are some. The
+losses are compared with those of one GPU that has the same batch.
 """
 
 import argparse
@@ -51,9 +50,8 @@ FORMS = ("frozen", "plain", "lora_fx")
 LABELS = dict(zip(FORMS, ("frozen", "plain LoRA, compile", "lora_fx")))
 WARM = 2  # steps after the first, before the clock starts
 
-# name -> its options of `train_3d.py`. The first is what all others are compared with.
+# name -> its options of `train_3d.py`.
 MESHES: dict[str, list[str]] = {
-    "one": [],
     "tp2": ["--tp", "2"],
     "tp2-async": ["--tp", "2", "--async-tp"],
     "dp2": ["--dp", "2"],
@@ -278,7 +276,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("--model", choices=("8B", "debug", "tiny"), default="8B", help="the model (%(default)s)")
-    option("--mesh", nargs="+", choices=[m for m in MESHES if m != "one"], help="meshes (all of as many ranks as GPUs)")
+    option("--mesh", nargs="+", choices=MESHES, help="meshes (all of as many ranks as GPUs)")
     option("--steps", type=int, default=12, help=f"steps of each form, the first {1 + WARM} untimed (%(default)s)")
     option("--limit", type=float, default=900, help="seconds that one mesh may take (%(default)s)")
     option("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: wall clock, to try the program")
