@@ -205,9 +205,12 @@ def lay_out_stage(
     names = tuple(name for name in mesh.mesh_dim_names or () if name in ("dp", "dp_outer", "ep", "cp"))
     data = mesh[names]._flatten("dp_cp")
     if data.size() > 1:
+        # Adapters and their optimizer's state are small: whole on every rank they need no collective in each block, and
+        # one all-reduce before the step (`average_gradients`). Sharded like all else they work, too.
+        adapters = set(lora_fx.adapter_parameters(model)) if lora_fx.is_installed(model) else set()
         for layer in model.layers.values():
-            fully_shard(layer, mesh=data, ignored_params=experts)
-        fully_shard(model, mesh=data, ignored_params=experts)
+            fully_shard(layer, mesh=data, ignored_params=experts | adapters)
+        fully_shard(model, mesh=data, ignored_params=experts | adapters)
     return model
 
 

@@ -10,6 +10,7 @@ the initial values do not depend on the mesh, so any two meshes train alike up t
 import contextlib
 import dataclasses
 import functools
+import gc
 import os
 import sys
 import time
@@ -74,18 +75,40 @@ def run(settings: Settings) -> Outcome:
     manual_seed(settings.seed + first, mesh)  # for dropout
     outcome.built = time.perf_counter() - start
     bar = tqdm(range(first, settings.steps), unit="step", disable=torch.distributed.get_rank() != 0, dynamic_ncols=True)
-    for step in bar:
-        began = time.perf_counter()
-        loss, norm = trainer.step(step, windows[step])
-        outcome.losses.append(loss)
-        outcome.norms += [] if norm is None else [norm]
-        outcome.seconds.append(time.perf_counter() - began)
-        bar.set_postfix_str(f"loss {loss:.4f}")
-        if settings.save_every and (step + 1) % settings.save_every == 0:
-            trainer.save(step + 1)
+    with collecting_between_steps() as collect:
+        for step in bar:
+            began = time.perf_counter()
+            loss, norm = trainer.step(step, windows[step])
+            collect(step)
+            outcome.losses.append(loss)
+            outcome.norms += [] if norm is None else [norm]
+            outcome.seconds.append(time.perf_counter() - began)
+            bar.set_postfix_str(f"loss {loss:.4f}")
+            if settings.save_every and (step + 1) % settings.save_every == 0:
+                trainer.save(step + 1)
     if settings.compile != "none" and settings.form == "lora_fx":
         outcome.sites = trainer.sites()
     return outcome
+
+
+@contextlib.contextmanager
+def collecting_between_steps(every: int = 50) -> Iterator[Callable[[int], None]]:
+    """Within it Python collects garbage only when the function that it gives is called after each step, and seldom.
+
+    By itself it does so in the middle of steps, and goes through all that the compiler keeps: a tenth of a second in
+    which a rank launches nothing, and all others wait for it.
+    """
+
+    def collect(step: int) -> None:
+        if (step + 1) % every == 0:
+            gc.collect(1)
+
+    gc.collect()
+    gc.disable()
+    try:
+        yield collect
+    finally:
+        gc.enable()
 
 
 class Trainer:
@@ -124,8 +147,12 @@ class Trainer:
         adapted = [model for model in self.models if lora_fx.is_installed(model)]
         self.adapters = {name: p for model in adapted for name, p in lora_fx.named_adapter_parameters(model)}
         parameters = list(self.adapters.values())
-        # Adapters of experts that FSDP leaves alone: their gradients hold the tokens of the ranks that share experts.
-        self.shared_out = [p for name, p in self.adapters.items() if ".experts." in name] if degrees.ep > 1 else []
+        # FSDP leaves adapters alone: what their gradients are sums over, and what has to be reduced yet. Those of
+        # experts that ranks hold between them have the tokens of these ranks already.
+        shared_out = {name for name in self.adapters if ".experts." in name} if degrees.ep > 1 else set()
+        self.averages = [([p for name, p in self.adapters.items() if name not in shared_out], ("dp_cp",))]
+        if shared_out:
+            self.averages.append(([p for name, p in self.adapters.items() if name in shared_out], ("dp_outer", "cp")))
         # One kernel for all parameters, where otherwise the CPU would lag behind the GPU. It takes tensors of one kind:
         # the router of a mixture is whole on every tensor-parallel rank.
         self.fused = device.type == "cuda" and len({is_dtensor(parameter) for parameter in parameters}) == 1
@@ -173,9 +200,10 @@ class Trainer:
             loss = self._forward_backward(inputs, targets)
         if self.reduction is not None:
             self.reduction.reduce()
-        if self.shared_out:
-            groups = [self.mesh[name].get_group() for name in ("dp_outer", "cp") if self.mesh[name].size() > 1]
-            average_gradients(self.shared_out, groups, self.settings.degrees.dp * self.settings.degrees.cp)
+        if (ranks := self.settings.degrees.dp * self.settings.degrees.cp) > 1:
+            for parameters_of, names in self.averages:
+                groups = [self.mesh[name].get_group() for name in names if self.mesh[name].size() > 1]
+                average_gradients(parameters_of, groups, ranks)
         norm = None
         if self.settings.clip:
             groups = [self.mesh["pp"].get_group()] if self.settings.degrees.pp > 1 else []

@@ -152,9 +152,14 @@ def norms(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def multiply_each(tensors: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
-    """Multiply each of `tensors` in place by `factor`, 0-d."""
+    """Multiply each of `tensors` in place by `factor`, 0-d and float32.
+
+    As gradient scalers do it: `torch._foreach_mul_` is a launch for each tensor whose dtype is another than the
+    factor's, and rounds the factor where it is not.
+    """
     if tensors:
-        torch._foreach_mul_(list(tensors), factor)
+        found_infinite = torch.zeros(1, device=factor.device)  # nobody asks
+        torch._amp_foreach_non_finite_check_and_unscale_(list(tensors), found_infinite, factor.reshape(1))
 
 
 def copy_each(tensors: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:

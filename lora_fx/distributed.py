@@ -58,6 +58,8 @@ def reduce_gradients(parameters: nn.Module | Iterable[nn.Parameter]) -> int:
     return _sum_over_groups(_partial_terms(found))
 
 
+# Without gradients `to_local` is an attribute; with them, a node for each of hundreds of factors.
+@torch.no_grad()
 def _partial_terms(parameters: Iterable[nn.Parameter]) -> list[tuple[Tensor, list[Group]]]:
     """This rank's terms of the gradients that are partial, which become sums in name, with the groups to sum over."""
     terms: list[tuple[Tensor, list[Group]]] = []
@@ -75,6 +77,7 @@ def _partial_terms(parameters: Iterable[nn.Parameter]) -> list[tuple[Tensor, lis
     return terms
 
 
+@torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter], groups: Sequence[Group], divisor: float) -> int:
     """Sum this rank's part of each gradient over `groups` and divide it, in one all-reduce a group (and dtype).
 
@@ -142,6 +145,7 @@ class DeferredReduction:
             optimizer.register_step_post_hook(lambda *_: self._reduced.clear()),
         ]
 
+    @torch.no_grad()
     def reduce(self) -> int:
         """Reduce what is deferred and was not reduced since the last step; returns how many all-reduces it took."""
         done = {id(gradient) for ref in self._reduced if (gradient := ref()) is not None}
@@ -171,6 +175,7 @@ class DeferredReduction:
         self.reduce()
 
 
+@torch.no_grad()
 def clip_grad_norm(
     parameters: Iterable[nn.Parameter],
     max_norm: float,

@@ -112,6 +112,11 @@ def lower_as_donated(operator: Any) -> None:
     lowering["register_lowering"](operator, type_promotion_kind=None)(lower)
 
 
+def gives_saved_away() -> bool:
+    """Whether backward graphs that are compiled now may write over what forward saved (nobody retains them)."""
+    return bool(importlib.import_module("torch._functorch.config").donated_buffer)
+
+
 def read_from_memory(operators: list[Any]) -> None:
     """Have Inductor write values that these operators and others read, once, instead of computing them for each."""
     _private("torch._inductor.lowering:add_needs_realized_inputs")(operators)

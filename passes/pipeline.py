@@ -31,7 +31,7 @@ from lora_fx.passes import (
     stack_siblings,
     unflatten_products,
 )
-from lora_fx.passes._torch import custom_graph_pass, inductor_config, trace_structured
+from lora_fx.passes._torch import custom_graph_pass, gives_saved_away, inductor_config, trace_structured
 from lora_fx.passes.graph import module_path
 from lora_fx.passes.grouped_site import GroupedSite, find_grouped_sites
 from lora_fx.passes.kernels import lowering, operators
@@ -182,10 +182,10 @@ class Stage:
         return (type(self).__qualname__, source_hash(), self.strict)
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other.uuid() == self.uuid()
+        return type(other) is type(self) and other.strict == self.strict
 
     def __hash__(self) -> int:
-        return hash(self.uuid())
+        return hash((type(self), self.strict))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stage:
         return self
@@ -228,6 +228,10 @@ class DropoutStage(Stage):
 
 class LoweringStage(Stage):
     """Chooses implementations (``post_grad_custom_pre_pass``: forward and backward are apart by then)."""
+
+    def uuid(self) -> Any:
+        """Inductor's cache key does not say whether backward may write over what forward saved, which is lowered."""
+        return (*super().uuid(), gives_saved_away())
 
     def __call__(self, graph: Graph) -> None:
         operators.teach_inductor()

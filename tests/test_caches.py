@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lora_fx.passes import pipeline
 
@@ -122,6 +123,16 @@ def test_stages_are_equal_by_what_they_do() -> None:
         assert first[name].uuid() == second[name].uuid() != strict[name].uuid()
         assert first[name] != strict[name]
     assert len({first[name].uuid() for name in pipeline.HOOKS}) == len(pipeline.HOOKS)
+
+
+def test_code_that_writes_over_saved_values_is_kept_apart() -> None:
+    """A graph that may be retained is not served by code for one that may not: Inductor's key has no word of it."""
+    stage = pipeline.hooks()["post_grad_custom_pre_pass"]
+    before = stage.uuid()
+    with torch._functorch.config.patch(donated_buffer=not torch._functorch.config.donated_buffer):
+        assert stage.uuid() != before
+        assert stage == pipeline.hooks()["post_grad_custom_pre_pass"]
+    assert stage.uuid() == before
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ from lora_fx.distributed import manual_seed
 from lora_fx.placements import local
 from options_3d import Settings
 from options_3d import parse as parse_job
-from train_3d import Trainer, join
+from train_3d import Trainer, collecting_between_steps, join
 from trainer import random_windows
 
 FORMS = ("frozen", "plain", "lora_fx")
@@ -58,8 +58,15 @@ MESHES: dict[str, list[str]] = {
     "cp2": ["--cp", "2"],
     "pp2": ["--pp", "2"],
     "ep2": ["--dp", "2", "--ep", "2", "--adapt-experts"],
+    "tp4": ["--tp", "4"],
+    "tp4-async": ["--tp", "4", "--async-tp"],
+    "dp4": ["--dp", "4"],
+    "cp4": ["--cp", "4"],
+    "ep4": ["--dp", "4", "--ep", "4", "--adapt-experts"],
     "dp2-tp2": ["--dp", "2", "--tp", "2"],
     "pp2-tp2": ["--pp", "2", "--tp", "2"],
+    "pp2-dp2": ["--pp", "2", "--dp", "2"],
+    "pp2-cp2": ["--pp", "2", "--cp", "2"],
     "dp2-cp2": ["--dp", "2", "--cp", "2"],
     "ep2-tp2": ["--dp", "2", "--ep", "2", "--tp", "2", "--adapt-experts"],
     "pp2-dp2-tp2": ["--pp", "2", "--dp", "2", "--tp", "2"],
@@ -140,17 +147,19 @@ def measure(settings: Settings, form: str, device: Device) -> Row:
     losses: list[float] = []
     norms: list[float] = []
     seconds: list[float] = []
-    for step in range(settings.steps):
-        if step == 1 + WARM and device.cuda:
-            torch.cuda.reset_peak_memory_stats()
-        device.synchronise()
-        torch.distributed.barrier()
-        began = time.perf_counter()
-        loss, norm = trainer.step(step, windows[step])
-        device.synchronise()
-        seconds.append(time.perf_counter() - began)
-        losses.append(loss)
-        norms += [norm] if norm is not None and trainer.adapters else []
+    with collecting_between_steps() as collect:
+        for step in range(settings.steps):
+            if step == 1 + WARM and device.cuda:
+                torch.cuda.reset_peak_memory_stats()
+            device.synchronise()
+            torch.distributed.barrier()
+            began = time.perf_counter()
+            loss, norm = trainer.step(step, windows[step])
+            device.synchronise()
+            seconds.append(time.perf_counter() - began)
+            collect(step)
+            losses.append(loss)
+            norms += [norm] if norm is not None and trainer.adapters else []
     slowest = torch.tensor(seconds, dtype=torch.float64, device=place)
     torch.distributed.all_reduce(slowest, op=torch.distributed.ReduceOp.MAX)
     peak = torch.tensor(torch.cuda.max_memory_allocated() if device.cuda else 0, device=place)

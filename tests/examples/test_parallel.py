@@ -12,6 +12,7 @@ import lora_fx
 from llama3 import CONFIGS, Llama
 from lora_fx import LoRAConfig
 from lora_fx.distributed import adapter_placements
+from lora_fx.placements import is_dtensor, local
 from parallel import Degrees, lay_out_stage
 from tests.distributed.simulated import fake_world
 
@@ -71,24 +72,26 @@ def test_who_holds_what(degrees):
             for path, module in stage.named_modules():
                 if not isinstance(module, lora_fx.LoRAModule):
                     continue
-                tensors = [module.weight, module.lora_a, module.lora_b]
-                weight, a, b = (list(t.placements) for t in tensors)
-                names = module.weight.device_mesh.mesh_dim_names
-                if "dp_cp" in names:  # FSDP shards rows of everything
-                    assert all(p.pop(0).dim == 0 for p in (weight, a, b)), path
-                wanted = adapter_placements(weight)
-                assert (tuple(a), tuple(b)) == (wanted["lora_a"], wanted["lora_b"]), path
-                held += sum(t.to_local().numel() for t in tensors[1:])
+                factors = [module.lora_a, module.lora_b]
+                weight = list(module.weight.placements)
+                if "dp_cp" in module.weight.device_mesh.mesh_dim_names:  # FSDP shards rows of what is frozen
+                    assert weight.pop(0).dim == 0, path
+                assert [is_dtensor(factor) for factor in factors] == [degrees.tp > 1] * 2, path
+                if degrees.tp > 1:
+                    wanted = adapter_placements(weight)
+                    a, b = (factor.placements for factor in factors)
+                    assert (a, b) == (wanted["lora_a"], wanted["lora_b"]), path
+                held += sum(local(factor).numel() for factor in factors)
             expected = layers * sum(map(held_of, WIDTHS, [degrees] * len(WIDTHS))) + last * held_of("output", degrees)
             assert held == expected
 
 
 def held_of(name: str, degrees: Degrees) -> int:
-    """How many numbers of a linear's adapter a rank holds: FSDP shards both factors, tensor parallelism one of them."""
+    """How many numbers of a linear's adapter a rank holds: tensor parallelism shards one of the factors."""
     k, n = WIDTHS.get(name, (SIZE.dim, SIZE.vocab_size))
     row_wise = name in ("attention.wo", "feed_forward.w2")
     whole, sharded = (n, k) if row_wise else (k, n)
-    return RANK * (whole + sharded // degrees.tp) // (degrees.dp * degrees.cp)
+    return RANK * (whole + sharded // degrees.tp)
 
 
 @pytest.mark.slow
