@@ -239,7 +239,7 @@ def grow(seed: Node, graph: Graph) -> Region:
             new = neighbours - region.nodes
             if new and fits(new, region, order):
                 region.nodes |= new
-                region.copies |= {n for n in new if not makes(n) and _stays(n, region)}
+                region.copies |= _staying(new, region, order)
                 pending += sorted(new, key=order.__getitem__)
     _prune(region)
     return region if seed in region.nodes else Region(columns, {seed})
@@ -306,27 +306,24 @@ def _is_written(node: Node) -> bool:
     )
 
 
-def _stays(node: Node, region: Region) -> bool:
-    """Whether other kernels go on computing a new member for themselves: nobody has it in memory."""
-    others = [r for r in readers(node) if r not in region.nodes]
-    return (
-        not _is_written(node)
-        and any(is_pointwise(r) or _is_reduction(r) for r in others)
-        and _is_upstream(node, region)
-    )
+def _staying(new: set[Node], region: Region, order: dict[Node, int]) -> set[Node]:
+    """Of new members, those that other kernels go on computing for themselves: nobody has them in memory.
 
-
-def _is_upstream(node: Node, region: Region) -> bool:
-    """Whether nothing that ``node`` is computed from is computed by the region for others as well."""
-    pending, seen = [node], {node}
-    while pending:
-        for source in sources(pending.pop(), region.columns):
-            if source in region.nodes and source not in region.copies:
-                return False
-            if source not in seen and _is_pointwise(source, region.columns):
-                seen.add(source)
-                pending.append(source)
-    return True
+    What such a node is computed from stays with it; where that is in memory, or a product, the region computes both.
+    """
+    found: set[Node] = set()
+    for node in sorted(new, key=order.__getitem__, reverse=True):
+        if node in found or not any(is_pointwise(r) or _is_reduction(r) for r in readers(node) if r not in region.nodes):
+            continue
+        pending, needed = [node], {node}
+        while pending:
+            for source in sources(pending.pop(), region.columns):
+                if source in region.nodes and source not in region.copies and source not in needed:
+                    needed.add(source)
+                    pending.append(source)
+        if not any(makes(each) or _is_written(each) for each in needed):
+            found |= needed
+    return found
 
 
 def _is_reduction(node: Node) -> bool:
