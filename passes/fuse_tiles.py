@@ -59,6 +59,7 @@ def cut(graph: Graph, choose: Choose = choose) -> Iterator[tuple[Node, Exception
         graph.eliminate_dead_code()
         with _undone(graph) as failure:
             tile_sums.stack(graph)
+            tile_sums.gather(graph)
             tile_sums.join(graph)
             _prepare(graph)
         if failure:
