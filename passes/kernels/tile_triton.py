@@ -213,10 +213,10 @@ class _Writer:
             name, where = f"{name}_{self.strip}", self.inside
             text = self._load(f"in{index} + {self._place(f'stride{index}')}", self._mask("m[:, None]", f"{n}[None, :]"))
         elif kind == "row":
-            where, text = self._fixed(True), self._load(f"in{index} + m[:, None]", self._mask("m[:, None]", None))
+            where, text = self._fixed(True), self._load(f"in{index} + m", self._mask("m", None)) + "[:, None]"
         elif kind == "column":
             name, where = f"{name}_{self.strip}", self._fixed(False)
-            text = self._load(f"in{index} + {n}[None, :]", self._mask(None, f"{n}[None, :]"))
+            text = self._load(f"in{index} + {n}", self._mask(None, n)) + "[None, :]"
         else:
             where, text = self.before, f"tl.load(in{index})"
         return self._define(name, where, [f"{name} = {text}.to(tl.float32)"])
