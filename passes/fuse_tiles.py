@@ -112,6 +112,7 @@ def _emit(region: Region, graph: Graph, choose: Choose) -> bool:
     writer = Writer(region, members)
     for member in members:
         writer.write(member)
+    writer.finish()
     rows = _rows(members[0])
     tile = choose(writer.kinds, writer.body, rows, region.columns)
     if tile is None:

@@ -151,7 +151,30 @@ class Writer:
         if name == "div" and (x := self._sigmoid_of(operands[1])) is not None and x == operands[0]:
             # silu, as it is decomposed: x / (1 + exp(-x)). Its backward has sigmoid(x) by name.
             name, operands = "mul", [x, self._append(["op", "sigmoid", [x]])]
+        if name == "mul":
+            operands = self._scaled_mask(operands)
         return self._append(["op", name, operands])
+
+    def _scaled_mask(self, operands: list[Any]) -> list[Any]:
+        """``(mask * x) * c`` as ``x * (mask * c)``: the same number for one multiplication, as a mask is 0 or 1."""
+        found, constant = operands
+        if isinstance(found, int) and isinstance(constant, list) and self.body[found][:2] == ["op", "mul"]:
+            mask, x = self.body[found][2]
+            if isinstance(mask, int) and self.body[mask][0] == "keep" and isinstance(x, int):
+                return [x, self._append(["op", "mul", [mask, constant]])]
+        return operands
+
+    def finish(self) -> None:
+        """Take out what nothing reads."""
+        needed: set[int] = set()
+        for place, (kind, *rest) in reversed(list(enumerate(self.body))):
+            if kind in OUTPUTS:
+                needed |= {place, rest[0]}
+            elif kind == "op" and place in needed:
+                needed |= {operand for operand in rest[1] if isinstance(operand, int)}
+        new = {old: i for i, old in enumerate(sorted(needed))}
+        self.places = {node: new[place] for node, place in self.places.items() if place in new}
+        self.body = [_renumbered(self.body[old], new) for old in new]
 
     def _whole(self, value: Any, member: Node) -> int:
         """The place of an operand that is all of a member's value."""
@@ -167,6 +190,15 @@ class Writer:
                 return None
             found = statement[2][0]
         return found
+
+
+def _renumbered(statement: Statement, new: dict[int, int]) -> Statement:
+    kind, *rest = statement
+    if kind in OUTPUTS:
+        return [kind, new[rest[0]], *rest[1:]]
+    if kind != "op":
+        return statement
+    return [kind, rest[0], [operand if isinstance(operand, list) else new[operand] for operand in rest[1]]]
 
 
 def _accumulated(region: Region, members: list[Node]) -> list[Node]:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import triton
 
-from lora_fx.passes.kernels.dropout import MIX, ODD, threshold
+from lora_fx.passes.kernels import dropout
+from lora_fx.passes.kernels.dropout import MIX, ODD, Steps, threshold
 from lora_fx.passes.kernels.jit import define
 from lora_fx.passes.kernels.tile_program import OUTPUTS, Program, Statement, loads
 
@@ -244,15 +245,15 @@ class _Writer:
         # A value that is only loaded is zero there already; others may have become infinite or NaN.
         loaded = self.program.body[value][0] == "load"
         mask = "" if loaded else self._mask("m[:, None]", f"{self._n}[None, :]")
-        text = f"tl.where({mask}, {self._v(value)}, 0.0)" if mask else self._v(value)
+        text = f"tl.where({mask}, {self._number(value)}, 0.0)" if mask else self._number(value)
         return self._define(name, self.inside, [f"{name} = {text}.to({_TYPES[self.program.dtype]})"])
 
     @staticmethod
-    def _mixed(name: str, value: str) -> list[str]:
+    def _mixed(name: str, value: str, steps: Steps = MIX) -> list[str]:
         """Lines that set ``name`` to the hash of ``value``, 32 bits without sign."""
         lines = [f"{name} = {value}"]
-        for shift, factor in MIX:
-            mixed = f"{name} ^ ({name} >> {shift})"
+        for shift, factor in steps:
+            mixed = name if shift is None else f"{name} ^ ({name} >> {shift})"
             lines.append(f"{name} = {mixed}" if factor is None else f"{name} = ({mixed}) * {factor}")
         return lines
 
@@ -268,9 +269,22 @@ class _Writer:
         # A tile begins at an even column, which is kept apart so that the compiler sees it.
         place = f"((column{self.strip} // 2) + (j >> 1)).{uint} * {ODD}"
         self._define(pair, self._fixed(False), [f"{pair} = {place}"])
-        self.inside += self._mixed(v, f"{key}[:, None] ^ {pair}[None, :]")
+        self.inside += self._mixed(v, f"{key}[:, None] ^ {pair}[None, :]", dropout.LAST)
         half = f"tl.where(((j & 1) == 0)[None, :], {v} & 0xFFFF, {v} >> 16)"
-        self.inside.append(f"{v} = tl.where({half} >= {threshold(statement[2])}, 1.0, 0.0)")
+        self.inside.append(f"{v} = {half} >= {threshold(statement[2])}")
+
+    def _operation(self, name: str, operands: list[Any]) -> str:
+        """A pointwise operation; the product of a mask and a number is a choice."""
+        if name == "mul" and isinstance(operands[1], list) and self._is_mask(operands[0]):
+            return f"tl.where({self._v(operands[0])}, {_constant(operands[1][0])}, 0.0)"
+        return self._op(name, [_constant(o[0]) if isinstance(o, list) else self._number(o) for o in operands])
+
+    def _is_mask(self, operand: Any) -> bool:
+        return not isinstance(operand, list) and self.program.body[operand][0] == "keep"
+
+    def _number(self, index: int) -> str:
+        """A value as float32."""
+        return f"tl.where({self._v(index)}, 1.0, 0.0)" if self._is_mask(index) else self._v(index)
 
     # ---- statements ----------------------------------------------------------------------------------------------
 
@@ -285,8 +299,7 @@ class _Writer:
             scale = "" if statement[3] is None else f" * {self._value(statement[3])}"
             self.inside.append(f"{self._v(index)} = tl.dot({thin}, tl.trans({factor})){scale}")
         elif kind == "op":
-            operands = [_constant(o[0]) if isinstance(o, list) else self._v(o) for o in statement[2]]
-            self.inside.append(f"{self._v(index)} = {self._op(statement[1], operands)}")
+            self.inside.append(f"{self._v(index)} = {self._operation(statement[1], statement[2])}")
             if index in self.rounded:
                 self._for_product(index)
         else:
@@ -304,7 +317,7 @@ class _Writer:
     def _store(self, out: int, statement: Statement) -> None:
         rows, columns = self._tile_shape()
         same = statement[2] == self.program.dtype
-        value = self._for_product(statement[1]) if same else f"{self._v(statement[1])}.to({_TYPES[statement[2]]})"
+        value = self._for_product(statement[1]) if same else f"{self._number(statement[1])}.to({_TYPES[statement[2]]})"
         value = f"tl.broadcast_to({value}, ({rows}, {columns}))"
         mask = self._mask("m[:, None]", f"{self._n}[None, :]")
         self.inside.append(self._write(f"out{out} + {self._place(self.program.columns)}", value, mask))

@@ -21,7 +21,9 @@ def mixed(x: int) -> int:
 def by_hand(number: int, row: int, column: int, p: float) -> bool:
     low = mixed(number % 2**32)
     high = mixed((number >> 32) % 2**32 ^ low)
-    bits = mixed(mixed(row ^ low) ^ high ^ column // 2 * 0x5BD1E995 % 2**32)
+    bits = (mixed(row ^ low) ^ high ^ column // 2 * 0x5BD1E995 % 2**32) * 0x21F0AAAD % 2**32
+    bits = (bits ^ bits >> 15) * 0x735A2D97 % 2**32
+    bits ^= bits >> 15
     return (bits >> 16 if column % 2 else bits % 2**16) >= round(p * 2**16)
 
 
