@@ -242,6 +242,7 @@ def grow(seed: Node, graph: Graph) -> Region:
                 region.copies |= _staying(new, region, order)
                 pending += sorted(new, key=order.__getitem__)
     _prune(region)
+    _leave_out(region)
     return region if seed in region.nodes else Region(columns, {seed})
 
 
@@ -374,6 +375,26 @@ def fits(new: set[Node], region: Region, order: dict[Node, int]) -> bool:
                 seen.add(user)
                 pending.append(user)
     return True
+
+
+def _leave_out(region: Region) -> None:
+    """Take out what others compute from values that the region writes in any case, if they alone need it.
+
+    ``abs(y)``, of which a float8 base needs the largest, is not worth a second output of y's size.
+    """
+    while True:
+        left = {n for n in region.nodes - region.copies if any(r not in region.nodes for r in readers(n))}
+        idle = {
+            node
+            for node in left
+            if not (makes(node) or _is_written(node) or any(reader in region.nodes for reader in readers(node)))
+            and _is_pointwise(node, region.columns)
+            and left.issuperset(within := sources(node, region.columns))
+            and within
+        }
+        if not idle:
+            return
+        region.nodes -= idle
 
 
 def _prune(region: Region) -> None:
