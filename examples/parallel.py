@@ -101,7 +101,8 @@ def tensor_parallel_plan(model: Llama) -> dict[str, ParallelStyle]:
         "layers.*.ffn_norm": SequenceParallel(),
         "layers.*.feed_forward": PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate()),
         "norm": SequenceParallel(),
-        "output": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+        # Logits stay where they are computed, each rank with its part of the vocabulary: for `loss_parallel`.
+        "output": ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False),
     }
     dense = "feed_forward.shared" if model.config.n_experts else "feed_forward"
     for name in ("attention.wq", "attention.wk", "attention.wv", f"{dense}.w1", f"{dense}.w3"):

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
+from torch.distributed.tensor.parallel import loss_parallel
 from tqdm import tqdm
 
 import adapter_checkpoint
@@ -30,7 +31,7 @@ import lora_fx
 from corpus import library_sources
 from llama3 import CONFIGS
 from lora_fx.distributed import DeferredReduction, average_gradients, clip_grad_norm, manual_seed
-from lora_fx.placements import is_dtensor
+from lora_fx.placements import is_dtensor, local
 from options_3d import SCHEDULES, Settings, parse
 from parallel import build_stage
 from ring_attention import sequences_over
@@ -57,7 +58,10 @@ class Outcome:
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of `targets` [B, S] under `logits` [B, S, V], in nats a token."""
+    """Mean cross-entropy of `targets` [B, S] under `logits` [B, S, V], in nats a token.
+
+    Where tensor-parallel ranks have a part of the vocabulary each, within `loss_parallel`, as its backward pass.
+    """
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
@@ -150,6 +154,7 @@ class Trainer:
         # FSDP leaves adapters alone: what their gradients are sums over, and what has to be reduced yet. Those of
         # experts that ranks hold between them have the tokens of these ranks already.
         shared_out = {name for name in self.adapters if ".experts." in name} if degrees.ep > 1 else set()
+        self.averages: list[tuple[list[torch.nn.Parameter], tuple[str, ...]]]
         self.averages = [([p for name, p in self.adapters.items() if name not in shared_out], ("dp_cp",))]
         if shared_out:
             self.averages.append(([p for name, p in self.adapters.items() if name in shared_out], ("dp_outer", "cp")))
@@ -197,7 +202,8 @@ class Trainer:
                     group["lr"] = learning_rate(step, self.settings.steps, self.settings.lr)
         with self._context() as shard:
             inputs, targets = shard(windows[:, :-1]), shard(windows[:, 1:])
-            loss = self._forward_backward(inputs, targets)
+            with loss_parallel() if self.settings.degrees.tp > 1 else contextlib.nullcontext():
+                loss = self._forward_backward(inputs, targets)
         if self.reduction is not None:
             self.reduction.reduce()
         if (ranks := self.settings.degrees.dp * self.settings.degrees.cp) > 1:
@@ -235,12 +241,12 @@ class Trainer:
             for some, following in zip(inputs.chunk(parts), targets.chunk(parts)):
                 loss = next_token_loss(self.models[0](some), following)
                 (loss / parts).backward()
-                losses.append(loss.detach())
+                losses.append(local(loss.detach()))
             return torch.stack(losses).mean()
         arguments = (inputs,) if self.is_first else ()
         if self.is_last:
             self.schedule.step(*arguments, target=targets, losses=losses)
-            return torch.stack([loss.detach() for loss in losses]).mean()
+            return torch.stack([local(loss.detach()) for loss in losses]).mean()
         self.schedule.step(*arguments)
         return None
 

@@ -152,14 +152,17 @@ def norms(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def multiply_each(tensors: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
-    """Multiply each of `tensors` in place by `factor`, 0-d and float32.
+    """Multiply each of `tensors` in place by `factor`, 0-d.
 
-    As gradient scalers do it: `torch._foreach_mul_` is a launch for each tensor whose dtype is another than the
-    factor's, and rounds the factor where it is not.
+    In one piece for each dtype: `torch._foreach_mul_` is a launch for each tensor of another dtype than the factor's.
     """
-    if tensors:
-        found_infinite = torch.zeros(1, device=factor.device)  # nobody asks
-        torch._amp_foreach_non_finite_check_and_unscale_(list(tensors), found_infinite, factor.reshape(1))
+    kinds: dict[torch.dtype, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault(tensor.dtype, []).append(tensor)
+    for alike in kinds.values():
+        whole = torch.cat([tensor.reshape(-1) for tensor in alike]).mul_(factor)
+        parts = whole.split([tensor.numel() for tensor in alike])
+        copy_each(alike, [part.view_as(tensor) for part, tensor in zip(parts, alike)])
 
 
 def copy_each(tensors: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from corpus import library_sources
 from lora_fx.distributed import manual_seed
-from lora_fx.placements import local
+from lora_fx.placements import fill, local
 from options_3d import Settings
 from options_3d import parse as parse_job
+from parallel import part_seed
 from train_3d import Trainer, collecting_between_steps, join
 from trainer import random_windows
 
@@ -76,7 +77,7 @@ MESHES: dict[str, list[str]] = {
     "dp8": ["--dp", "8"],
     "ep8": ["--dp", "8", "--ep", "8", "--adapt-experts"],
 }
-# model -> sequences a step for each rank that shares the weights' work, tokens of a sequence, dtype, rank.
+# model -> sequences a step for each rank, tokens of a sequence, dtype, rank.
 SIZES: dict[str, tuple[int, int, str, int]] = {
     "8B": (2, 4096, "bfloat16", 16),
     "moe": (2, 4096, "bfloat16", 16),
@@ -121,14 +122,29 @@ def job(mesh: str, model: str, steps: int, *, whole: bool = False) -> list[str]:
     model = {"8B": "moe", "tiny": "tiny-moe"}.get(model, model) if mixture else model
     sequences, length, dtype, rank = SIZES[model]
     degrees = parse_job([*MESHES[mesh], "--compile", "block"]).degrees
-    # As many tokens a rank and pass on every mesh: tensor-parallel ranks and those of a pipeline share theirs.
-    shares = degrees.dp * degrees.cp * degrees.pp
+    # As many tokens a rank on every mesh. (Tensor-parallel ranks that share one rank's tokens wait for their CPUs.)
+    shares = degrees.world
     options = ["--model", model, "--compile", "block", "--exclude", "output", "--draw", "device"]
     options += ["--batch", str(sequences * shares), "--length", str(length), "--dtype", dtype, "--rank", str(rank)]
     options += ["--steps", str(steps), "--lr", "1e-4"]
     if whole:
         return [*options, "--microbatches", str(shares), *(["--adapt-experts"] if mixture else [])]
     return [*options, *MESHES[mesh], *(["--microbatches", str(degrees.pp)] if degrees.pp > 1 else [])]
+
+
+@torch.no_grad()
+def shake(adapters: Mapping[str, torch.nn.Parameter]) -> None:
+    """Put every B where training would, the same on any mesh.
+
+    At zero, and after the first small steps, the branches are far below a unit in the last place of what they are added
+    to in bfloat16. Whether such a thing has an effect is up to where a mesh rounds: one GPU adds it to two numbers of
+    few digits at once, whose sum is often just between two others, so the least branch decides which one it becomes.
+    """
+    for name, parameter in adapters.items():
+        if name.endswith("lora_b"):
+            generator = torch.Generator(parameter.device).manual_seed(part_seed(0, name))
+            values = torch.randn(parameter.shape, generator=generator, device=parameter.device)
+            fill(parameter, (0.1 * parameter.shape[-1] ** -0.5 * values).to(parameter.dtype))
 
 
 # ---- one rank of one mesh
@@ -140,6 +156,7 @@ def measure(settings: Settings, form: str, device: Device) -> Row:
     place = torch.device(device.name, torch.cuda.current_device()) if device.cuda else torch.device("cpu")
     mesh = settings.degrees.mesh(place)
     trainer = Trainer(settings, mesh, place)
+    shake(trainer.adapters)
     manual_seed(settings.seed, mesh)
     windows = random_windows(
         library_sources().train_tokens(), settings.steps, settings.batch, settings.length, settings.seed
