@@ -1,8 +1,9 @@
 """How a tile program walks, chosen by what it does and how large it is.
 
 The tiles are the best of 26 to 145 that a search tried on an H200 for the programs of a Llama-3-8B block (M 8192, R 16,
-bfloat16; of 11 for those with masks). Microseconds with a cold cache, and what moving the program's bytes takes at the
-rate of a copy. ``examples/benchmarks/tiles.py`` prints both for what is chosen, and with ``--tune`` for tiles near it.
+bfloat16; of 11 for those with masks), and on an H100 where the last column says so. Microseconds with a cold cache, and
+what moving the program's bytes takes at the rate of a copy. ``examples/benchmarks/tiles.py`` prints both for what is
+chosen, and with ``--tune`` for tiles near it.
 
     ===========================================  ======  ====  ====================================================
     program                                          us  copy  others that were tried
@@ -17,6 +18,8 @@ rate of a copy. ``examples/benchmarks/tiles.py`` prints both for what is chosen,
     SwiGLU backward and dA                        348.2   279  363 with 1024 rows
     h of q, k and v under a mask each              66.6    17  89.5 with steps of 128
     dX of q, k and v under a mask each             61.3    16  68.8 with 32 rows
+    dA of q, k and v under a mask each             66.0    27  72.4 in one strip (H100)
+    dA of gate and up under a mask each            49.3    25  56.2 in one strip (H100)
     SwiGLU backward and dA, R 64                  503.7   292  643.6 with 512 rows and 2 stages
     silu(gate) * up and h of its result, R 64     252.4   175  295.2 in parts of 1024 columns
     g, dB of dy, N 14336, R 64                    118.4   118  144.5 in parts of 128 columns
@@ -69,8 +72,11 @@ def _across(names: list[str], rank: int, m: int, columns: int) -> Tile:
         height = _shrunk(1024, 64, m, columns, 64, BUSY_TWICE)
         return Tile(rows=height, columns=64, step=64, walk="rows", stages=2)
     width = 128 if rank <= 32 else 64
-    height = _shrunk(512 if "keep" in names or rank > 32 else 1024, width, m, columns, 64, BUSY_TWICE)
-    return Tile(rows=height, columns=width, step=32, walk="rows", stages=3 if "keep" in names or rank > 32 else 4)
+    heavy = "keep" in names or rank > 32
+    height = _shrunk(512 if heavy else 1024, width, m, columns, 64, BUSY_TWICE)
+    # Several sums of masked values would not fit into registers together: half of the columns after the other half.
+    strips = 2 if "keep" in names and names.count("across") > 1 and width == 128 else 1
+    return Tile(rows=height, columns=width, step=32, walk="rows", strips=strips, stages=3 if heavy else 4)
 
 
 def _down(names: list[str], rank: int, m: int, columns: int) -> Tile:
