@@ -22,7 +22,7 @@ from lora_fx.passes.graph import is_pointwise, is_sum, is_tensor, peel, same_cou
 from lora_fx.passes.recompute_branch import REGION
 from lora_fx.passes.rewriter import Rewriter
 from lora_fx.passes.site import Site, before_dropout
-from lora_fx.passes.tile_regions import MAX_RANK
+from lora_fx.passes.tile_nodes import MAX_RANK
 
 
 def find(sites: list[Site]) -> Iterator[list[Site]]:

@@ -44,7 +44,8 @@ def join(graph: Graph) -> None:
     groups: dict[Any, list[Node]] = {}
     for node in _single_sums(graph):
         if _is_returned(node):
-            groups.setdefault((node.args[2], val(node.args[0][0]).device), []).append(node)  # type: ignore[index]
+            parts: Any = node.args[0]
+            groups.setdefault((node.args[2], val(parts[0]).device), []).append(node)
     for sums in groups.values():
         if len(sums) > 1:
             _join(sums, graph.output_node())

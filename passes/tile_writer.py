@@ -12,17 +12,8 @@ from lora_fx.passes.graph import MM, aten, is_call, is_tangent, is_tensor, is_tr
 from lora_fx.passes.kernels import operators
 from lora_fx.passes.kernels.tile_program import OUTPUTS, Statement
 from lora_fx.passes.tile_copies import descendants
-from lora_fx.passes.tile_regions import (
-    POINTWISE,
-    Region,
-    constant_of,
-    makes,
-    operand_kind,
-    operands_of,
-    reads,
-    sources,
-    value_of,
-)
+from lora_fx.passes.tile_nodes import POINTWISE, constant_of, makes, operand_kind, operands_of, reads, sources, value_of
+from lora_fx.passes.tile_regions import Region
 
 
 class Writer:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph
 
-from lora_fx.passes import fuse_tiles, pipeline, tile_regions
+from lora_fx.passes import fuse_tiles, pipeline, tile_nodes
 from lora_fx.passes.kernels import lowering
 from lora_fx.passes.kernels.tile_choice import choose
 from lora_fx.passes.kernels.tile_program import Program, Tile
@@ -85,13 +85,13 @@ def test_nothing_wider_than_the_model_is_written() -> None:
     assert "mean" in graph_text(captured.forward[0].graph)
 
 
-@pytest.mark.parametrize("rank", [tile_regions.MAX_RANK, tile_regions.MAX_RANK + 8])
+@pytest.mark.parametrize("rank", [tile_nodes.MAX_RANK, tile_nodes.MAX_RANK + 8])
 def test_the_largest_rank(rank: int) -> None:
     """Above it a product is a large one, whose place is in the matrix library."""
     module = adapt(nn.Linear(320, 304, bias=False, dtype=bf16), rank=rank)
     captured = capture(module, x(width=320))
     found = [*programs(captured.forward[0].graph), *programs(captured.backward[0].graph)]
-    if rank > tile_regions.MAX_RANK:
+    if rank > tile_nodes.MAX_RANK:
         assert found == []
         for half in (captured.forward, captured.backward):
             assert "lora_fx" not in graph_text(half[0].graph)
