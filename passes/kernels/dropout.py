@@ -14,9 +14,9 @@ come from, takes ten rounds of two wide multiplications an element.
 ``mix`` is the bijection of 32 bits with the constants [16 21f0aaad 15 735a2d97 15] that Hash Function Prospector found
 (https://github.com/skeeto/hash-prospector/issues/19, bias 0.107): each bit of its input changes each bit of its result
 with a probability of one half, nearly. ``last`` is ``mix`` without its first step, for the row keys are mixed already,
-and the pairs of a row, times an odd number, differ in low bits, which a product carries up. (Shares, products of
-places near one another, of rows, of columns, of rectangles, patterns of eight neighbours and singular values of 2048 x
-4096 masks are those of independent draws, as with all of ``mix``; one multiplication fewer is seen in most of them.)
+and the pairs of a row, times an odd number, differ in low bits, which a product carries up. Shares, correlations of
+rows and of columns, diagonals, products of neighbours and of rectangles' corners and patterns of eight are those of
+independent draws. With either multiplication left out correlations of rows are not (``tests/passes/mask_statistics``).
 """
 
 from __future__ import annotations
