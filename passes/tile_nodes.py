@@ -192,7 +192,19 @@ def operand_kind(operand: Any, node: Node, columns: int) -> str | None:
 
 
 def is_reduction(node: Node) -> bool:
-    return is_call(node, aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.var_mean.correction)
+    """Whether Inductor's kernel of ``node`` computes what it reduces as it goes."""
+    return is_call(node, *_REDUCTIONS)
+
+
+_REDUCTIONS = (
+    aten.sum.dim_IntList,
+    aten.mean.dim,
+    aten.var_mean.correction,
+    aten.amax.default,
+    aten.amin.default,
+    aten.max.default,
+    aten.min.default,
+)
 
 
 def value_of(node: Node) -> Node | None:

@@ -69,7 +69,7 @@ class FusedNorm(nn.RMSNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return _FusedNorm.apply(x, self.weight)  # type: ignore[no-any-return, no-untyped-call]
+        return _FusedNorm.apply(x, self.weight)
 
 
 class Mlp(nn.Module):

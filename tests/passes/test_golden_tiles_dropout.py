@@ -6,16 +6,17 @@ backward shares with it (`x * rstd`) stays in the graph as well, and neither wri
 come from a kernel each and are read by one, so they are summed in one launch.
 """
 
-import torch
 from expecttest import assert_expected_inline
 
 from tests.passes.on_gpu import capture, halves
-from tests.passes.test_dropout_tiles import K, bf16, fused
+from tests.passes.test_dropout_tiles import fused
+from tests.passes.test_fuse_tiles import K, x
+
+SHAPE = (2, 160, K)
 
 
 def test_qkv_of_a_norm_with_dropout() -> None:
-    torch.manual_seed(0)
-    forward, backward = halves(capture(fused(), torch.randn(2, 160, K, dtype=bf16, requires_grad=True)))
+    forward, backward = halves(capture(fused(), x(shape=SHAPE)))
     assert_expected_inline(
         forward,
         """\

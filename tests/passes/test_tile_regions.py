@@ -173,6 +173,38 @@ def test_dropout() -> None:
         assert programs(half[0].graph)
 
 
+def operations(captured: Captured) -> list[list[str]]:
+    """The pointwise operations of the forward graph's programs with a product."""
+    (forward,) = captured.forward
+    return [[s[1] for s in p.body if s[0] == "op"] for p in of(forward.graph, "product")]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda y, other: (y, y.tanh().amax()), lambda y, other: (y, y.tanh().max()), lambda y, other: (y, y.exp().sum(1))],
+    ids=["amax", "max", "sum"],
+)
+def test_what_others_compute_from_a_value_that_is_written(function: Callable[[Tensor, nn.Module], Any]) -> None:
+    """As a float8 product needs the largest of |y|: f(y) is not written beside y."""
+    captured = compared(lambda: after(function), 1)
+    assert not any(set(names) - {"add"} for names in operations(captured))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda y, other: other(y.tanh()),  # y itself is not written
+        lambda y, other: (y, other(y.tanh())),  # a large product reads f(y) from memory
+        lambda y, other: (y, -y.tanh() * 2),  # it is returned
+        lambda y, other: (y, y.tanh(), y.sigmoid(), other(y.tanh() * y.sigmoid())),  # the region has a use for both
+    ],
+    ids=["alone", "for a product", "returned", "within"],
+)
+def test_what_a_region_computes_all_the_same(function: Callable[[Tensor, nn.Module], Any]) -> None:
+    captured = compared(lambda: after(function), 1)
+    assert any("tanh" in names for names in operations(captured))
+
+
 # ---- when it fails ---------------------------------------------------------------------------------------------------
 
 
