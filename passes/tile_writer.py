@@ -16,6 +16,7 @@ from lora_fx.passes.tile_regions import (
     POINTWISE,
     Region,
     constant_of,
+    gradients_of,
     makes,
     operand_kind,
     operands_of,
@@ -55,10 +56,12 @@ class Writer:
             )
         elif member.target is operators.gradient_pair:
             value, factor, thin = member.args[:3]
-            place = self._operand(value, member)
-            self._append(["down", place, self._factor(factor)])
-            self._append(["across", place, self._thin(thin), "NR"])
-            self.outputs += [(member, 0), (member, 1)]
+            place, read = self._operand(value, member), gradients_of(member)
+            if 0 in read:
+                self._append(["down", place, self._factor(factor)])
+            if 1 in read:
+                self._append(["across", place, self._thin(thin), "NR"])
+            self.outputs += [(member, which) for which in sorted(read)]
         elif (value := reads(member)) is not None:
             left, right = member.args[:2]
             place = self._operand(value, member)

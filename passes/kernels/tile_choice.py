@@ -31,6 +31,8 @@ from lora_fx.passes.kernels.tile_program import Statement, Tile
 
 # Below this a launch costs more than what it saves.
 FEWEST_ROWS = 256
+# From this rank on, products are what a step waits for, and parts of sums over columns are as large as the value.
+HIGH_RANK = 33
 # Programs that keep a large GPU (132 multiprocessors) busy: one on each, nearly, where a step loads much, else two.
 BUSY, BUSY_TWICE = 128, 256
 
@@ -50,15 +52,26 @@ def choose(kinds: list[list[Any]], body: list[Statement], rows: Any, columns: in
         return _across(names, rank, m, columns)
     if "down" in names:
         return _down(names, rank, m, columns)
+    if rank > 64 and names.count("product") == 1 and "load" not in names and _is_unscaled(body):
+        return None  # cuBLAS writes it, and a large product accumulates into it: tile_stacks
+    if rank > 64 and names.count("product") > 1:
+        return Tile(rows=64, columns=_shrunk(1024, 64, columns, m, 64, BUSY_TWICE), step=32, walk="columns")
     if "load" in names and rank <= 16 and "keep" not in names:
         return Tile(rows=32, columns=128, step=32, walk="rows", stages=3)
     return Tile(rows=64, columns=128, step=32 if "keep" in names else 64, walk="rows")
+
+
+def _is_unscaled(body: list[Statement]) -> bool:
+    return all(statement[3] is None for statement in body if statement[0] == "product")
 
 
 def _across(names: list[str], rank: int, m: int, columns: int) -> Tile:
     """For sums over rows, which are kept in registers while a program walks down."""
     if "product" in names:
         height = _shrunk(512 if rank <= 32 else 1024, 64, m, columns, 64, BUSY_TWICE)
+        if HIGH_RANK <= rank <= 64:
+            # With 64 rows products read their operands from shared memory, and of two stages two programs fit.
+            return Tile(rows=height, columns=64, step=64, walk="rows", stages=2)
         return Tile(rows=height, columns=64, step=32, walk="rows", stages=3 if rank <= 64 else 2)
     if "down" in names and rank <= 64:
         # Parts are fewer where they are longest.
