@@ -17,6 +17,7 @@ import lora_fx
 from llama3 import CONFIGS, Llama
 from lora_fx import LoRAConfig
 from lora_fx.peft_files import TENSORS
+from tests.distributed.simulated import fake_world
 from tests.test_adapters import CONFIGS as NAMED
 from tests.test_adapters import alone
 from tests.toy_models import TOKENS, Toy, shake
@@ -100,6 +101,32 @@ def test_several_adapters():
     assert lora_fx.adapter_names(model) == ["en", "fr"] and (Path("english") / TENSORS).exists()
     assert not lora_fx.is_installed(names["export"])
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.distributed
+def test_many_ranks():
+    """As rank 0 of four; nothing is sent, so what comes out is not looked at."""
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.tensor.parallel import loss_parallel, parallelize_module
+
+    from parallel import Degrees, tensor_parallel_plan
+    from train_3d import next_token_loss
+
+    code = block("On many ranks")
+    assert "lora_fx.compile(block)" in code
+    code = code.replace("lora_fx.compile(block)", "block.compile(backend='eager')")
+    with fake_world(4):
+        mesh, model = Degrees(dp=2, tp=2).mesh(torch.device("cpu")), llama()
+        given = {"parallelize_module": parallelize_module, "fully_shard": fully_shard, "mesh": mesh}
+        names = run(code, model=model, config=LoRAConfig(rank=4), plan=tensor_parallel_plan(model), **given)
+        assert all(isinstance(part, FSDPModule) for part in (model, *model.layers.values()))
+        tokens = torch.randint(50, (2, 33))
+        with loss_parallel():
+            next_token_loss(model(tokens[:, :-1]), tokens[:, 1:]).backward()
+        parameters = lora_fx.adapter_parameters(model)
+        assert all(parameter.grad is not None for parameter in parameters)
+        names["optimizer"].step()
+        assert {id(p) for p in names["optimizer"].param_groups[0]["params"]} == {id(p) for p in parameters}
 
 
 def test_variants():
