@@ -27,7 +27,8 @@ from lora_fx.passes.kernels.tile_choice import choose
 from lora_fx.passes.kernels.tile_program import Program, Statement, Tile, row_parts
 from lora_fx.passes.site import MARK
 from lora_fx.passes.tile_copies import separate
-from lora_fx.passes.tile_regions import Region, columns_of, grow, reads, value_of
+from lora_fx.passes.tile_nodes import columns_of, reads, value_of
+from lora_fx.passes.tile_regions import Region, grow
 from lora_fx.passes.tile_siblings import join
 from lora_fx.passes.tile_writer import Writer, is_read_last_in
 

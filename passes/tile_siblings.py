@@ -16,18 +16,8 @@ from torch.fx import Graph, Node
 
 from lora_fx.passes.graph import is_pointwise, readers, shape
 from lora_fx.passes.kernels import operators
-from lora_fx.passes.tile_regions import (
-    MAX_RANK,
-    Region,
-    columns_of,
-    fits,
-    grow,
-    makes,
-    order_of,
-    reads,
-    sources,
-    value_of,
-)
+from lora_fx.passes.tile_nodes import MAX_RANK, columns_of, makes, reads, sources, value_of
+from lora_fx.passes.tile_regions import Region, fits, grow, order_of
 
 
 def join(region: Region, graph: Graph) -> Region:

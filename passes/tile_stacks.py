@@ -1,4 +1,4 @@
-"""Let a large product accumulate into the product of rank R that is added to it, where that is left to cuBLAS.
+"""Let large products accumulate into the product of rank R that is added to them, where that is left to cuBLAS.
 
 Before, in the backward graph of siblings whose ranks together are above what tiles take (q, k and v of rank 64)::
 
@@ -6,11 +6,13 @@ Before, in the backward graph of siblings whose ranks together are above what ti
 
 After::
 
-    dX = accumulate_(mm(g, A), dq, W_q) + mm(dk, W_k) + mm(dv, W_v)
+    dX = accumulate_(accumulate_(accumulate_(mm(g, A), dq, W_q), dk, W_k), dv, W_v)
 
-It is the product with most work that accumulates, as for products of tiles (:mod:`lora_fx.passes.tile_writer`); the
-others are left to the reader. A norm's backward that reads four terms costs more than a term: Inductor writes their sum
-in float32 between its two passes. On an H100 (M 8192, N 4096) it took 233 us, and 163 with three terms.
+A norm's backward that reads four terms costs more than a term: Inductor writes their sum in float32 between its two
+passes. On an H100 (M 8192, N 4096) it took 233 us, and 163 with three terms. For cuBLAS to accumulate costs 3 us of 393
+(K 4096), 20 of 102 (K 1024) or 50 of 1200 (K 14336). A Llama-3-8B block took 1.098 of the frozen block's time with one
+product that accumulates and 1.094 with all at rank 64, 1.171 and 1.164 at rank 128 (rounds in turn). Each rounds the
+growing sum once more, so this is for these sums alone: gradients err by 1.18e-2 instead of 1.17e-2.
 """
 
 from __future__ import annotations
@@ -23,14 +25,11 @@ import torch
 from torch.fx import Graph, Node
 
 from lora_fx.passes._torch import auto_functionalized, detect_fake_mode, inductor_config, stable_topological_sort
-from lora_fx.passes.graph import MM, aten, is_call, is_row_view, is_sum, is_tensor, is_transpose, peel_views, shape, val
+from lora_fx.passes.graph import MM, aten, is_call, is_row_view, is_sum, is_transpose, peel_views, shape, val
 from lora_fx.passes.kernels import operators
 from lora_fx.passes.kernels.tile_choice import FEWEST_ROWS
 from lora_fx.passes.site import MARK
-from lora_fx.passes.tile_regions import HALF, MAX_RANK
-
-# Large products that accumulate into one another.
-MOST = 1
+from lora_fx.passes.tile_nodes import HALF, MAX_RANK
 
 
 def accumulate(graph: Graph) -> Iterator[tuple[Node, Exception]]:
@@ -40,11 +39,11 @@ def accumulate(graph: Graph) -> Iterator[tuple[Node, Exception]]:
         return
     changed = False
     for node in graph.find_nodes(op="call_function", target=operators.accumulate):
-        if _is_small(node) and (len(node.args) < 4 or node.args[3] is None):
+        if _is_small(node) and node.args[3:] in ((), (None,)) and _is_large(peel_views(node.args[0]), node):
             _expand(node)
     for product in [node for node in graph.find_nodes(op="call_function", target=MM) if _is_small(node)]:
         try:
-            for large in _large_terms(product)[:MOST]:
+            for large in _large_terms(product):
                 product = _rewrite(product, large)
                 changed = True
         except Exception as error:
@@ -93,13 +92,15 @@ def _large_terms(product: Node) -> list[Node]:
         node = peel_views(pending.pop())
         if is_sum(node) and (node is total or len(node.users) == 1) and val(node).dtype == val(product).dtype:
             pending += node.args[:2]
-        elif is_call(node, MM) and not node.meta.get(MARK) and _is_read_once(node) and is_like(node, product):
+        elif _is_large(node, product):
             terms.append(node)
     return sorted(terms, key=_work, reverse=True)
 
 
-def is_like(node: Node, product: Node) -> bool:
-    """Whether two products make matrices of one kind."""
+def _is_large(node: Any, product: Node) -> bool:
+    """Whether ``node`` is a product of the base's weight, read once, and makes a matrix like that of ``product``."""
+    if not is_call(node, MM) or node.meta.get(MARK) or not _is_read_once(node):
+        return False
     return val(node).dtype == val(product).dtype and shape(node) == shape(product)
 
 
@@ -137,7 +138,7 @@ def _rewrite(product: Node, large: Node) -> Node:
     large.replace_all_uses_with(result)
     graph.erase_node(large)
     rest = total.args[1] if total.args[0] is leaf else total.args[0]
-    assert is_tensor(rest)
+    assert isinstance(rest, Node)
     total.replace_all_uses_with(rest)
     graph.erase_node(total)
     while leaf is not product:

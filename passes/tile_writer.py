@@ -12,9 +12,8 @@ from lora_fx.passes.graph import MM, aten, is_call, is_tangent, is_tensor, is_tr
 from lora_fx.passes.kernels import operators
 from lora_fx.passes.kernels.tile_program import OUTPUTS, Statement
 from lora_fx.passes.tile_copies import descendants
-from lora_fx.passes.tile_regions import (
+from lora_fx.passes.tile_nodes import (
     POINTWISE,
-    Region,
     constant_of,
     gradients_of,
     makes,
@@ -24,6 +23,7 @@ from lora_fx.passes.tile_regions import (
     sources,
     value_of,
 )
+from lora_fx.passes.tile_regions import Region
 
 
 class Writer:
@@ -146,7 +146,7 @@ class Writer:
     def _pointwise(self, member: Node) -> int:
         if POINTWISE[member.target] == "identity":  # type: ignore[index]
             return self._whole(member.args[0], member)
-        name = POINTWISE[member.target]  # type: ignore[index]  # _is_pointwise saw that it is there
+        name = POINTWISE[member.target]  # type: ignore[index]  # can_compute saw that it is there
         rest = [a for a in operands_of(member) if not (is_tensor(a) and peel_views(a) in self.absent)]
         if len(rest) == 1 and name == "add":
             return self._whole(rest[0], member)
