@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from lora_fx.passes import tile_sums
+from lora_fx.passes import tile_pairs, tile_stacks, tile_sums
 from lora_fx.passes._torch import auto_functionalized, detect_fake_mode, stable_topological_sort
 from lora_fx.passes.graph import (
     CONVERT,
@@ -43,6 +43,7 @@ def cut(graph: Graph, choose: Choose = choose) -> Iterator[tuple[Node, Exception
     for seed in _seeds(graph):
         with _undone(graph) as failure:
             separate(seed)
+            tile_pairs.split(seed)
         if failure:
             yield seed, failure[0]
     taken: set[Node] = set()
@@ -56,6 +57,7 @@ def cut(graph: Graph, choose: Choose = choose) -> Iterator[tuple[Node, Exception
             changed |= _emit(region, graph, choose)
         if failure:
             yield seed, failure[0]
+    yield from tile_stacks.accumulate(graph)
     if changed:
         graph.eliminate_dead_code()
         with _undone(graph) as failure:

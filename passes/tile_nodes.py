@@ -88,8 +88,12 @@ def makes(node: Node) -> bool:
         _, thin, _, scale = (*operands, None)[:4]
         bias = len(node.args) > 3 and node.args[3] is not None and node.target is operators.scaled_mm
         plain = not bias and (scale is None or same_device(scale, node))
-        return plain and _is_thin(thin, 1) and _static(shape(node)[1]) is not None
-    return _is_marked(node) and _is_thin(node.args[0], 1) and not _is_thin(node, 1)
+        return plain and _is_thin(thin, 1, MAX_PRODUCT) and _static(shape(node)[1]) is not None
+    if not _is_marked(node) or not _is_thin(node.args[0], 1, MAX_PRODUCT):
+        return False
+    # What has as few columns is h, of few inputs.
+    rank, columns = shape(node.args[0])[1], _static(shape(node)[1])  # type: ignore[arg-type]  # _is_thin saw a tensor
+    return columns is not None and columns > max(rank, MAX_RANK)
 
 
 def reads(node: Node) -> Node | None:
@@ -107,21 +111,28 @@ def reads(node: Node) -> Node | None:
     return None
 
 
+def gradients_of(node: Node) -> set[int]:
+    """Which of g (0) and dB (1) are read of a gradient pair; none of any other node."""
+    if node.target is not operators.gradient_pair:
+        return set()
+    return {user.args[1] for user in node.users}  # type: ignore[misc]  # getitem's index
+
+
 def _is_marked(node: Node) -> bool:
     return is_call(node, MM) and bool(node.meta.get(MARK))
 
 
-# Time to the frozen block's on an H200 (Llama-3-8B, M 8192, examples/benchmarks/block.py): at rank 64 1.110 with tiles,
-# stacks of ranks by cuBLAS (plain LoRA 1.151); at rank 128 1.323 with tiles, 1.159 without (plain LoRA 1.170). There
-# cuBLAS has enough to do.
-MAX_RANK = 64
+MAX_RANK, MAX_PRODUCT = 64, 128
+"""The highest ranks of a product that reads a value, and of one that makes it. Above them cuBLAS has enough to do: it
+reads a value at the rate of a copy. Time to the frozen block's on an H200 (Llama-3-8B, M 8192, rank 128,
+examples/benchmarks/block.py): 1.323 with all products in tiles, 1.159 with none (plain LoRA 1.170)."""
 
 
-def _is_thin(node: Any, dim: int) -> bool:
+def _is_thin(node: Any, dim: int, most: int = MAX_RANK) -> bool:
     if not is_tensor(node) or len(shape(node)) != 2:
         return False
     size = _static(shape(node)[dim])
-    return size is not None and size <= MAX_RANK
+    return size is not None and size <= most
 
 
 def _is_value(node: Any, columns: int) -> bool:

@@ -33,6 +33,7 @@ from lora_fx.passes.kernels import operators
 from lora_fx.passes.tile_nodes import (
     can_compute,
     columns_of,
+    gradients_of,
     is_half,
     is_reduction,
     makes,
@@ -79,9 +80,9 @@ def _neighbours(node: Node, region: Region) -> Iterator[set[Node]]:
         for user in readers(value):
             # A gradient pair reads what a large product reads as well, so it is in memory, and with sums over rows and
             # over columns a kernel holds too much at once. SwiGLU backward on an H200 (M 8192, N 14336, R 16): 687 us
-            # with both pairs in it, 549 in three kernels, sums of parts included.
+            # with both pairs in it, 549 in three kernels, sums of parts included. One that was split sums over rows.
             if can_compute(user, region.columns) or (
-                columns_of(user) == region.columns and user.target is not operators.gradient_pair
+                columns_of(user) == region.columns and gradients_of(user) != {0, 1}
             ):
                 yield {user}
     for source in sources(node, region.columns):

@@ -12,7 +12,17 @@ from lora_fx.passes.graph import MM, aten, is_call, is_tangent, is_tensor, is_tr
 from lora_fx.passes.kernels import operators
 from lora_fx.passes.kernels.tile_program import OUTPUTS, Statement
 from lora_fx.passes.tile_copies import descendants
-from lora_fx.passes.tile_nodes import POINTWISE, constant_of, makes, operand_kind, operands_of, reads, sources, value_of
+from lora_fx.passes.tile_nodes import (
+    POINTWISE,
+    constant_of,
+    gradients_of,
+    makes,
+    operand_kind,
+    operands_of,
+    reads,
+    sources,
+    value_of,
+)
 from lora_fx.passes.tile_regions import Region
 
 
@@ -46,10 +56,12 @@ class Writer:
             )
         elif member.target is operators.gradient_pair:
             value, factor, thin = member.args[:3]
-            place = self._operand(value, member)
-            self._append(["down", place, self._factor(factor)])
-            self._append(["across", place, self._thin(thin), "NR"])
-            self.outputs += [(member, 0), (member, 1)]
+            place, read = self._operand(value, member), gradients_of(member)
+            if 0 in read:
+                self._append(["down", place, self._factor(factor)])
+            if 1 in read:
+                self._append(["across", place, self._thin(thin), "NR"])
+            self.outputs += [(member, which) for which in sorted(read)]
         elif (value := reads(member)) is not None:
             left, right = member.args[:2]
             place = self._operand(value, member)
@@ -134,7 +146,7 @@ class Writer:
     def _pointwise(self, member: Node) -> int:
         if POINTWISE[member.target] == "identity":  # type: ignore[index]
             return self._whole(member.args[0], member)
-        name = POINTWISE[member.target]  # type: ignore[index]  # _is_pointwise saw that it is there
+        name = POINTWISE[member.target]  # type: ignore[index]  # can_compute saw that it is there
         rest = [a for a in operands_of(member) if not (is_tensor(a) and peel_views(a) in self.absent)]
         if len(rest) == 1 and name == "add":
             return self._whole(rest[0], member)

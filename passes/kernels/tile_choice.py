@@ -24,6 +24,18 @@ chosen, and with ``--tune`` for tiles near it.
     silu(gate) * up and h of its result, R 64     252.4   175  295.2 in parts of 1024 columns
     g, dB of dy, N 14336, R 64                    118.4   118  144.5 in parts of 128 columns
     ===========================================  ======  ====  ====================================================
+
+And of the 2 to 10 that were tried for each program on an H100, at the ranks where cuBLAS does a part of the work::
+
+    SwiGLU backward and dA, R 64                  544.3   395  586 with steps of 64
+    SwiGLU backward, dA and both dB, R 64         579.3   395  665 with steps of 64, 872 with 8 warps
+    silu(gate) * up, R 64                         338.8   237  353 by columns
+    silu(gate) * up and h of its result, R 64     279.3   238  281 in two parts
+    dA = g^T x, N 4096, R 64                       37.4    22  39.1 with 512 rows and steps of 32, which are more parts
+    h = x A^T, N 4096, R 64                        39.3    22  42.7 with steps of 64
+    SwiGLU backward, R 128                        672.4   398  700 with 1024 rows and steps of 32, 831 by columns
+    silu(gate) * up, R 128                        419.2   239  431 by columns
+    y = base + h B^T, and a residual, R 128        81.9    46  91 by columns
 """
 
 from __future__ import annotations
@@ -53,9 +65,19 @@ def choose(kinds: list[list[Any]], body: list[Statement], rows: Any, columns: in
         return _across(names, rank, m, columns)
     if "down" in names:
         return _down(names, rank, m, columns)
+    if rank > 64 and names.count("product") == 1 and "load" not in names and _is_unscaled(body):
+        return None  # cuBLAS writes it, and a large product accumulates into it: tile_stacks
+    if rank > 32 and names.count("product") > 1 and "keep" not in names:
+        # One step a program where a step's operands fill shared memory.
+        height = 64 if rank > 64 and names.count("product") > 2 else _shrunk(1024, 64, m, columns, 64, BUSY_TWICE)
+        return Tile(rows=height, columns=64, step=64, walk="rows")
     if "load" in names and rank <= 16 and "keep" not in names:
         return Tile(rows=32, columns=128, step=32, walk="rows", stages=3)
     return Tile(rows=64, columns=128, step=32 if "keep" in names else 64, walk="rows")
+
+
+def _is_unscaled(body: list[Statement]) -> bool:
+    return all(statement[3] is None for statement in body if statement[0] == "product")
 
 
 def _across(names: list[str], rank: int, m: int, columns: int) -> Tile:
@@ -71,12 +93,15 @@ def _across(names: list[str], rank: int, m: int, columns: int) -> Tile:
     if "down" in names:
         height = _shrunk(1024, 64, m, columns, 64, BUSY_TWICE)
         return Tile(rows=height, columns=64, step=64, walk="rows", stages=2)
+    if rank > 32 and "keep" not in names:
+        height = _shrunk(1024, 64, m, columns, 64, BUSY_TWICE)
+        return Tile(rows=height, columns=64, step=64, walk="rows", stages=3)
     width = 128 if rank <= 32 else 64
-    heavy = "keep" in names or rank > 32
-    height = _shrunk(512 if heavy else 1024, width, m, columns, 64, BUSY_TWICE)
+    masked = "keep" in names
+    height = _shrunk(512 if masked else 1024, width, m, columns, 64, BUSY_TWICE)
     # Several sums of masked values would not fit into registers together: half of the columns after the other half.
-    strips = 2 if "keep" in names and names.count("across") > 1 and width == 128 else 1
-    return Tile(rows=height, columns=width, step=32, walk="rows", strips=strips, stages=3 if heavy else 4)
+    strips = 2 if masked and names.count("across") > 1 and width == 128 else 1
+    return Tile(rows=height, columns=width, step=32, walk="rows", strips=strips, stages=3 if masked else 4)
 
 
 def _down(names: list[str], rank: int, m: int, columns: int) -> Tile:

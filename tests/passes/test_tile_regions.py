@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph
 
-from lora_fx.passes import fuse_tiles, pipeline, tile_nodes
+from lora_fx.passes import fuse_tiles, pipeline
 from lora_fx.passes.kernels import lowering
 from lora_fx.passes.kernels.tile_choice import choose
 from lora_fx.passes.kernels.tile_program import Program, Tile
 from lora_fx.passes.printer import graph_text
+from lora_fx.passes.tile_nodes import MAX_PRODUCT, MAX_RANK
 from tests.passes import on_gpu
 from tests.passes.harness import Captured, Case, adapt, compare
 from tests.passes.modules import Mlp
@@ -85,18 +86,18 @@ def test_nothing_wider_than_the_model_is_written() -> None:
     assert "mean" in graph_text(captured.forward[0].graph)
 
 
-@pytest.mark.parametrize("rank", [tile_nodes.MAX_RANK, tile_nodes.MAX_RANK + 8])
-def test_the_largest_rank(rank: int) -> None:
-    """Above it a product is a large one, whose place is in the matrix library."""
+@pytest.mark.parametrize("rank", [MAX_RANK, MAX_RANK + 8, MAX_PRODUCT, MAX_PRODUCT + 8])
+def test_the_largest_ranks(rank: int) -> None:
+    """Above the first, products that read a value are large ones, whose place is in the matrix library; above the
+    second, so are those that make one."""
     module = adapt(nn.Linear(320, 304, bias=False, dtype=bf16), rank=rank)
     captured = capture(module, x(width=320))
     found = [*programs(captured.forward[0].graph), *programs(captured.backward[0].graph)]
-    if rank > tile_nodes.MAX_RANK:
-        assert found == []
-        for half in (captured.forward, captured.backward):
-            assert "lora_fx" not in graph_text(half[0].graph)
-    else:
-        assert {s[0] for p in found for s in p.body} >= {"product", "down", "across"}
+    statements = {s[0] for p in found for s in p.body}
+    assert ("product" in statements) == (rank <= MAX_PRODUCT)
+    assert (statements >= {"down", "across"}) == (rank <= MAX_RANK)
+    if rank > MAX_RANK:
+        assert not statements & {"down", "across"}
 
 
 def test_float32_is_left_to_inductor() -> None:
@@ -281,18 +282,19 @@ def test_few_rows_are_left_to_inductor() -> None:
         assert "lora_fx" not in graph_text(half[0].graph)
 
 
-@pytest.mark.parametrize("rank", [1, 16, 128])
 @pytest.mark.parametrize("width", [8, 136, 4096, 14336])
-def test_choices_are_tiles(width: int, rank: int) -> None:
+def test_choices_are_tiles(width: int) -> None:
     """Whatever is chosen for a program is a walk that a kernel can make."""
+    from tests.passes.high_rank_cases import HIGH_RANKS
     from tests.passes.tile_cases import CASES
 
-    for case in CASES:
+    for case in (*CASES, *HIGH_RANKS):
         tile = choose(case.inputs, case.body, 8192, width)
         if tile is not None:
-            powers = (tile.rows, tile.columns, tile.step, tile.strips, tile.columns // tile.strips)
-            assert all(size & (size - 1) == 0 for size in powers)
-            assert min(tile.step, tile.columns // tile.strips) >= 16
+            # In the direction of its walk a program may be of any number of steps.
+            across = tile.columns // tile.strips if tile.walk == "rows" else tile.rows
+            assert all(size & (size - 1) == 0 for size in (tile.step, tile.strips, across))
+            assert min(tile.step, across) >= 16
 
 
 @pytest.mark.parametrize(("masks", "rank", "strips"), [(1, 16, 1), (2, 16, 2), (3, 16, 2), (3, 64, 1), (0, 16, 1)])
