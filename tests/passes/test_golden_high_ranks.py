@@ -96,30 +96,27 @@ return None, %63, None, None, %56, %68, None, None, None, %55, %67, None, None, 
     0: product in0 in1 in2
     1: load in3
     2: op add %1 %0
-    3: op neg %2
-    4: op exp %3
-    5: op add %4 1.0
-    6: op sigmoid %2
-    7: op mul %2 %6
-    8: product in4 in5 in6
-    9: load in7
-    10: op add %9 %8
-    11: op mul %7 %10
-    12: across %11 in8 RN
-    13: product in8 in9
-    14: load in10
-    15: op add %13 %14
-    16: op mul %15 %7
-    17: store %16 bfloat16
-    18: op mul %15 %10
-    19: across %16 in4 NR
-    20: op mul %18 %6
-    21: op sub 1.0 %6
-    22: op mul %2 %21
-    23: op add %22 1.0
-    24: op mul %20 %23
-    25: store %24 bfloat16
-    26: across %24 in0 NR""",
+    3: op sigmoid %2
+    4: op mul %2 %3
+    5: product in4 in5 in6
+    6: load in7
+    7: op add %6 %5
+    8: op mul %4 %7
+    9: across %8 in8 RN
+    10: product in8 in9
+    11: load in10
+    12: op add %10 %11
+    13: op mul %12 %4
+    14: store %13 bfloat16
+    15: op mul %12 %7
+    16: across %13 in4 NR
+    17: op mul %15 %3
+    18: op sub 1.0 %3
+    19: op mul %2 %18
+    20: op add %19 1.0
+    21: op mul %17 %20
+    22: store %21 bfloat16
+    23: across %21 in0 NR""",
     )
 
 
