@@ -191,7 +191,7 @@ def test_garbage_is_collected_between_steps():
         with pytest.raises(KeyError), train_3d.collecting_between_steps(every=3) as collect:
             assert collected == [2] and not gc.isenabled()
             for step in range(7):
-                cycles = [[] for _ in range(2000)]  # type: ignore[var-annotated]
+                cycles: list[Any] = [[] for _ in range(2000)]
                 for cycle in cycles:
                     cycle.append(cycle)
                 collect(step)
