@@ -96,6 +96,7 @@ class Row:
         milliseconds, low, high: of a step, median and quartiles of the slowest rank.
         peak_bytes: the most that a rank had in use during a step; None on a CPU.
         adapter_bytes: of the first rank's adapters and their optimizer's state.
+        built_seconds: until the model is there.
         first_seconds: of the first step, which compiles.
         losses: of all steps.
         norms: of all steps' gradients before they are clipped; none of the frozen job.
@@ -109,6 +110,7 @@ class Row:
     high: float
     peak_bytes: int | None
     adapter_bytes: int
+    built_seconds: float
     first_seconds: float
     losses: list[float]
     norms: list[float]
@@ -152,7 +154,7 @@ def shake(adapters: Mapping[str, torch.nn.Parameter]) -> None:
 
 def measure(settings: Settings, form: str, device: Device) -> Row:
     """Train one form for its steps; all ranks call it. The first, the second and the third step are not timed."""
-    settings = dataclasses.replace(settings, form=form)
+    settings, start = dataclasses.replace(settings, form=form), time.perf_counter()
     place = torch.device(device.name, torch.cuda.current_device()) if device.cuda else torch.device("cpu")
     mesh = settings.degrees.mesh(place)
     trainer = Trainer(settings, mesh, place)
@@ -161,6 +163,8 @@ def measure(settings: Settings, form: str, device: Device) -> Row:
     windows = random_windows(
         library_sources().train_tokens(), settings.steps, settings.batch, settings.length, settings.seed
     )
+    device.synchronise()
+    built = time.perf_counter() - start
     losses: list[float] = []
     norms: list[float] = []
     seconds: list[float] = []
@@ -191,6 +195,7 @@ def measure(settings: Settings, form: str, device: Device) -> Row:
         high=1e3 * high,
         peak_bytes=int(peak) if device.cuda else None,
         adapter_bytes=sum(local(tensor).numel() * tensor.element_size() for tensor in held),
+        built_seconds=built,
         first_seconds=float(slowest[0]),
         losses=losses,
         norms=norms,
@@ -239,14 +244,14 @@ def launch(arguments: Sequence[str], world: int, forms: Sequence[str], limit: fl
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
         command += [__file__, "--worker", str(file), "--forms", *forms, "--", *arguments]
         variables = {"OMP_NUM_THREADS": "1", **os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if cpu else {})}
+        process = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         try:
-            done = subprocess.run(
-                command, env=variables, timeout=limit, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-            )
-        except subprocess.TimeoutExpired as late:
-            return f"not done after {limit:.0f} s\n{(late.stdout or b'').decode(errors='replace')[-4000:]}"
-        if done.returncode:
-            return done.stdout.decode(errors="replace")[-4000:]
+            printed, why = process.communicate(timeout=limit)[0], f"exit status {process.returncode}"
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun then ends its ranks, which would go on if it were killed
+            printed, why = process.communicate()[0], f"not done after {limit:.0f} s"
+        if process.returncode:
+            return f"{why}\n{printed.decode(errors='replace')[-4000:]}"
         return [Row(**row) for row in json.loads(file.read_text())["rows"]]
 
 
@@ -263,8 +268,8 @@ def allowed(row: Row, frozen: Row) -> int | None:
 
 def table(found: dict[str, list[Row]], references: dict[str, list[Row]]) -> str:
     """All meshes as aligned text."""
-    cells = [("mesh", "form", "ms a step", "quartiles", "ratio", "peak GiB", "allowed", "first s", "loss off by",
-              "rewritten")]  # fmt: skip
+    cells = [("mesh", "form", "ms a step", "quartiles", "ratio", "peak GiB", "allowed", "built s", "first s",
+              "loss off by", "rewritten")]  # fmt: skip
     for mesh, rows in found.items():
         (frozen,) = (row for row in rows if row.form == "frozen")
         for row in rows:
@@ -279,6 +284,7 @@ def table(found: dict[str, list[Row]], references: dict[str, list[Row]]) -> str:
                     f"{row.milliseconds / frozen.milliseconds:.3f}",
                     "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f}",
                     f"{bar / 2**30:.2f}" if bar is not None and ours else "",
+                    f"{row.built_seconds:.1f}",
                     f"{row.first_seconds:.1f}",
                     f"{difference(row, references[mesh]):.1e}" if mesh in references and row is not frozen else "",
                     f"{done} of {total}" if ours else "",
@@ -338,34 +344,42 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found: dict[str, list[Row]] = {}
     references: dict[str, list[Row]] = {}
     failed: dict[str, str] = {}
-    alone: dict[str, list[Row] | str] = {}  # by the job: meshes of one batch share theirs
-    for mesh in meshes:
-        print(f"{mesh} ...", file=sys.stderr, flush=True)
-        rows = launch(job(mesh, options.model, options.steps), worlds[mesh], options.forms, options.limit, cpu)
-        if isinstance(rows, str):
-            failed[mesh] = rows
-            continue
-        found[mesh] = rows
-        if not options.no_reference:
-            whole = job(mesh, options.model, options.steps, whole=True)
-            key = " ".join(whole)
-            if key not in alone:
-                alone[key] = launch(whole, 1, ["lora_fx"], options.limit, cpu)
-            reference = alone[key]
-            if isinstance(reference, str):
-                failed[f"{mesh} on one GPU"] = reference
-            else:
-                references[mesh] = reference
+    alone: dict[str, list[Row] | None] = {}  # by the job: meshes of one batch share theirs
+
+    def save() -> None:
         if options.json is not None:
             rows_of = {name: [dataclasses.asdict(row) for row in rows] for name, rows in found.items()}
             one_gpu = {name: dataclasses.asdict(rows[0]) for name, rows in references.items()}
             settings = {mesh: " ".join(job(mesh, options.model, options.steps)) for mesh in found}
             document = {**where, "jobs": settings, "meshes": rows_of, "one_gpu": one_gpu, "failed": failed}
             write_json(options.json, document)
+
+    def run(name: str, arguments: list[str], world: int, forms: list[str]) -> list[Row] | None:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        rows = launch(arguments, world, forms, options.limit, cpu)
+        if isinstance(rows, str):
+            print(f"{name} failed:\n{rows}", file=sys.stderr, flush=True)
+            failed[name] = rows
+            return None
+        return rows
+
+    for mesh in meshes:
+        rows = run(mesh, job(mesh, options.model, options.steps), worlds[mesh], options.forms)
+        if rows is not None:
+            found[mesh] = rows
+            save()  # whatever comes of the rest
+            if not options.no_reference:
+                whole = job(mesh, options.model, options.steps, whole=True)
+                key = " ".join(whole)
+                if key not in alone:
+                    alone[key] = run(f"{mesh} on one GPU", whole, 1, ["lora_fx"])
+                if (reference := alone[key]) is not None:
+                    references[mesh] = reference
+        save()
     print(f"\n{table(found, references)}\n\n{collective_table(found)}")
-    for name, why in failed.items():
-        print(f"\n{name} failed:\n{why}")
-    sys.exit(1 if failed else 0)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+    sys.exit(0)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 # mypy: no-check-untyped-defs
 
+import contextlib
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +16,8 @@ import options_3d
 
 def row(form: str, milliseconds: float = 100.0, peak: int | None = 1000, **more: Any) -> Row:
     found: dict[str, Any] = {
-        "low": 99.0, "high": 101.0, "adapter_bytes": 7, "first_seconds": 1.0, "losses": [3.0, 2.0], "norms": [],
-        "collectives": {"all_reduce": 1}, "sites": [],
+        "low": 99.0, "high": 101.0, "adapter_bytes": 7, "built_seconds": 2.0, "first_seconds": 1.0,
+        "losses": [3.0, 2.0], "norms": [], "collectives": {"all_reduce": 1}, "sites": [],
     }  # fmt: skip
     return Row(form=form, milliseconds=milliseconds, peak_bytes=peak, **(found | more))
 
@@ -86,3 +88,29 @@ def test_it_runs(tmp_path, capsys):
     # What plain LoRA has more: the sum of gradients and that of their norm (the first block's input needs no gradient).
     # Over gloo every tensor of a collective is one by itself: lora_fx sends g along with three input gradients.
     assert 0 < counts["plain"] - counts["frozen"] <= 2 and counts["lora_fx"] - counts["plain"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_mesh_that_takes_too_long(tmp_path, capsys):
+    """It is said at once, the file says it, too, and no rank goes on."""
+    file = tmp_path / "ranks.json"
+    line = ["--model", "tiny", "--mesh", "dp2", "--device", "cpu", "--limit", "4", "--json", str(file)]
+    before = ranks_alive()
+    with pytest.raises(SystemExit) as done:
+        ranks.main(line)
+    assert done.value.code == "failed: dp2"
+    assert "dp2 failed:\nnot done after 4 s" in capsys.readouterr().err
+    document = json.loads(file.read_text())
+    assert document["meshes"] == {} and list(document["failed"]) == ["dp2"]
+    assert ranks_alive() <= before
+
+
+def ranks_alive() -> set[int]:
+    """The processes of the benchmark."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if b"benchmarks/ranks.py" in (folder / "cmdline").read_bytes():
+                found.add(int(folder.name))
+    return found
