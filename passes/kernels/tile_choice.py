@@ -29,8 +29,10 @@ from typing import Any
 
 from lora_fx.passes.kernels.tile_program import Statement, Tile
 
-# Below this a launch costs more than what it saves.
-FEWEST_ROWS = 256
+# Fewer are written out for Inductor (:mod:`lora_fx.passes.kernels.lowering`).
+FEWEST_ROWS = 9
+# Fewer have tiles of 16 rows: more programs, and smaller sums for each that reads parts.
+FEW_ROWS = 256
 # Programs that keep a large GPU (132 multiprocessors) busy: one on each, nearly, where a step loads much, else two.
 BUSY, BUSY_TWICE = 128, 256
 
@@ -46,6 +48,8 @@ def choose(kinds: list[list[Any]], body: list[Statement], rows: Any, columns: in
         return None
     names = [statement[0] for statement in body]
     rank = max((kind[1] for kind in kinds if kind[0] in ("thin", "factor")), default=0)
+    if m < FEW_ROWS and "across" not in names:
+        return _few(names, rank, m, columns)
     if "across" in names:
         return _across(names, rank, m, columns)
     if "down" in names:
@@ -53,6 +57,14 @@ def choose(kinds: list[list[Any]], body: list[Statement], rows: Any, columns: in
     if "load" in names and rank <= 16 and "keep" not in names:
         return Tile(rows=32, columns=128, step=32, walk="rows", stages=3)
     return Tile(rows=64, columns=128, step=32 if "keep" in names else 64, walk="rows")
+
+
+def _few(names: list[str], rank: int, m: int, columns: int) -> Tile:
+    """For a few rows, which are not enough to keep a GPU busy without programs side by side."""
+    if "down" not in names:
+        return Tile(rows=16, columns=128, step=16, walk="rows")
+    width = _shrunk(1024, 16, columns, m, 256, BUSY)
+    return Tile(rows=16, columns=width, step=64 if rank > 32 or "keep" in names else 128, walk="columns", stages=3)
 
 
 def _across(names: list[str], rank: int, m: int, columns: int) -> Tile:
