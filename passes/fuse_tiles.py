@@ -117,7 +117,7 @@ def _emit(region: Region, graph: Graph, choose: Choose) -> bool:
     tile = choose(writer.kinds, writer.body, rows, region.columns)
     if tile is None:
         return False
-    dtype = next(val(node).dtype for node, kind in zip(writer.inputs, writer.kinds) if kind[0] == "factor")
+    dtype = next(val(node).dtype for node, kind in zip(writer.inputs, writer.kinds) if kind[0] in ("thin", "factor"))
     program = Program(region.columns, str(dtype).removeprefix("torch."), writer.kinds, writer.body, tile)
     last = [member for member in members if member not in region.copies][-1]
     outputs = _outputs(program, writer, region, last)

@@ -48,10 +48,10 @@ def _programs(call: Node) -> list[tuple[Any, ...]]:
 def _are_alike(one: Node, other: Node) -> bool:
     """Whether two calls are for equally many rows, and few enough."""
     programs = [*_programs(one), *_programs(other)]
-    rows = {program.row_count([val(each) for each in inputs]) for program, inputs in programs}
+    rows = [program.row_count([val(each) for each in inputs]) for program, inputs in programs]
+    few = all(isinstance(count, int) and count <= MOST_ROWS for count in rows)
     warps = {program.tile.warps for program, _ in programs}
-    (count,) = rows if len(rows) == 1 else (None,)
-    return isinstance(count, int) and count <= MOST_ROWS and len(warps) == 1 and len(programs) <= MOST
+    return few and len(set(rows)) == 1 and len(warps) == 1 and len(programs) <= MOST
 
 
 def _merge(first: Node, second: Node) -> Node:
