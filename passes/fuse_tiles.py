@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from lora_fx.passes import tile_joint, tile_sums
+from lora_fx.passes import tile_joint, tile_pairs, tile_stacks, tile_sums
 from lora_fx.passes._torch import auto_functionalized, detect_fake_mode, stable_topological_sort
 from lora_fx.passes.graph import (
     CONVERT,
@@ -27,7 +27,8 @@ from lora_fx.passes.kernels.tile_choice import choose
 from lora_fx.passes.kernels.tile_program import Program, Statement, Tile, row_parts
 from lora_fx.passes.site import MARK
 from lora_fx.passes.tile_copies import separate
-from lora_fx.passes.tile_regions import Region, columns_of, grow, reads, value_of
+from lora_fx.passes.tile_nodes import columns_of, reads, value_of
+from lora_fx.passes.tile_regions import Region, grow
 from lora_fx.passes.tile_siblings import join
 from lora_fx.passes.tile_writer import Writer, is_read_last_in
 
@@ -42,6 +43,7 @@ def cut(graph: Graph, choose: Choose = choose) -> Iterator[tuple[Node, Exception
     for seed in _seeds(graph):
         with _undone(graph) as failure:
             separate(seed)
+            tile_pairs.split(seed)
         if failure:
             yield seed, failure[0]
     taken: set[Node] = set()
@@ -55,10 +57,12 @@ def cut(graph: Graph, choose: Choose = choose) -> Iterator[tuple[Node, Exception
             changed |= _emit(region, graph, choose)
         if failure:
             yield seed, failure[0]
+    yield from tile_stacks.accumulate(graph)
     if changed:
         graph.eliminate_dead_code()
         with _undone(graph) as failure:
             tile_sums.stack(graph)
+            tile_sums.gather(graph)
             tile_sums.join(graph)
             graph.eliminate_dead_code()
             tile_joint.join(graph)
@@ -110,10 +114,11 @@ def _has_kernels(node: Node) -> bool:
 def _emit(region: Region, graph: Graph, choose: Choose) -> bool:
     """Put the region's program in its place; says whether it did."""
     members = [node for node in graph.nodes if node in region.nodes]
-    writer = Writer(region, members)
+    rows = _rows(members[0])
+    writer = Writer(region, members, rows)
     for member in members:
         writer.write(member)
-    rows = _rows(members[0])
+    writer.finish()
     tile = choose(writer.kinds, writer.body, rows, region.columns)
     if tile is None:
         return False

@@ -32,7 +32,7 @@ from lora_fx.passes.graph import CONVERT, COPIES, MM, VIEWS, aten, is_call, is_r
 from lora_fx.passes.kernels import operators
 from lora_fx.passes.kernels.tile_choice import FEWEST_ROWS
 from lora_fx.passes.recompute_branch import REGION
-from lora_fx.passes.tile_regions import columns_of
+from lora_fx.passes.tile_nodes import columns_of
 
 MARK = "lora_fx_dropout"
 """Set by the first stage in the metadata of the down-projections that it proved to be of a LoRA site with dropout."""

@@ -7,7 +7,9 @@ products under silu(gate) * up; the residual stream and one number a row), and x
     x: f[M, K] = silu(gate) * up            tagged for recomputation, down to what it is made of
 
 Behind it stands a kernel that computes x tile by tile and never writes it (:mod:`lora_fx.passes.tile_regions`), so this
-is for devices that have one. The tags stop at sums: a residual stream is kept, not computed again from the embedding.
+is for devices that have one, and for ranks that it takes: for a stack above them cuBLAS reads x, and backward of a
+Llama-3-8B block of rank 64 (M 8192, an H100) takes 0.02 of the frozen block's time more if it has to write it first.
+The tags stop at sums: a residual stream is kept, not computed again from the embedding.
 """
 
 from __future__ import annotations
@@ -18,11 +20,22 @@ from typing import Any
 from torch.fx import Node
 
 from lora_fx.passes._torch import CheckpointPolicy
-from lora_fx.passes.graph import is_pointwise, is_sum, is_tensor, peel, same_count, val
+from lora_fx.passes.graph import (
+    aten,
+    is_call,
+    is_pointwise,
+    is_sum,
+    is_tensor,
+    is_transpose,
+    peel,
+    same_count,
+    shape,
+    val,
+)
 from lora_fx.passes.recompute_branch import REGION
 from lora_fx.passes.rewriter import Rewriter
 from lora_fx.passes.site import Site, before_dropout
-from lora_fx.passes.tile_regions import MAX_RANK
+from lora_fx.passes.tile_nodes import MAX_RANK
 
 
 def find(sites: list[Site]) -> Iterator[list[Site]]:
@@ -32,8 +45,12 @@ def find(sites: list[Site]) -> Iterator[list[Site]]:
 
 
 def _has_kernel(site: Site) -> bool:
-    """Whether dA will be computed tile by tile."""
-    return val(site.down).device.type != "cpu" and site.rank <= MAX_RANK
+    """Whether dA will be computed tile by tile, for a stack of siblings as for one."""
+    grad_a: Any = site.grad_a
+    while is_transpose(grad_a):
+        grad_a = grad_a.args[0]
+    rank = shape(grad_a.args[0])[0] if is_call(grad_a, aten.slice.Tensor) else site.rank
+    return val(site.down).device.type != "cpu" and rank <= MAX_RANK
 
 
 def rewrite(group: list[Site], rewriter: Rewriter) -> None:

@@ -22,7 +22,8 @@ from __future__ import annotations
 from torch.fx import Node
 
 from lora_fx.passes.graph import is_row_view, peel_views, readers
-from lora_fx.passes.tile_regions import Region, columns_of, makes, producers, reads
+from lora_fx.passes.tile_nodes import columns_of, makes, reads
+from lora_fx.passes.tile_regions import Region, producers
 
 
 def separate(down: Node) -> None:

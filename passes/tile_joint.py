@@ -20,13 +20,13 @@ from torch.fx import Graph, Node
 
 from lora_fx.passes._torch import auto_functionalized, stable_topological_sort
 from lora_fx.passes.graph import is_call, val
-from lora_fx.passes.kernels import operators
+from lora_fx.passes.kernels import operators, tile_choice
 from lora_fx.passes.kernels.tile_program import join as join_texts
 from lora_fx.passes.kernels.tile_program import split
 from lora_fx.passes.tile_copies import descendants
 
-# With more, a launch is nothing, and kernels of one kind fill the GPU better. And the most programs of a launch.
-MOST_ROWS, MOST = 2048, 4
+MOST = 4
+"""The most programs of a launch."""
 
 
 def join(graph: Graph) -> None:
@@ -49,7 +49,7 @@ def _are_alike(one: Node, other: Node) -> bool:
     """Whether two calls are for equally many rows, and few enough."""
     programs = [*_programs(one), *_programs(other)]
     rows = [program.row_count([val(each) for each in inputs]) for program, inputs in programs]
-    few = all(isinstance(count, int) and count <= MOST_ROWS for count in rows)
+    few = all(isinstance(count, int) and count <= tile_choice.MOST_FOR_LAUNCHES for count in rows)
     warps = {program.tile.warps for program, _ in programs}
     return few and len(set(rows)) == 1 and len(warps) == 1 and len(programs) <= MOST
 

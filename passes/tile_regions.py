@@ -26,59 +26,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch.fx import Graph, Node
 
-from lora_fx.passes.graph import (
-    CONVERT,
-    COPIES,
-    MM,
-    aten,
-    has_shape,
-    is_call,
-    is_pointwise,
-    is_tensor,
-    is_transpose,
-    peel_views,
-    readers,
-    shape,
-    val,
-)
+from lora_fx.passes.graph import is_pointwise, peel_views, readers
 from lora_fx.passes.kernels import operators
-from lora_fx.passes.site import MARK
-
-POINTWISE = {
-    aten.add.Tensor: "add",
-    aten.sub.Tensor: "sub",
-    aten.mul.Tensor: "mul",
-    aten.div.Tensor: "div",
-    aten.pow.Tensor_Scalar: "pow",
-    aten.neg.default: "neg",
-    aten.abs.default: "abs",
-    aten.exp.default: "exp",
-    aten.log.default: "log",
-    aten.sqrt.default: "sqrt",
-    aten.rsqrt.default: "rsqrt",
-    aten.reciprocal.default: "reciprocal",
-    aten.sigmoid.default: "sigmoid",
-    aten.tanh.default: "tanh",
-    aten.erf.default: "erf",
-    aten.relu.default: "relu",
-    aten.maximum.default: "maximum",
-    aten.minimum.default: "minimum",
-    aten.gt.Scalar: "gt",
-    aten.ge.Scalar: "ge",
-    aten.lt.Scalar: "lt",
-    aten.le.Scalar: "le",
-    aten.gt.Tensor: "gt",
-    aten.le.Tensor: "le",
-    aten.where.self: "where",
-    CONVERT: "identity",
-    **dict.fromkeys(COPIES, "identity"),
-}
-"""Pointwise operators that a kernel can compute, and their names in programs."""
-
-HALF = (torch.bfloat16, torch.float16)
+from lora_fx.passes.tile_nodes import (
+    can_compute,
+    columns_of,
+    gradients_of,
+    is_half,
+    is_reduction,
+    makes,
+    operand_kind,
+    operands_of,
+    sources,
+    value_of,
+)
 
 
 @dataclass
@@ -89,142 +52,6 @@ class Region:
     nodes: set[Node] = field(default_factory=set)
     copies: set[Node] = field(default_factory=set)
     """Members that stay in the graph for their other readers: cheaper to compute again than to write and read."""
-
-
-# ---- what a node is to a region --------------------------------------------------------------------------------------
-
-
-def columns_of(node: Node) -> int | None:
-    """N of the [M, N] value that one of LoRA's small products makes or reads; None for any other node."""
-    if node.op != "call_function" or not _is_half(node):
-        return None
-    if makes(node):
-        return _static(shape(node)[1])
-    value = reads(node)
-    return None if value is None else _static(shape(value)[-1])
-
-
-def _is_half(node: Node) -> bool:
-    value = node.meta.get("val")  # Inductor's own rewrites leave nodes without
-    value = value[0] if isinstance(value, (tuple, list)) and value else value
-    return isinstance(value, torch.Tensor) and value.dtype in HALF
-
-
-def _static(size: Any) -> int | None:
-    return size if isinstance(size, int) else None
-
-
-def makes(node: Node) -> bool:
-    """Whether ``node`` is a product of rank R that makes an [M, N] value."""
-    if node.target in (operators.scaled_mm, operators.accumulate):
-        operands = node.args if node.target is operators.accumulate else (None, *node.args)
-        _, thin, _, scale = (*operands, None)[:4]
-        bias = len(node.args) > 3 and node.args[3] is not None and node.target is operators.scaled_mm
-        plain = not bias and (scale is None or same_device(scale, node))
-        return plain and _is_thin(thin, 1) and _static(shape(node)[1]) is not None
-    return _is_marked(node) and _is_thin(node.args[0], 1) and not _is_thin(node, 1)
-
-
-def reads(node: Node) -> Node | None:
-    """The [M, N] value that ``node`` multiplies down to rank R (or across, to [R, N]); None if it does not."""
-    if node.target is operators.gradient_pair:
-        value, factor = node.args[:2]
-        return value if is_tensor(factor) and _is_thin(factor, 1) else None  # type: ignore[return-value]
-    if not _is_marked(node) or makes(node):
-        return None
-    left, right = node.args[:2]
-    if _is_thin(right, 1) and is_tensor(left):
-        return left  # type: ignore[return-value]  # [M, N] @ [N, R]
-    if _is_thin(left, 0) and is_transpose(left) and is_tensor(right):
-        return right  # type: ignore[return-value]  # [R, M] @ [M, N]
-    return None
-
-
-def _is_marked(node: Node) -> bool:
-    return is_call(node, MM) and bool(node.meta.get(MARK))
-
-
-# Time to the frozen block's on an H200 (Llama-3-8B, M 8192, examples/benchmarks/block.py): at rank 64 1.110 with tiles,
-# stacks of ranks by cuBLAS (plain LoRA 1.151); at rank 128 1.323 with tiles, 1.159 without (plain LoRA 1.170). There
-# cuBLAS has enough to do.
-MAX_RANK = 64
-
-
-def _is_thin(node: Any, dim: int) -> bool:
-    if not is_tensor(node) or len(shape(node)) != 2:
-        return False
-    size = _static(shape(node)[dim])
-    return size is not None and size <= MAX_RANK
-
-
-def _is_value(node: Any, columns: int) -> bool:
-    """Whether ``node`` is an [..., N] value of a pass, contiguous."""
-    if not is_tensor(node) or len(shape(node)) < 2 or not has_shape(node, *[None] * (len(shape(node)) - 1), columns):
-        return False
-    value = val(node)
-    return value.dtype.is_floating_point and value.dtype.itemsize <= 4 and bool(value.is_contiguous())
-
-
-def _is_pointwise(node: Any, columns: int) -> bool:
-    """Whether ``node`` computes a value of the pass element by element from what a kernel can load, or a mask of it."""
-    if not isinstance(node, Node) or node.op != "call_function" or node.kwargs.keys() - {"dtype"}:
-        return False
-    if node.target is operators.keep:
-        return _is_condition(node, columns) and same_device(node.args[0], node)
-    if node.target not in POINTWISE:
-        return False
-    if not (_is_value(node, columns) or _is_condition(node, columns)):
-        return False
-    if node.target is aten.pow.Tensor_Scalar and not isinstance(node.args[1], (int, float)):
-        return False
-    return all(operand_kind(a, node, columns) is not None for a in operands_of(node))
-
-
-def _is_condition(node: Node, columns: int) -> bool:
-    return (
-        is_tensor(node) and val(node).dtype == torch.bool and has_shape(node, *[None] * (len(shape(node)) - 1), columns)
-    )
-
-
-def operands_of(node: Node) -> list[Any]:
-    """What a pointwise operation is applied to; nothing for a mask, which its seed is all of."""
-    if node.target is operators.keep:
-        return []
-    return [node.args[0]] if node.target is CONVERT or node.target in COPIES else list(node.args)
-
-
-def constant_of(operand: Any) -> float | None:
-    """The number that an operand is, also where the graph makes a tensor of it."""
-    if is_call(operand, aten.full.default, aten.scalar_tensor.default) and shape(operand) == ():
-        operand = operand.args[-1]
-    plain = isinstance(operand, (int, float)) and not isinstance(operand, bool)
-    return float(operand) if plain else None
-
-
-def same_device(operand: Any, node: Node) -> bool:
-    """Whether a kernel on the device of ``node`` can load ``operand``; numbers may be in the memory of the CPU."""
-    return bool(val(operand).device == val(node).device)
-
-
-def operand_kind(operand: Any, node: Node, columns: int) -> str | None:
-    """How a pointwise operand broadcasts against ``node``: full, row, column, number or constant; None if it cannot."""
-    if constant_of(operand) is not None:
-        return "constant"
-    if not (is_tensor(operand) and same_device(operand, node)):
-        return None
-    sizes, whole = shape(operand), shape(node)
-    if len(sizes) == len(whole) and has_shape(operand, *whole[:-1], columns):
-        return "full"
-    if len(sizes) == 0:
-        return "number"
-    if len(sizes) == len(whole) and has_shape(operand, *whole[:-1], 1):
-        return "row"
-    if has_shape(operand, *[1] * (len(sizes) - 1), columns):
-        return "column"
-    return None
-
-
-# ---- growing ---------------------------------------------------------------------------------------------------------
 
 
 def grow(seed: Node, graph: Graph) -> Region:
@@ -239,9 +66,10 @@ def grow(seed: Node, graph: Graph) -> Region:
             new = neighbours - region.nodes
             if new and fits(new, region, order):
                 region.nodes |= new
-                region.copies |= {n for n in new if not makes(n) and _stays(n, region)}
+                region.copies |= _staying(new, region, order)
                 pending += sorted(new, key=order.__getitem__)
     _prune(region)
+    _leave_out(region)
     return region if seed in region.nodes else Region(columns, {seed})
 
 
@@ -252,9 +80,9 @@ def _neighbours(node: Node, region: Region) -> Iterator[set[Node]]:
         for user in readers(value):
             # A gradient pair reads what a large product reads as well, so it is in memory, and with sums over rows and
             # over columns a kernel holds too much at once. SwiGLU backward on an H200 (M 8192, N 14336, R 16): 687 us
-            # with both pairs in it, 549 in three kernels, sums of parts included.
-            if _is_pointwise(user, region.columns) or (
-                columns_of(user) == region.columns and user.target is not operators.gradient_pair
+            # with both pairs in it, 549 in three kernels, sums of parts included. One that was split sums over rows.
+            if can_compute(user, region.columns) or (
+                columns_of(user) == region.columns and gradients_of(user) != {0, 1}
             ):
                 yield {user}
     for source in sources(node, region.columns):
@@ -280,7 +108,7 @@ def producers(source: Node, region: Region) -> set[Node] | None:
             continue
         if makes(node) and columns_of(node) == region.columns:
             found.add(node)
-        elif _is_pointwise(node, region.columns) and not any(
+        elif can_compute(node, region.columns) and not any(
             _depends_on_sum(a, node, region.columns) for a in operands_of(node)
         ):
             if _is_written(node) and any(is_pointwise(r) and r not in region.nodes for r in readers(node)):
@@ -294,7 +122,7 @@ def producers(source: Node, region: Region) -> set[Node] | None:
             return None
         else:
             (loaded if _is_written(node) else missing).add(node)
-    if missing and not (len(missing) == 1 and not loaded and all(_is_half(node) for node in missing)):
+    if missing and not (len(missing) == 1 and not loaded and all(is_half(node) for node in missing)):
         return None
     return found
 
@@ -302,53 +130,28 @@ def producers(source: Node, region: Region) -> set[Node] | None:
 def _is_written(node: Node) -> bool:
     """Whether a value is in memory whatever the region does."""
     return not (is_pointwise(node) or node.target is operators.keep) or any(
-        not (is_pointwise(r) or _is_reduction(r) or columns_of(r) is not None) for r in readers(node)
+        not (is_pointwise(r) or is_reduction(r) or columns_of(r) is not None) for r in readers(node)
     )
 
 
-def _stays(node: Node, region: Region) -> bool:
-    """Whether other kernels go on computing a new member for themselves: nobody has it in memory."""
-    others = [r for r in readers(node) if r not in region.nodes]
-    return (
-        not _is_written(node)
-        and any(is_pointwise(r) or _is_reduction(r) for r in others)
-        and _is_upstream(node, region)
-    )
+def _staying(new: set[Node], region: Region, order: dict[Node, int]) -> set[Node]:
+    """Of new members, those that other kernels go on computing for themselves: nobody has them in memory.
 
-
-def _is_upstream(node: Node, region: Region) -> bool:
-    """Whether nothing that ``node`` is computed from is computed by the region for others as well."""
-    pending, seen = [node], {node}
-    while pending:
-        for source in sources(pending.pop(), region.columns):
-            if source in region.nodes and source not in region.copies:
-                return False
-            if source not in seen and _is_pointwise(source, region.columns):
-                seen.add(source)
-                pending.append(source)
-    return True
-
-
-def _is_reduction(node: Node) -> bool:
-    return is_call(node, aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.var_mean.correction)
-
-
-def value_of(node: Node) -> Node | None:
-    """The value that a member of a region has for others: itself, unless it only reads."""
-    return node if node.target is not operators.gradient_pair and reads(node) is None else None
-
-
-def sources(node: Node, columns: int) -> list[Node]:
-    """The [M, N] values that a member reads, under row views."""
-    if node.target is operators.accumulate:
-        candidates = [node.args[0]]
-    elif (value := reads(node)) is not None:
-        candidates = [value]
-    elif makes(node):
-        candidates = []
-    else:
-        candidates = [a for a in operands_of(node) if is_tensor(a) and operand_kind(a, node, columns) == "full"]
-    return [peel_views(c) for c in candidates]
+    What such a node is computed from stays with it; where that is in memory, or a product, the region computes both.
+    """
+    found: set[Node] = set()
+    for node in sorted(new, key=order.__getitem__, reverse=True):
+        if node in found or not any(is_pointwise(r) or is_reduction(r) for r in readers(node) if r not in region.nodes):
+            continue
+        pending, needed = [node], {node}
+        while pending:
+            for source in sources(pending.pop(), region.columns):
+                if source in region.nodes and source not in region.copies and source not in needed:
+                    needed.add(source)
+                    pending.append(source)
+        if not any(makes(each) or _is_written(each) for each in needed):
+            found |= needed
+    return found
 
 
 def _depends_on_sum(operand: Any, node: Node, columns: int) -> bool:
@@ -379,13 +182,33 @@ def fits(new: set[Node], region: Region, order: dict[Node, int]) -> bool:
     return True
 
 
+def _leave_out(region: Region) -> None:
+    """Take out what others compute from values that the region writes in any case, if they alone need it.
+
+    ``abs(y)``, of which a float8 base needs the largest, is not worth a second output of y's size.
+    """
+    while True:
+        left = {n for n in region.nodes - region.copies if any(r not in region.nodes for r in readers(n))}
+        idle = {
+            node
+            for node in left
+            if not (makes(node) or _is_written(node) or any(reader in region.nodes for reader in readers(node)))
+            and can_compute(node, region.columns)
+            and left.issuperset(within := sources(node, region.columns))
+            and within
+        }
+        if not idle:
+            return
+        region.nodes -= idle
+
+
 def _prune(region: Region) -> None:
     """Take out what would leave the region as anything wider than the model's dtype, with all that depends on it."""
     while True:
         wide = [
             node
             for node in region.nodes - region.copies
-            if not _is_half(node) and any(r not in region.nodes for r in readers(node))
+            if not is_half(node) and any(r not in region.nodes for r in readers(node))
         ]
         if not wide:
             return

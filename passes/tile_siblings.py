@@ -16,18 +16,8 @@ from torch.fx import Graph, Node
 
 from lora_fx.passes.graph import is_pointwise, readers, shape
 from lora_fx.passes.kernels import operators
-from lora_fx.passes.tile_regions import (
-    MAX_RANK,
-    Region,
-    columns_of,
-    fits,
-    grow,
-    makes,
-    order_of,
-    reads,
-    sources,
-    value_of,
-)
+from lora_fx.passes.tile_nodes import MAX_RANK, columns_of, makes, reads, sources, value_of
+from lora_fx.passes.tile_regions import Region, fits, grow, order_of
 
 
 def join(region: Region, graph: Graph) -> Region:
@@ -35,7 +25,7 @@ def join(region: Region, graph: Graph) -> Region:
     kind, loads = _kind(region), _loads(region)
     if kind is None:
         return region
-    for other in [product for value in loads for product in _products_of(value, region.columns)]:
+    for other in [product for value in loads for product in _products_of(value, region)]:
         if other in region.nodes:
             continue
         sibling = grow(other, graph)
@@ -70,11 +60,15 @@ def _rank(region: Region) -> int:
     return sum(int(shape(node)[1 if reads(node) is node.args[0] else 0]) for node in products)
 
 
-def _products_of(value: Node, columns: int) -> Iterator[Node]:
-    """The products of rank R that read ``value``, or what is made of it for them alone, in the graph's order."""
+def _products_of(value: Node, region: Region) -> Iterator[Node]:
+    """The products of rank R that read ``value``, or what is made of it for them alone (or that ``region`` makes of it,
+    too), in the graph's order."""
     for reader in readers(value):
-        chain = reader
-        while is_pointwise(chain) and value_of(chain) is not None and len(users := list(readers(chain))) == 1:
-            chain = users[0]
-        if columns_of(chain) == columns and reads(chain) is not None:
-            yield chain
+        if columns_of(reader) == region.columns and reads(reader) is not None:
+            yield reader
+        elif (
+            is_pointwise(reader)
+            and value_of(reader) is not None
+            and (reader in region.copies or len(list(readers(reader))) == 1)
+        ):
+            yield from _products_of(reader, region)

@@ -4,6 +4,10 @@ Those that one stack reads side by side, where it reads them::
 
     g_q, g_k, g_v = sum(parts_q), ...;  g = cat([g_q, g_k, g_v])    ->    g = sum_parts([parts_q, ...], stacked)
 
+Those that come from one program or are read by one, as siblings' with dropout, in one launch::
+
+    g_q, g_k, g_v = sum(parts_q), ...;  tile([g_q, g_k, g_v])       ->    g_q, g_k, g_v = sum_parts([parts_q, ...])
+
 Before, for every site of a backward graph, a kernel each::
 
     g: f[M, R]  = sum(parts_g) * s;   dB: f[N, R] = sum(parts_dB) * s;   dA: f[R, K] = sum(parts_dA)
@@ -22,9 +26,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from lora_fx.passes._torch import detect_fake_mode, stable_topological_sort
-from lora_fx.passes.graph import VIEWS, aten, val
+from lora_fx.passes._torch import auto_functionalized, detect_fake_mode, stable_topological_sort
+from lora_fx.passes.graph import VIEWS, aten, is_call, val
 from lora_fx.passes.kernels import operators
+from lora_fx.passes.tile_copies import descendants
 
 _LAYOUT = VIEWS | {aten.slice.Tensor, aten.permute.default, aten.t.default, aten.transpose.int}
 
@@ -37,21 +42,62 @@ def emit(like: Node, parts: Node, scale: Node | None, dtype: torch.dtype) -> Nod
 def join(graph: Graph) -> None:
     """Make one of all sums that only the graph's output reads, for each dtype and device."""
     groups: dict[Any, list[Node]] = {}
-    for node in graph.find_nodes(op="call_function", target=operators.sum_parts):
-        if len(node.args[0]) == 1 and _is_returned(node):
-            groups.setdefault((node.args[2], val(node.args[0][0]).device), []).append(node)
-    for (dtype, _), sums in groups.items():
-        if len(sums) < 2:
-            continue
-        parts, scales = ([node.args[i][0] for node in sums] for i in (0, 1))  # type: ignore[index]
-        joined = _emit(graph.output_node(), parts, scales, dtype, meta=sums[-1].meta)
-        for old, new in zip(sums, joined, strict=True):
-            for result in list(old.users):
-                result.replace_all_uses_with(new)
-                graph.erase_node(result)
-            graph.erase_node(old)
+    for node in _single_sums(graph):
+        if _is_returned(node):
+            parts: Any = node.args[0]
+            groups.setdefault((node.args[2], val(parts[0]).device), []).append(node)
+    for sums in groups.values():
+        if len(sums) > 1:
+            _join(sums, graph.output_node())
     if groups:
         stable_topological_sort(graph)
+
+
+def gather(graph: Graph) -> None:
+    """Make one of the sums of what one program leaves, and of those that one program reads."""
+    for neighbour in (_maker, _first_reader):
+        groups: dict[Any, list[Node]] = {}
+        for node in _single_sums(graph):
+            if not _is_returned(node) and (program := neighbour(node)) is not None:
+                groups.setdefault((program, node.args[2]), []).append(node)
+        for sums in groups.values():
+            # One that waits for another cannot be summed with it.
+            waiting = [descendants(node) for node in sums]
+            alone = not any(each in after for each in sums for after in waiting)
+            if len(sums) > 1 and alone:
+                _join(sums, sums[-1])
+                stable_topological_sort(graph)
+
+
+def _single_sums(graph: Graph) -> list[Node]:
+    """The sums of one output's parts, each a launch."""
+    nodes = graph.find_nodes(op="call_function", target=operators.sum_parts)
+    return [node for node in nodes if len(node.args[0]) == 1 and len(node.args) < 4]
+
+
+def _maker(node: Node) -> Node | None:
+    """The program that leaves the parts."""
+    source: Any = node.args[0][0]  # type: ignore[index]
+    while source.target is operator.getitem:
+        source = source.args[0]
+    return source if is_call(source, auto_functionalized) else None
+
+
+def _first_reader(node: Node) -> Node | None:
+    """The first program, in the graph's order, that reads the sum."""
+    users = {user for result in node.users for user in result.users if is_call(user, auto_functionalized)}
+    return next((other for other in node.graph.nodes if other in users), None) if users else None
+
+
+def _join(sums: list[Node], before: Node) -> None:
+    """One sum, before ``before``, in the place of several of one output's parts each."""
+    parts, scales = ([node.args[i][0] for node in sums] for i in (0, 1))  # type: ignore[index]
+    joined = _emit(before, parts, scales, sums[0].args[2], meta=sums[-1].meta)  # type: ignore[arg-type]  # its schema
+    for old, new in zip(sums, joined, strict=True):
+        for result in list(old.users):
+            result.replace_all_uses_with(new)
+            old.graph.erase_node(result)
+        old.graph.erase_node(old)
 
 
 def stack(graph: Graph) -> None:

@@ -10,13 +10,13 @@ from torch.fx import Node
 
 from lora_fx.passes._torch import inductor_config
 from lora_fx.passes.graph import MM, aten, is_call, is_tangent, is_tensor, is_transpose, peel_views, readers, shape, val
-from lora_fx.passes.kernels import operators
+from lora_fx.passes.kernels import operators, tile_choice
 from lora_fx.passes.kernels.tile_program import OUTPUTS, Statement
 from lora_fx.passes.tile_copies import descendants
-from lora_fx.passes.tile_regions import (
+from lora_fx.passes.tile_nodes import (
     POINTWISE,
-    Region,
     constant_of,
+    gradients_of,
     makes,
     operand_kind,
     operands_of,
@@ -24,13 +24,15 @@ from lora_fx.passes.tile_regions import (
     sources,
     value_of,
 )
+from lora_fx.passes.tile_regions import Region
 
 
 class Writer:
     """Writes the program of a region and collects its inputs."""
 
-    def __init__(self, region: Region, members: list[Node]) -> None:
+    def __init__(self, region: Region, members: list[Node], rows: Any) -> None:
         self.region = region
+        self.few_launches = isinstance(rows, int) and rows <= tile_choice.MOST_FOR_LAUNCHES
         self.accumulated = _accumulated(region, members)
         """Large products that are added to the result afterwards, where their own kernels can do that."""
         self.absent = set(self.accumulated)
@@ -56,10 +58,12 @@ class Writer:
             )
         elif member.target is operators.gradient_pair:
             value, factor, thin = member.args[:3]
-            place = self._operand(value, member)
-            self._append(["down", place, self._factor(factor)])
-            self._append(["across", place, self._thin(thin), "NR"])
-            self.outputs += [(member, 0), (member, 1)]
+            place, read = self._operand(value, member), gradients_of(member)
+            if 0 in read:
+                self._append(["down", place, self._factor(factor)])
+            if 1 in read:
+                self._append(["across", place, self._thin(thin), "NR"])
+            self.outputs += [(member, which) for which in sorted(read)]
         elif (value := reads(member)) is not None:
             left, right = member.args[:2]
             place = self._operand(value, member)
@@ -110,7 +114,7 @@ class Writer:
         """A factor, which is used as [N, R] here if it is in the order "NR", or those of which it is a stack."""
         while is_transpose(node):
             node, order = node.args[0], "RN" if order == "NR" else "NR"
-        if order == "RN" and _is_stack(node):
+        if order == "RN" and self.few_launches and _is_stack(node):
             return [self._input(each, ["factor", shape(each)[0], order]) for each in node.args[0]]
         rank = shape(node)[1 if order == "NR" else 0]
         return self._input(node, ["factor", rank, order])
@@ -147,7 +151,7 @@ class Writer:
     def _pointwise(self, member: Node) -> int:
         if POINTWISE[member.target] == "identity":  # type: ignore[index]
             return self._whole(member.args[0], member)
-        name = POINTWISE[member.target]  # type: ignore[index]  # _is_pointwise saw that it is there
+        name = POINTWISE[member.target]  # type: ignore[index]  # can_compute saw that it is there
         rest = [a for a in operands_of(member) if not (is_tensor(a) and peel_views(a) in self.absent)]
         if len(rest) == 1 and name == "add":
             return self._whole(rest[0], member)
@@ -155,7 +159,30 @@ class Writer:
         if name == "div" and (x := self._sigmoid_of(operands[1])) is not None and x == operands[0]:
             # silu, as it is decomposed: x / (1 + exp(-x)). Its backward has sigmoid(x) by name.
             name, operands = "mul", [x, self._append(["op", "sigmoid", [x]])]
+        if name == "mul":
+            operands = self._scaled_mask(operands)
         return self._append(["op", name, operands])
+
+    def _scaled_mask(self, operands: list[Any]) -> list[Any]:
+        """``(mask * x) * c`` as ``x * (mask * c)``: the same number for one multiplication, as a mask is 0 or 1."""
+        found, constant = operands
+        if isinstance(found, int) and isinstance(constant, list) and self.body[found][:2] == ["op", "mul"]:
+            mask, x = self.body[found][2]
+            if isinstance(mask, int) and self.body[mask][0] == "keep" and isinstance(x, int):
+                return [x, self._append(["op", "mul", [mask, constant]])]
+        return operands
+
+    def finish(self) -> None:
+        """Take out what nothing reads."""
+        needed: set[int] = set()
+        for place, (kind, *rest) in reversed(list(enumerate(self.body))):
+            if kind in OUTPUTS:
+                needed |= {place, rest[0]}
+            elif kind == "op" and place in needed:
+                needed |= {operand for operand in rest[1] if isinstance(operand, int)}
+        new = {old: i for i, old in enumerate(sorted(needed))}
+        self.places = {node: new[place] for node, place in self.places.items() if place in new}
+        self.body = [_renumbered(self.body[old], new) for old in new]
 
     def _whole(self, value: Any, member: Node) -> int:
         """The place of an operand that is all of a member's value."""
@@ -173,6 +200,15 @@ class Writer:
         return found
 
 
+def _renumbered(statement: Statement, new: dict[int, int]) -> Statement:
+    kind, *rest = statement
+    if kind in OUTPUTS:
+        return [kind, new[rest[0]], *rest[1:]]
+    if kind != "op":
+        return statement
+    return [kind, rest[0], [operand if isinstance(operand, list) else new[operand] for operand in rest[1]]]
+
+
 def _is_stack(node: Any) -> bool:
     """Whether a factor [R, N] is the factors of siblings below one another, each of them in memory as it is."""
     if not is_call(node, aten.cat.default) or (*node.args, 0)[1] != 0 or len(set(node.args[0])) < 2:
@@ -180,8 +216,8 @@ def _is_stack(node: Any) -> bool:
     return all(val(each).is_contiguous() and val(each).dtype == val(node).dtype for each in node.args[0])
 
 
-# Rows up to which a program that reads a sum of parts adds them up itself, and the most parts.
-FEW_ROWS, MOST_PARTS = 255, 64
+MOST_PARTS = 64
+"""The most parts that a program which reads their sum adds up itself."""
 
 
 def _parts_of(thin: Any) -> tuple[Node, list[Any]] | None:
@@ -194,11 +230,15 @@ def _parts_of(thin: Any) -> tuple[Node, list[Any]] | None:
     if is_call(node, aten.slice.Tensor) and node.args[1] == 1 and len(node.args) < 5:
         node, start = node.args[0], node.args[2]
     source = node.args[0] if is_call(node, operator.getitem) else None
-    if not is_call(source, operators.sum_parts) or source.args[1] != [None] or shape(node)[0:1] == ():
+    if not is_call(source, operators.sum_parts) or source.args[1] != [None]:
         return None
     parts = source.args[0][0]
     count, rows, whole = shape(parts) if len(shape(parts)) == 3 else (None, None, None)
-    if not all(isinstance(size, int) for size in (count, rows, whole)) or rows > FEW_ROWS or count > MOST_PARTS:
+    if (
+        not all(isinstance(size, int) for size in (count, rows, whole))
+        or rows >= tile_choice.FEW_ROWS
+        or count > MOST_PARTS
+    ):
         return None
     users = [user for each in node.users for user in (each.users if is_call(each, aten.slice.Tensor) else [each])]
     if not all(makes(user) for user in users):

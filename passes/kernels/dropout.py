@@ -8,12 +8,15 @@ come from, takes ten rounds of two wide multiplications an element.
 
     low, high = mix(low half of the seed), mix(high half of the seed ^ low)
     row key = mix(row ^ low) ^ high
-    bits    = mix(row key ^ pair * odd),  pair = column // 2
+    bits    = last(row key ^ pair * odd),  pair = column // 2
     kept    = (column odd ? bits >> 16 : bits & 0xFFFF) >= round(p * 65536)
 
 ``mix`` is the bijection of 32 bits with the constants [16 21f0aaad 15 735a2d97 15] that Hash Function Prospector found
 (https://github.com/skeeto/hash-prospector/issues/19, bias 0.107): each bit of its input changes each bit of its result
-with a probability of one half, nearly.
+with a probability of one half, nearly. ``last`` is ``mix`` without its first step, for the row keys are mixed already,
+and the pairs of a row, times an odd number, differ in low bits, which a product carries up. Shares, correlations of
+rows and of columns, diagonals, products of neighbours and of rectangles' corners and patterns of eight are those of
+independent draws. With either multiplication left out correlations of rows are not (``tests/passes/mask_statistics``).
 """
 
 from __future__ import annotations
@@ -25,8 +28,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MIX = ((16, 0x21F0AAAD), (15, 0x735A2D97), (15, None))
+Steps = tuple[tuple[int | None, int | None], ...]
+
+MIX: Steps = ((16, 0x21F0AAAD), (15, 0x735A2D97), (15, None))
 """Steps of ``x ^= x >> shift; x *= factor``."""
+LAST: Steps = ((None, 0x21F0AAAD), (15, 0x735A2D97), (15, None))
+"""Likewise, for each pair of elements."""
 ODD = 0x5BD1E995
 """Spreads the pairs of a row over all 32 bits: rows whose keys are close must not share bits in other places."""
 
@@ -68,15 +75,16 @@ def keep(seed: Any, size: Sequence[Any], p: float, device: torch.device, call: C
     key = call(_aten.bitwise_xor.Tensor, _mixed(call(_aten.bitwise_xor.Tensor, m, low), call), high)
     pair = call(_aten.bitwise_right_shift.Tensor_Scalar, n, 1)
     pair = call(_aten.bitwise_and.Scalar, call(_aten.mul.Tensor, pair, ODD), _BITS)
-    bits = _mixed(call(_aten.bitwise_xor.Tensor, call(_aten.unsqueeze.default, key, 1), pair), call)
+    bits = _mixed(call(_aten.bitwise_xor.Tensor, call(_aten.unsqueeze.default, key, 1), pair), call, LAST)
     shift = call(_aten.mul.Tensor, call(_aten.bitwise_and.Scalar, n, 1), 16)
     half = call(_aten.bitwise_and.Scalar, call(_aten.bitwise_right_shift.Tensor, bits, shift), 0xFFFF)
     return call(_aten.view.default, call(_aten.ge.Scalar, half, threshold(p)), list(size))
 
 
-def _mixed(x: Any, call: Callable[..., Any]) -> Any:
-    for shift, factor in MIX:
-        x = call(_aten.bitwise_xor.Tensor, x, call(_aten.bitwise_right_shift.Tensor_Scalar, x, shift))
+def _mixed(x: Any, call: Callable[..., Any], steps: Steps = MIX) -> Any:
+    for shift, factor in steps:
+        if shift is not None:
+            x = call(_aten.bitwise_xor.Tensor, x, call(_aten.bitwise_right_shift.Tensor_Scalar, x, shift))
         if factor is not None:
             x = call(_aten.bitwise_and.Scalar, call(_aten.mul.Tensor, x, factor), _BITS)
     return x

@@ -1,8 +1,9 @@
 """How a tile program walks, chosen by what it does and how large it is.
 
 The tiles are the best of 26 to 145 that a search tried on an H200 for the programs of a Llama-3-8B block (M 8192, R 16,
-bfloat16; of 11 for those with masks). Microseconds with a cold cache, and what moving the program's bytes takes at the
-rate of a copy. ``examples/benchmarks/tiles.py`` prints both for what is chosen, and with ``--tune`` for tiles near it.
+bfloat16; of 11 for those with masks), and on an H100 where the last column says so. Microseconds with a cold cache, and
+what moving the program's bytes takes at the rate of a copy. ``examples/benchmarks/tiles.py`` prints both for what is
+chosen, and with ``--tune`` for tiles near it.
 
     ===========================================  ======  ====  ====================================================
     program                                          us  copy  others that were tried
@@ -17,10 +18,40 @@ rate of a copy. ``examples/benchmarks/tiles.py`` prints both for what is chosen,
     SwiGLU backward and dA                        348.2   279  363 with 1024 rows
     h of q, k and v under a mask each              66.6    17  89.5 with steps of 128
     dX of q, k and v under a mask each             61.3    16  68.8 with 32 rows
+    dA of q, k and v under a mask each             66.0    27  72.4 in one strip (H100)
+    dA of gate and up under a mask each            49.3    25  56.2 in one strip (H100)
     SwiGLU backward and dA, R 64                  503.7   292  643.6 with 512 rows and 2 stages
     silu(gate) * up and h of its result, R 64     252.4   175  295.2 in parts of 1024 columns
     g, dB of dy, N 14336, R 64                    118.4   118  144.5 in parts of 128 columns
     ===========================================  ======  ====  ====================================================
+
+And of the 2 to 10 that were tried for each program on an H100, at the ranks where cuBLAS does a part of the work::
+
+    SwiGLU backward and dA, R 64                  544.3   395  586 with steps of 64
+    SwiGLU backward, dA and both dB, R 64         579.3   395  665 with steps of 64, 872 with 8 warps
+    silu(gate) * up, R 64                         338.8   237  353 by columns
+    silu(gate) * up and h of its result, R 64     279.3   238  281 in two parts
+    dA = g^T x, N 4096, R 64                       37.4    22  39.1 with 512 rows and steps of 32, which are more parts
+    h = x A^T, N 4096, R 64                        39.3    22  42.7 with steps of 64
+    SwiGLU backward, R 128                        672.4   398  700 with 1024 rows and steps of 32, 831 by columns
+    silu(gate) * up, R 128                        419.2   239  431 by columns
+    y = base + h B^T, and a residual, R 128        81.9    46  91 by columns
+
+With few rows what counts is the chain of launches that a branch needs, pauses included, and that each of its readers
+adds up h. Microseconds of the chains of a Llama-3-8B block on an H100 (R 16; h of q, k, v and their products; of o; of
+gate and up, silu(gate) * up with h of down, down) in a CUDA graph, factors not in the cache, x in it::
+
+    ====  ==============  ==============  ========================================================
+       M  h of 64 x 512   h of 16 x 256   silu(gate) * up: 16 x 512 in steps of 64, of 128; 64 x 512
+    ====  ==============  ==============  ========================================================
+      16                  9.5, 8.2, 23.2  20.8, 23.2
+      64  8.6, 7.5, 23.5  10.1, 8.4, 23.7  21.2, 23.7; 24.5
+     128  8.8, 7.6, 27.0  10.8, 8.8, 26.9  24.5, 26.9; 25.1
+     255  9.8, 8.3, 36.2  11.7, 9.9, 37.3  35.9, 37.3; 27.1
+    ====  ==============  ==============  ========================================================
+
+16 x 512 takes 9.3, 7.3 and 24.4 of 16 rows. cuBLAS takes 15.5, 11.2 and 33.9 for 16 rows, 16.7, 13.9 and 61.7 for 255.
+Products are fastest in 16 x 128 (of 16 to 64 x 64 to 256).
 """
 
 from __future__ import annotations
@@ -31,8 +62,10 @@ from lora_fx.passes.kernels.tile_program import Statement, Tile
 
 # Fewer are written out for Inductor (:mod:`lora_fx.passes.kernels.lowering`).
 FEWEST_ROWS = 9
-# Fewer have tiles of 16 rows: more programs, and smaller sums for each that reads parts.
+# Fewer do not keep a GPU busy without programs side by side, and a program that reads a sum of parts makes it itself.
 FEW_ROWS = 256
+# With more, a launch is short beside what kernels do: none is saved for the price of slower ones.
+MOST_FOR_LAUNCHES = 2048
 # Programs that keep a large GPU (132 multiprocessors) busy: one on each, nearly, where a step loads much, else two.
 BUSY, BUSY_TWICE = 128, 256
 
@@ -47,24 +80,42 @@ def choose(kinds: list[list[Any]], body: list[Statement], rows: Any, columns: in
     if m < FEWEST_ROWS:
         return None
     names = [statement[0] for statement in body]
-    rank = max((kind[1] for kind in kinds if kind[0] in ("thin", "factor")), default=0)
+    rank = max((_rank(kinds, s[2]) for s in body if s[0] in ("product", "down", "across")), default=0)
+    if m < FEW_ROWS and rank > 64:
+        return None  # cuBLAS has enough to do, as it has with more rows
     if m < FEW_ROWS and "across" not in names:
-        return _few(names, rank, m, columns)
+        return _few(names, rank, m)
     if "across" in names:
         return _across(names, rank, m, columns)
     if "down" in names:
         return _down(names, rank, m, columns)
+    if rank > 64 and names.count("product") == 1 and "load" not in names and _is_unscaled(body):
+        return None  # cuBLAS writes it, and a large product accumulates into it: tile_stacks
+    if rank > 32 and names.count("product") > 1 and "keep" not in names:
+        # One step a program where a step's operands fill shared memory.
+        height = 64 if rank > 64 and names.count("product") > 2 else _shrunk(1024, 64, m, columns, 64, BUSY_TWICE)
+        return Tile(rows=height, columns=64, step=64, walk="rows")
     if "load" in names and rank <= 16 and "keep" not in names:
         return Tile(rows=32, columns=128, step=32, walk="rows", stages=3)
     return Tile(rows=64, columns=128, step=32 if "keep" in names else 64, walk="rows")
 
 
-def _few(names: list[str], rank: int, m: int, columns: int) -> Tile:
-    """For a few rows, which are not enough to keep a GPU busy without programs side by side."""
+def _rank(kinds: list[list[Any]], factor: int | list[int]) -> int:
+    """R of a statement: of several factors together where it has them side by side."""
+    return sum(int(kinds[index][1]) for index in (factor if isinstance(factor, list) else [factor]))
+
+
+def _few(names: list[str], rank: int, m: int) -> Tile:
+    """For a few rows: parts of 512 columns, which every program that needs their sum can add up."""
     if "down" not in names:
         return Tile(rows=16, columns=128, step=16, walk="rows")
-    width = _shrunk(1024, 16, columns, m, 256, BUSY)
-    return Tile(rows=16, columns=width, step=64 if rank > 32 or "keep" in names else 128, walk="columns", stages=3)
+    low = m <= (128 if "product" in names else 32)
+    narrow = rank > 32 or "keep" in names or ("product" in names and low)
+    return Tile(rows=16 if low else 64, columns=512, step=64 if narrow else 128, walk="columns", stages=3)
+
+
+def _is_unscaled(body: list[Statement]) -> bool:
+    return all(statement[3] is None for statement in body if statement[0] == "product")
 
 
 def _across(names: list[str], rank: int, m: int, columns: int) -> Tile:
@@ -80,9 +131,15 @@ def _across(names: list[str], rank: int, m: int, columns: int) -> Tile:
     if "down" in names:
         height = _shrunk(1024, 64, m, columns, 64, BUSY_TWICE)
         return Tile(rows=height, columns=64, step=64, walk="rows", stages=2)
+    if rank > 32 and "keep" not in names:
+        height = _shrunk(1024, 64, m, columns, 64, BUSY_TWICE)
+        return Tile(rows=height, columns=64, step=64, walk="rows", stages=3)
     width = 128 if rank <= 32 else 64
-    height = _shrunk(512 if "keep" in names or rank > 32 else 1024, width, m, columns, 64, BUSY_TWICE)
-    return Tile(rows=height, columns=width, step=32, walk="rows", stages=3 if "keep" in names or rank > 32 else 4)
+    masked = "keep" in names
+    height = _shrunk(512 if masked else 1024, width, m, columns, 64, BUSY_TWICE)
+    # Several sums of masked values would not fit into registers together: half of the columns after the other half.
+    strips = 2 if masked and names.count("across") > 1 and width == 128 else 1
+    return Tile(rows=height, columns=width, step=32, walk="rows", strips=strips, stages=3 if masked else 4)
 
 
 def _down(names: list[str], rank: int, m: int, columns: int) -> Tile:

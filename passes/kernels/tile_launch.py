@@ -14,8 +14,9 @@ from triton.runtime.errors import OutOfResources
 
 from lora_fx.passes.kernels.jit import compiler
 from lora_fx.passes.kernels.relaunch import Launches, described
+from lora_fx.passes.kernels.tile_names import name_of_all
 from lora_fx.passes.kernels.tile_program import Program, evaluate, split
-from lora_fx.passes.kernels.tile_triton import kernel, name_of_all
+from lora_fx.passes.kernels.tile_triton import kernel
 
 log = logging.getLogger("lora_fx.passes")
 

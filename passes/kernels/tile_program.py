@@ -79,9 +79,9 @@ class Program:
     """Of the matrices that products multiply: ``bfloat16`` or ``float16``."""
     inputs: list[list[Any]]
     """What each input is: ``["full"]`` [..., N], ``["row"]`` [..., 1], ``["column"]`` [N], ``["number"]`` [],
-    ``["seed"]`` [],
-    ``["thin", R]`` [M, R], or its parts, ``["parts", R, P, start, all]``: columns from ``start`` on of [P, M, all] in
-    float32, ``["factor", R, order]`` [N, R] for the order ``"NR"``, [R, N] for ``"RN"``."""
+    ``["seed"]`` [], ``["thin", R]`` [M, R], or parts that it is the sum of, ``["parts", R, P, start, all]``: columns
+    from ``start`` on of [P, M, all] in float32; ``["factor", R, order]`` [N, R] for the order ``"NR"``, [R, N] for
+    ``"RN"``."""
     body: list[Statement]
     tile: Tile
 
@@ -135,22 +135,37 @@ def row_parts(rows: int, tile_rows: int) -> int:
     return -(-rows // tile_rows)
 
 
-@functools.lru_cache(maxsize=1024)
 def loads(text: str) -> Program:
     """The program that :meth:`Program.dumps` wrote."""
-    fields = json.loads(text)
-    return Program(**{**fields, "tile": Tile(**fields["tile"])})
+    (program,) = _loaded(text)
+    return program
+
+
+@functools.lru_cache(maxsize=1024)
+def _loaded(text: str) -> tuple[Program, ...]:
+    """The programs of a text, one or several."""
+    found = json.loads(text)
+    each = found if isinstance(found, list) else [found]
+    return tuple(Program(**{**fields, "tile": Tile(**fields["tile"])}) for fields in each)
 
 
 def join(texts: list[str]) -> str:
-    """Programs as one text: one launch, whose inputs and outputs are those of the first, then those of the next."""
-    return "\n".join(texts)
+    """Programs as one text: one launch, whose inputs and outputs are those of the first, then those of the next.
+
+    It is one line: Inductor writes the arguments of a graph's nodes into a comment above the kernels that read them.
+    """
+    return texts[0] if len(texts) == 1 else f"[{','.join(text.removeprefix('[').removesuffix(']') for text in texts)}]"
 
 
 def split(text: str, *operands: list[Any]) -> list[tuple[Any, ...]]:
-    """The programs of a text, each with its own inputs and outputs, which are given for all of them (or one of both)."""
+    """The programs of a text, each with its part of every list in ``operands``: the inputs, the outputs, or both.
+
+    Args:
+        text: what :meth:`Program.dumps` or :func:`join` gave.
+        operands: the inputs of all programs, or those and the outputs.
+    """
     found, starts = [], [0] * len(operands)
-    for program in map(loads, text.splitlines()):
+    for program in _loaded(text):
         counts = (len(program.inputs), len(program.outputs))
         found.append((program, *(o[s : s + n] for o, s, n in zip(operands, starts, counts))))
         starts = [s + n for s, n in zip(starts, counts)]

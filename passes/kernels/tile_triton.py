@@ -10,84 +10,23 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 from typing import Any
 
-import torch
 import triton
 
-from lora_fx.passes.kernels.dropout import MIX, ODD, threshold
+from lora_fx.passes.kernels import dropout
+from lora_fx.passes.kernels.dropout import MIX, ODD, Steps, threshold
 from lora_fx.passes.kernels.jit import define
+from lora_fx.passes.kernels.tile_arithmetic import constant, operation
+from lora_fx.passes.kernels.tile_names import Names, head, name_of_all
 from lora_fx.passes.kernels.tile_program import OUTPUTS, Program, Statement, numbers, split
 
-_OPS = {
-    "identity": "{0}",
-    "add": "({0} + {1})",
-    "sub": "({0} - {1})",
-    "mul": "({0} * {1})",
-    "div": "({0} / {1})",
-    "neg": "(-{0})",
-    "abs": "tl.abs({0})",
-    "exp": "tl.exp({0})",
-    "log": "tl.log({0})",
-    "sqrt": "tl.sqrt({0})",
-    "rsqrt": "tl.rsqrt({0})",
-    "reciprocal": "(1.0 / {0})",
-    "sigmoid": "tl.sigmoid({0})",
-    # The series where the difference of two numbers near 1 would lose the digits of x (its next term is below 2e-9 of
-    # it there). libdevice is not in Triton's interpreter.
-    "tanh": (
-        "tl.where(tl.abs({0}) < 0.125, {0} * (1.0 + {0} * {0} * (-1.0 / 3.0 + {0} * {0} * (2.0 / 15.0 + {0} * {0} "
-        "* (-17.0 / 315.0 + {0} * {0} * (62.0 / 2835.0))))), 2.0 * tl.sigmoid(2.0 * {0}) - 1.0)"
-    ),
-    "erf": "tl.erf({0})",
-    # NaN goes on, as in ATen.
-    "relu": "tl.where({0} < 0.0, 0.0, {0})",
-    "maximum": "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
-    "minimum": "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
-    "gt": "({0} > {1})",
-    "ge": "({0} >= {1})",
-    "lt": "({0} < {1})",
-    "le": "({0} <= {1})",
-    "where": "tl.where({0} != 0, {1}, {2})",
-}
-# 1 / (1 + exp(-x)) in four instructions, where exp and / guard what cannot be here: 1 + exp(-x) is 1 at least, and
-# an exponential that overflows makes the quotient 0. The error is 2e-7 of the value.
-_PTX_SIGMOID = (
-    "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; "
-    "add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }"
-)
-_SIGMOID = f'tl.inline_asm_elementwise("{_PTX_SIGMOID}", "=f,f", [{{0}}], dtype=tl.float32, is_pure=True, pack=1)'
 _TYPES = {"bfloat16": "tl.bfloat16", "float16": "tl.float16", "float32": "tl.float32"}
-
-
-def _has_ptx() -> bool:
-    """Whether kernels are compiled for an NVIDIA GPU: not by Triton's interpreter, nor for another maker's."""
-    return torch.version.cuda is not None and not triton.knobs.runtime.interpret
 
 
 def padded(rank: int) -> int:
     """The inner size that the tensor cores get for a rank: a power of two, 16 at least."""
     return max(16, triton.next_power_of_2(rank))
-
-
-def _constant(number: float) -> str:
-    """A number in a kernel's source."""
-    value = float(number)
-    return repr(value) if math.isfinite(value) else f'float("{value}")'
-
-
-def _power(base: str, exponent: float) -> str:
-    """``base ** exponent``: by multiplication for small whole exponents, which a negative base may have."""
-    if exponent == 0.0:
-        return f"tl.where({base} == 0.0, 1.0, 1.0)"  # of any base, as a tile
-    if exponent.is_integer() and abs(exponent) <= 8:
-        product = "(" + " * ".join([base] * abs(int(exponent))) + ")"
-        return product if exponent > 0 else f"(1.0 / {product})"
-    if abs(exponent) == 0.5:
-        return f"tl.sqrt({base})" if exponent > 0 else f"tl.rsqrt({base})"
-    power = f"tl.exp({exponent} * tl.log({'tl.abs(' + base + ')' if exponent.is_integer() else base}))"
-    return f"tl.where({base} < 0.0, -{power}, {power})" if exponent % 2 == 1 else power
 
 
 class _Writer:
@@ -123,14 +62,14 @@ class _Writer:
                     if (statement[0] in OUTPUTS) == outputs:
                         self._statement(index, statement)
         if self.name:  # each has a pipeline of its own
-            head = ["@triton.jit", f"def {self.name}({', '.join(('pn', 'pm', *_Names(program).typed))}):"]
+            begin = ["@triton.jit", f"def {self.name}({', '.join(('pn', 'pm', *Names(program).typed))}):"]
             walk = f"tl.range(0, {self._steps()}, num_stages={tile.stages})"
         else:
-            head = _head([program], [_Names(program)])
-            head.append("    pn, pm = tl.program_id(0), tl.program_id(1)")
+            begin = head([program], [Names(program)])
+            begin.append("    pn, pm = tl.program_id(0), tl.program_id(1)")
             walk = f"range(0, {self._steps()})"
         lines = [
-            *head,
+            *begin,
             f"    i, j = tl.arange(0, {rows}), tl.arange(0, {width})",
             *(f"    {line}" for line in self.before),
             f"    for step in {walk}:",
@@ -210,15 +149,17 @@ class _Writer:
             name, where = f"{name}_{self.strip}", self.inside
             text = self._load(f"in{index} + {self._place(f'stride{index}')}", self._mask("m[:, None]", f"{n}[None, :]"))
         elif kind == "row":
-            where, text = self._fixed(True), self._load(f"in{index} + m[:, None]", self._mask("m[:, None]", None))
+            where, text = self._fixed(True), self._load(f"in{index} + m", self._mask("m", None)) + "[:, None]"
         elif kind == "column":
             name, where = f"{name}_{self.strip}", self._fixed(False)
-            text = self._load(f"in{index} + {n}[None, :]", self._mask(None, f"{n}[None, :]"))
+            text = self._load(f"in{index} + {n}", self._mask(None, n)) + "[None, :]"
         else:
             where, text = self.before, f"tl.load(in{index})"
         return self._define(name, where, [f"{name} = {text}.to(tl.float32)"])
 
-    def _small(self, index: int, name: str, along: str, where: list[str], columns: tuple[int, int] | None = None) -> str:
+    def _small(
+        self, index: int, name: str, along: str, where: list[str], columns: tuple[int, int] | None = None
+    ) -> str:
         """The tile of a thin matrix or a factor, or of some of its columns (the first, and how many): ``along`` is the
         index of what it has beside the rank."""
         first, rank = columns or (0, self.program.rank(index))
@@ -273,15 +214,15 @@ class _Writer:
         # A value that is only loaded is zero there already; others may have become infinite or NaN.
         loaded = self.program.body[value][0] == "load"
         mask = "" if loaded else self._mask("m[:, None]", f"{self._n}[None, :]")
-        text = f"tl.where({mask}, {self._v(value)}, 0.0)" if mask else self._v(value)
+        text = f"tl.where({mask}, {self._number(value)}, 0.0)" if mask else self._number(value)
         return self._define(name, self.inside, [f"{name} = {text}.to({_TYPES[self.program.dtype]})"])
 
     @staticmethod
-    def _mixed(name: str, value: str) -> list[str]:
+    def _mixed(name: str, value: str, steps: Steps = MIX) -> list[str]:
         """Lines that set ``name`` to the hash of ``value``, 32 bits without sign."""
         lines = [f"{name} = {value}"]
-        for shift, factor in MIX:
-            mixed = f"{name} ^ ({name} >> {shift})"
+        for shift, factor in steps:
+            mixed = name if shift is None else f"{name} ^ ({name} >> {shift})"
             lines.append(f"{name} = {mixed}" if factor is None else f"{name} = ({mixed}) * {factor}")
         return lines
 
@@ -297,9 +238,22 @@ class _Writer:
         # A tile begins at an even column, which is kept apart so that the compiler sees it.
         place = f"((column{self.strip} // 2) + (j >> 1)).{uint} * {ODD}"
         self._define(pair, self._fixed(False), [f"{pair} = {place}"])
-        self.inside += self._mixed(v, f"{key}[:, None] ^ {pair}[None, :]")
+        self.inside += self._mixed(v, f"{key}[:, None] ^ {pair}[None, :]", dropout.LAST)
         half = f"tl.where(((j & 1) == 0)[None, :], {v} & 0xFFFF, {v} >> 16)"
-        self.inside.append(f"{v} = tl.where({half} >= {threshold(statement[2])}, 1.0, 0.0)")
+        self.inside.append(f"{v} = {half} >= {threshold(statement[2])}")
+
+    def _operation(self, name: str, operands: list[Any]) -> str:
+        """A pointwise operation; the product of a mask and a number is a choice."""
+        if name == "mul" and isinstance(operands[1], list) and self._is_mask(operands[0]):
+            return f"tl.where({self._v(operands[0])}, {constant(operands[1][0])}, 0.0)"
+        return operation(name, [constant(o[0]) if isinstance(o, list) else self._number(o) for o in operands])
+
+    def _is_mask(self, operand: Any) -> bool:
+        return not isinstance(operand, list) and self.program.body[operand][0] == "keep"
+
+    def _number(self, index: int) -> str:
+        """A value as float32."""
+        return f"tl.where({self._v(index)}, 1.0, 0.0)" if self._is_mask(index) else self._v(index)
 
     # ---- statements ----------------------------------------------------------------------------------------------
 
@@ -318,26 +272,17 @@ class _Writer:
             scale = "".join(f" * {self._value(number)}" for number in numbers(statement[3]))
             self.inside.append(f"{self._v(index)} = {product}{scale}")
         elif kind == "op":
-            operands = [_constant(o[0]) if isinstance(o, list) else self._v(o) for o in statement[2]]
-            self.inside.append(f"{self._v(index)} = {self._op(statement[1], operands)}")
+            self.inside.append(f"{self._v(index)} = {self._operation(statement[1], statement[2])}")
             if index in self.rounded:
                 self._for_product(index)
         else:
             out = next(i for i, s in enumerate(self.program.outputs) if s is statement)
             {"store": self._store, "down": self._down, "across": self._across}[kind](out, statement)
 
-    @staticmethod
-    def _op(name: str, operands: list[str]) -> str:
-        if name == "pow":
-            return _power(operands[0], float(operands[1]))
-        if name == "sigmoid" and _has_ptx():
-            return _SIGMOID.replace("{0}", operands[0])
-        return _OPS[name].format(*operands)
-
     def _store(self, out: int, statement: Statement) -> None:
         rows, columns = self._tile_shape()
         same = statement[2] == self.program.dtype
-        value = self._for_product(statement[1]) if same else f"{self._v(statement[1])}.to({_TYPES[statement[2]]})"
+        value = self._for_product(statement[1]) if same else f"{self._number(statement[1])}.to({_TYPES[statement[2]]})"
         value = f"tl.broadcast_to({value}, ({rows}, {columns}))"
         mask = self._mask("m[:, None]", f"{self._n}[None, :]")
         self.inside.append(self._write(f"out{out} + {self._place(self.program.columns)}", value, mask))
@@ -370,59 +315,12 @@ class _Writer:
         last += [f"k{out} = tl.arange(0, {padded(rank)})", write]
 
 
-class _Names:
-    """What the arguments of a program are called, in their order; with a prefix where it is one of several."""
-
-    def __init__(self, program: Program, prefix: str = "") -> None:
-        kinds = [kind[0] for kind in program.inputs]
-        self.inputs = [f"{prefix}in{i}" for i in range(len(kinds))]
-        small = [i for i, kind in enumerate(kinds) if kind in ("thin", "factor")]
-        self.strides = [f"{prefix}{name}{i}" for i in small for name in ("outer", "inner")]
-        self.outputs = [f"{prefix}out{i}" for i in range(len(program.outputs))]
-        self.constants = [f"{prefix}stride{i}" for i, kind in enumerate(kinds) if kind == "full"]
-        self.constants.append(f"{prefix}EVEN_ROWS")
-        self.seeds = [f"{prefix}in{i}" for i, kind in enumerate(kinds) if kind == "seed"]
-
-    @property
-    def all(self) -> list[str]:
-        return [*self.inputs, *self.strides, *self.outputs, "M", *self.constants]
-
-    @property
-    def typed(self) -> list[str]:
-        return [*self.all[: -len(self.constants)], *(f"{name}: tl.constexpr" for name in self.constants)]
-
-
-def _head(programs: list[Program], names: list[_Names]) -> list[str]:
-    """The first lines of a kernel. All that is of one kind comes together, as :mod:`tile_launch` gives it."""
-    seeds = [seed for each in names for seed in each.seeds]  # a seed is one of several side by side
-    arguments = [n for kind in ("inputs", "strides", "outputs") for each in names for n in getattr(each, kind)]
-    arguments += ["M", *(f"{constant}: tl.constexpr" for each in names for constant in each.constants)]
-    name = name_of_all(programs)
-    return [f"@triton.jit(do_not_specialize_on_alignment={seeds})", f"def {name}({', '.join(arguments)}):"]
-
-
-def name_of(program: Program) -> str:
-    """What profilers call the kernel: how many statements of each kind it has, and N."""
-    kinds = [statement[0] for statement in program.body]
-    counts = "_".join(f"{kinds.count(k)}{k}" for k in ("load", "product", "store", "down", "across") if k in kinds)
-    return f"lora_fx_{counts}_n{program.columns}"
-
-
-def name_of_all(programs: list[Program]) -> str:
-    """Likewise, of a launch."""
-    names = [name_of(program) for program in programs]
-    if len(names) == 1:
-        return names[0]
-    each = [name.removeprefix("lora_fx_") for name in names]
-    return "lora_fx_" + "_and_".join(f"{each.count(name)}x_{name}" for name in dict.fromkeys(each))
-
-
 def source(programs: list[Program]) -> str:
     """The source of the kernel of ``programs``, which share a launch: each has the tiles that follow those before."""
     if len(programs) == 1:
         return _Writer(programs[0]).source()
-    names = [_Names(program, f"p{k}_") for k, program in enumerate(programs)]
-    lines = [*_head(programs, names), "    pid = tl.program_id(0)", "    first = 0"]
+    names = [Names(program, f"p{k}_") for k, program in enumerate(programs)]
+    lines = [*head(programs, names), "    pid = tl.program_id(0)", "    first = 0"]
     for k, (program, each) in enumerate(zip(programs, names)):
         tile, wide = program.tile, -(-program.columns // program.tile.columns)
         lines += [

@@ -13,6 +13,7 @@ from lora_fx.passes.kernels.tile_choice import choose
 from lora_fx.passes.kernels.tile_program import Program, Tile
 from tests.passes import pointwise_cases, test_part_sums, tile_cases
 from tests.passes.harness import adapt
+from tests.passes.high_rank_cases import HIGH_RANKS
 from tests.passes.modules import Block, Mlp
 from tests.passes.tile_cases import CASES, SIZES, TILES, Case
 
@@ -45,7 +46,7 @@ def test_against_float64(case: Case, tile: Tile, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [f16, bf16])
 @pytest.mark.parametrize(("rows", "columns"), [(2048, 1024), (1027, 4096), (3001, 1016), (4096, 14336)])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *HIGH_RANKS], ids=str)
 def test_the_tiles_that_are_chosen(case: Case, rows: int, columns: int, dtype: torch.dtype) -> None:
     tile = choose(case.inputs, case.body, rows, columns)
     if tile is None:

@@ -1,6 +1,7 @@
 """Small modules for the tests of the passes: linear layers with little around them, from [..., dim]."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,29 @@ def rotate(x: Tensor) -> Tensor:
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+
+
+class _FusedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        y, rstd = torch.ops.aten._fused_rms_norm(x, list(weight.shape), weight, None)
+        ctx.save_for_backward(x, weight, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        x, weight, rstd = ctx.saved_tensors
+        return torch.ops.aten._fused_rms_norm_backward(dy, x, list(weight.shape), rstd, weight, [True, False])[0], None
+
+
+class FusedNorm(nn.RMSNorm):
+    """An RMSNorm over a frozen weight whose graphs on the CPU are those on a GPU.
+
+    There autograd knows it as one operator, which Inductor decomposes afterwards: backward computes ``x * rstd`` again.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _FusedNorm.apply(x, self.weight)
 
 
 class Mlp(nn.Module):

@@ -1,11 +1,15 @@
 """`dropout.keep`: its bits by hand, its statistics, and that every form of it gives the same ones."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 from torch.fx import Graph
 
 from lora_fx.passes.kernels import dropout, lowering, operators
+from tests.passes import mask_statistics
+from tests.passes.mask_statistics import Statistic, standardised
 
 
 def seed() -> Tensor:
@@ -21,7 +25,9 @@ def mixed(x: int) -> int:
 def by_hand(number: int, row: int, column: int, p: float) -> bool:
     low = mixed(number % 2**32)
     high = mixed((number >> 32) % 2**32 ^ low)
-    bits = mixed(mixed(row ^ low) ^ high ^ column // 2 * 0x5BD1E995 % 2**32)
+    bits = (mixed(row ^ low) ^ high ^ column // 2 * 0x5BD1E995 % 2**32) * 0x21F0AAAD % 2**32
+    bits = (bits ^ bits >> 15) * 0x735A2D97 % 2**32
+    bits ^= bits >> 15
     return (bits >> 16 if column % 2 else bits % 2**16) >= round(p * 2**16)
 
 
@@ -33,24 +39,104 @@ def test_the_bits(p: float) -> None:
     assert found.tolist() == expected
 
 
+# ---- statistics ------------------------------------------------------------------------------------------------------
+
+
+M, N = 1024, 2048
+Draw = Callable[[float], Tensor]
+
+
+def hashed(p: float) -> Tensor:
+    return dropout.keep_eager(seed(), (M, N), p)
+
+
+def independent(p: float) -> Tensor:
+    return torch.rand(M, N) >= dropout.threshold(p) / 2**16
+
+
+@pytest.mark.parametrize("statistic", mask_statistics.ALL, ids=lambda statistic: statistic.__name__)
+@pytest.mark.parametrize("draw", [hashed, independent])
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5])
-def test_the_share_that_is_dropped(p: float) -> None:
-    """Of all, of each row and of each column: within what independent draws give (five deviations of each)."""
-    dropped = 1 - dropout.keep_eager(seed(), (1024, 1024), p).double()
-    deviation = (p * (1 - p)) ** 0.5
-    assert abs(float(dropped.mean()) - p) < 5 * deviation / 1024 + 2**-17
-    for dim in (0, 1):
-        shares = dropped.mean(dim)
-        assert float((shares - p).abs().max()) < 6 * deviation / 32
-        assert float(shares.std()) == pytest.approx(deviation / 32, rel=0.15)
+def test_as_independent_draws(p: float, draw: Draw, statistic: Statistic) -> None:
+    """Within five deviations, and so are random numbers of another kind."""
+    torch.manual_seed(0)
+    far = {name: z for name, z in statistic(standardised(draw(p), p)).items() if not abs(z) < 5}
+    assert not far
 
 
-@pytest.mark.parametrize("offset", [(0, 1), (0, 2), (1, 0), (1, 1), (0, 512), (512, 0)])
-def test_places_do_not_know_of_each_other(offset: tuple[int, int]) -> None:
-    kept = dropout.keep_eager(seed(), (1024, 1024), 0.5).double() * 2 - 1
-    rows, columns = offset
-    product = kept[rows:, columns:] * kept[: 1024 - rows, : 1024 - columns]
-    assert abs(float(product.mean())) < 5 / product.numel() ** 0.5
+def more_in_some_columns(dropped: Tensor) -> Tensor:
+    some = torch.rand(M, N) < 0.1
+    return dropped | some & (torch.arange(N) % 8 == 0)
+
+
+def two_rows_alike(dropped: Tensor) -> Tensor:
+    """One row in eight has a few of another one's bits."""
+    dropped[::8] = torch.where(torch.rand(M // 8, N) < 0.2, dropped[4::8].roll(3, 0), dropped[::8])
+    return dropped
+
+
+def halves_alike(dropped: Tensor) -> Tensor:
+    dropped[:, 1::2] = torch.where(torch.rand(M, N // 2) < 0.05, dropped[:, ::2], dropped[:, 1::2])
+    return dropped
+
+
+def more_on_some_diagonals(dropped: Tensor) -> Tensor:
+    places = torch.arange(N) - torch.arange(M)[:, None]
+    return dropped | (torch.rand(M, N) < 0.1) & (places % 8 == 0)
+
+
+def some_as_a_neighbour(dropped: Tensor) -> Tensor:
+    some = torch.rand(M, N) < 0.02
+    return torch.where(some, dropped.roll((3, 1), (0, 1)), dropped)
+
+
+def sums_of_row_and_column(dropped: Tensor) -> Tensor:
+    some = torch.rand(M, N) < 0.4
+    return torch.where(some, dropped[:, :1] ^ dropped[:1], dropped)
+
+
+def even_eights(dropped: Tensor) -> Tensor:
+    """The eighth is the parity of the seven before it, in one of twenty."""
+    eights = dropped.view(M, -1, 8)
+    parity = eights[..., :7].sum(-1) % 2 == 1
+    eights[..., 7] = torch.where(torch.rand(parity.shape) < 0.05, parity, eights[..., 7])
+    return dropped
+
+
+DEFECTS = [
+    more_in_some_columns,
+    two_rows_alike,
+    halves_alike,
+    more_on_some_diagonals,
+    some_as_a_neighbour,
+    sums_of_row_and_column,
+    even_eights,
+]
+
+
+@pytest.mark.parametrize(
+    ("statistic", "defect"), list(zip(mask_statistics.ALL, DEFECTS, strict=True)), ids=lambda f: f.__name__
+)
+def test_statistics_see_what_they_are_for(statistic: Statistic, defect: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    dropped = defect(~independent(0.5))
+    assert max(abs(z) for z in statistic(standardised(~dropped, 0.5)).values()) > 8
+
+
+WEAKER = {
+    "without the first product": ((15, 0x735A2D97), (15, None)),
+    "without the second product": ((None, 0x21F0AAAD), (15, None)),
+}
+
+
+@pytest.mark.parametrize("steps", [dropout.LAST, dropout.MIX, *WEAKER.values()], ids=["last", "mix", *WEAKER])
+def test_one_product_fewer_is_not_enough(steps: dropout.Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a cheaper hash gives away: correlations of rows, over four masks."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(dropout, "LAST", steps)
+    masks = [dropout.keep_eager(seed(), (1024, 4096), 0.5) for _ in range(4)]
+    z = sum(mask_statistics.rows(standardised(mask, 0.5))["rows"] for mask in masks) / 2
+    assert z > 8 if steps in WEAKER.values() else abs(z) < 4
 
 
 @pytest.mark.parametrize("change", [1, 2, 1 << 31, 1 << 32, 1 << 40, -(2**63)])

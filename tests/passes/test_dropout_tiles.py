@@ -11,11 +11,23 @@ from torch.fx.node import Argument, Target
 from lora_fx.passes.kernels import dropout, operators
 from tests.passes import harness, on_gpu
 from tests.passes.harness import Case, adapt, compare
-from tests.passes.modules import Block
+from tests.passes.modules import QKV, Block, FusedNorm
 from tests.passes.test_fuse_tiles import K, checkpointed, linear, mlp, normed
 
 P = 0.25
 bf16 = torch.bfloat16
+
+
+def fused(dim: int = K) -> nn.Module:
+    """q, k and v of a norm as it is on a GPU."""
+    return adapt(nn.Sequential(FusedNorm(dim), QKV(dim, dim)).to(bf16).requires_grad_(False), dropout=P)
+
+
+def block() -> nn.Module:
+    """A block with such norms."""
+    module = Block(K)
+    module.attention_norm, module.mlp_norm = FusedNorm(K), FusedNorm(K)
+    return adapt(module.to(bf16).requires_grad_(False), dropout=P)
 
 
 class Masked(harness.Seeded):
@@ -38,12 +50,14 @@ CASES = [
     case("rank 1", lambda: linear(rank=1, dropout=P), 1),
     case("SwiGLU", lambda: mlp(dropout=P), 3),
     case("q, k, v of a norm", lambda: normed(dropout=P), 3),
+    case("q, k, v of a GPU's norm", fused, 3),
     case("checkpointed", lambda: mlp(dropout=P), 3, wrap=checkpointed),
     case("x without a gradient", lambda: linear(dropout=P), 1, x_grad=False),
     case("any number of tokens", lambda: mlp(dropout=P), 3, shapes=((2, 160, K), (3, 150, K)), dynamic=True, seeds=1),
-    case("block", lambda: adapt(Block(K).to(bf16).requires_grad_(False), dropout=P), 7, shape=(2, 160, K), seeds=2),
+    case("block", lambda: adapt(Block(K).to(bf16).requires_grad_(False), dropout=P), 7, seeds=2),
+    case("block with a GPU's norms", block, 7, seeds=2),
 ]
-FAST = ("linear", "q, k, v of a norm")
+FAST = ("linear", "q, k, v of a norm", "q, k, v of a GPU's norm")
 
 
 @pytest.mark.parametrize(
@@ -77,6 +91,20 @@ def test_siblings_read_x_once() -> None:
         assert [(body.count("keep"), body.count(kind)) for body in masked] == [(3, 3)]
 
 
+def test_a_norm_is_computed_again_with_its_masks() -> None:
+    """In a whole block: dA of q, k and v is one kernel, dA of gate and up is one, and nothing else draws their masks
+    but dX; what is left to the norms' own kernels does not know of masks."""
+    captured = on_gpu.capture(block(), torch.randn(2, 160, K, dtype=bf16, requires_grad=True))
+    graph = captured.backward[0].graph
+    bodies = [[s[0] for s in program.body] for program in on_gpu.programs(graph)]
+    masked = [(body.count("keep"), body.count("across"), body.count("product")) for body in bodies if "keep" in body]
+    across, products = ([each for each in masked if each[i]] for i in (1, 2))
+    assert sorted(each[:2] for each in across if each[0] > 1) == [(2, 2), (3, 3)]
+    assert sum(each[0] for each in across) == sum(each[0] for each in products) == 7
+    hashes = graph.find_nodes(op="call_function", target=torch.ops.aten.bitwise_xor.Tensor)
+    assert not hashes, "Inductor's kernels draw masks"
+
+
 def test_a_mask_that_no_kernel_draws_is_fused_by_inductor() -> None:
     """Where the choice of tiles leaves a program alone after the mask has been chosen."""
     captured = on_gpu.capture(
@@ -87,7 +115,7 @@ def test_a_mask_that_no_kernel_draws_is_fused_by_inductor() -> None:
     for half in (captured.forward, captured.backward):
         assert not on_gpu.programs(half[0].graph)
         assert not half[0].graph.find_nodes(op="call_function", target=operators.keep)
-        assert half[0].graph.find_nodes(op="call_function", target=torch.ops.prims.iota.default)
+        assert half[0].graph.find_nodes(op="call_function", target=torch.ops.aten.bitwise_xor.Tensor)
 
 
 def test_few_tokens_keep_inductors_masks() -> None:

@@ -157,17 +157,14 @@ return %49, %0, %4, %5, %6, %9, %10, %11, %14, %15, %17, %18, %20, %28, %30, %21
     0: product in0 in1 in2
     1: load in3
     2: op add %1 %0
-    3: op neg %2
-    4: op exp %3
-    5: op add %4 1.0
-    6: op sigmoid %2
-    7: op mul %2 %6
-    8: product in4 in5 in6
-    9: load in7
-    10: op add %9 %8
-    11: op mul %7 %10
-    12: store %11 bfloat16
-    13: down %11 in8
+    3: op sigmoid %2
+    4: op mul %2 %3
+    5: product in4 in5 in6
+    6: load in7
+    7: op add %6 %5
+    8: op mul %4 %7
+    9: store %8 bfloat16
+    10: down %8 in8
 #2: bfloat16, 136 columns; in0 thin 4, in1 factor 4 NR, in2 number
     0: product in0 in1 in2
     1: store %0 bfloat16""",
@@ -270,28 +267,25 @@ return None, %74, None, None, %82, %79, None, None, None, %81, %78, None, None, 
     0: product in0 in1 in2
     1: load in3
     2: op add %1 %0
-    3: op neg %2
-    4: op exp %3
-    5: op add %4 1.0
-    6: op sigmoid %2
-    7: op mul %2 %6
-    8: product in4 in5 in6
-    9: load in7
-    10: op add %9 %8
-    11: op mul %7 %10
-    12: across %11 in8 RN
-    13: product in8 in9
-    14: load in10
-    15: op add %13 %14
-    16: op mul %15 %7
-    17: store %16 bfloat16
-    18: op mul %15 %10
-    19: op mul %18 %6
-    20: op sub 1.0 %6
-    21: op mul %2 %20
-    22: op add %21 1.0
-    23: op mul %19 %22
-    24: store %23 bfloat16
+    3: op sigmoid %2
+    4: op mul %2 %3
+    5: product in4 in5 in6
+    6: load in7
+    7: op add %6 %5
+    8: op mul %4 %7
+    9: across %8 in8 RN
+    10: product in8 in9
+    11: load in10
+    12: op add %10 %11
+    13: op mul %12 %4
+    14: store %13 bfloat16
+    15: op mul %12 %7
+    16: op mul %15 %3
+    17: op sub 1.0 %3
+    18: op mul %2 %17
+    19: op add %18 1.0
+    20: op mul %16 %19
+    21: store %20 bfloat16
 #2: bfloat16, 264 columns; in0 full, in1 factor 4 NR, in2 thin 4
     0: load in0
     1: down %0 in1

@@ -1,5 +1,7 @@
 """The sums of parts: the operator against float64, and which sums of a graph become one."""
 
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,9 +10,11 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from lora_fx.passes import tile_sums
+from lora_fx.passes._torch import auto_functionalized
 from lora_fx.passes.kernels import operators
 from tests.passes.on_gpu import capture
-from tests.passes.test_fuse_tiles import mlp, normed, x
+from tests.passes.test_dropout_tiles import P, fused
+from tests.passes.test_fuse_tiles import K, mlp, normed, x
 
 Runner = Any
 SHAPES = [(1, 5, 3), (8, 160, 4), (13, 1030), (28, 7, 16), (0, 6, 4), (3, 0, 4)]
@@ -24,10 +28,11 @@ def parts_and_scales(device: str = "cpu") -> tuple[list[Tensor], list[Tensor | N
 
 
 def check(run: Runner, dtype: torch.dtype, device: str = "cpu") -> None:
-    """Every sum is as near to float64 as its dtype is, and a second run gives the same bits."""
+    """Every sum is as near to float64 as its dtype is; a second run, and one of its own, give the same bits."""
     parts, scales = parts_and_scales(device)
     found, again = (run(parts, scales, dtype) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    alone = [run([part], [scale], dtype)[0] for part, scale in zip(parts, scales, strict=True)]
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(found, again, alone, strict=True))
     for out, part, scale in zip(found, parts, scales, strict=True):
         exact = part.double().sum(0) * (1.0 if scale is None else scale.double())
         assert out.dtype == dtype and out.shape == exact.shape
@@ -105,3 +110,101 @@ def test_joining_once_is_enough() -> None:
     first, second = torch.randn(2, 4, 8, 8)
     found = module(first, second)
     assert torch.equal(found[0], first.sum(0).bfloat16()) and torch.equal(found[1], second.sum(0).bfloat16())
+
+
+# ---- sums that share a launch ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "immediate", "joined"),
+    # g of q, k and v are read by the kernel of their dA; of an MLP's, those of gate and up.
+    [(fused, [3], 6), (lambda: normed(dropout=P), [3], 6), (lambda: mlp(dropout=P), [1, 2], 6)],
+    ids=["norm on a GPU", "norm", "SwiGLU"],
+)
+def test_sums_that_siblings_read_share_a_launch(
+    build: Callable[[], torch.nn.Module], immediate: list[int], joined: int
+) -> None:
+    (backward,) = capture(build(), x(shape=(2, 160, K))).backward
+    assert [len(node.args[0]) for node in sums(backward.graph)] == [*immediate, joined]  # type: ignore[arg-type]
+
+
+class Programs:
+    """A graph of tile programs and sums of the parts that they leave, as `tile_sums` looks at it."""
+
+    def __init__(self) -> None:
+        self.graph, self.mode = Graph(), torch._subclasses.FakeTensorMode()
+
+    def program(self, *inputs: Node, outputs: int = 1) -> list[Node]:
+        """The parts that a program leaves."""
+        values = [self.mode.from_tensor(torch.empty(4, 8, 8)) for _ in range(outputs)]
+        arguments = {"outputs": [], "program": "", "inputs": list(inputs)}
+        node = self.add(auto_functionalized, (operators.tile_,), (None, values), arguments)
+        written = self.add(operator.getitem, (node, 1), values)
+        return [self.add(operator.getitem, (written, i), value) for i, value in enumerate(values)]
+
+    def add(self, target: Any, arguments: tuple[Any, ...], value: Any, named: Any = None) -> Node:
+        node = self.graph.call_function(target, arguments, named)
+        node.meta["val"] = value
+        return node
+
+    def sum(self, parts: Node, dtype: torch.dtype = torch.bfloat16, scale: Node | None = None) -> Node:
+        # What is emitted goes before a node and has its metadata.
+        last = self.add(torch.ops.aten.neg.default, (parts,), parts.meta["val"])
+        result = tile_sums.emit(last, parts, scale, dtype)
+        self.graph.erase_node(last)
+        return result
+
+    def gathered(self, *results: Node) -> list[int]:
+        """How many sums each launch has, in a graph that returns `results`."""
+        self.graph.output(results)
+        for _ in range(2):
+            tile_sums.gather(self.graph)
+            self.graph.lint()
+        return [len(node.args[0]) for node in sums(self.graph)]  # type: ignore[arg-type]  # its schema: a list
+
+
+def test_sums_of_what_one_program_leaves() -> None:
+    """Read by one program each; the first is before the second sum in the graph."""
+    g = Programs()
+    first, second = g.program(outputs=2)
+    results = [g.program(g.sum(parts))[0] for parts in (first, second)]
+    assert g.gathered(*results) == [2]
+
+
+def test_sums_that_one_program_reads() -> None:
+    g = Programs()
+    sums = [g.sum(g.program()[0]) for _ in range(3)]
+    assert g.gathered(*g.program(*sums)) == [3]
+
+
+def test_no_sum_is_made_with_one_that_waits_for_it() -> None:
+    """Though one program reads both, or left both: there the second one's scale is computed from the first."""
+    g = Programs()
+    first = g.sum(g.program()[0])
+    second = g.sum(g.program(first)[0])
+    assert g.gathered(*g.program(first, second)) == [1, 1]
+    g = Programs()
+    parts, others = g.program(outputs=2)
+    (made,) = g.program(g.sum(parts))
+    scale = g.add(torch.ops.aten.amax.default, (made,), g.mode.from_tensor(torch.empty(())))
+    assert g.gathered(*g.program(g.sum(others, scale=scale))) == [1, 1]
+
+
+def test_sums_of_two_dtypes_are_two() -> None:
+    g = Programs()
+    sums = [g.sum(g.program()[0], dtype) for dtype in (torch.bfloat16, torch.float32)]
+    assert g.gathered(*g.program(*sums)) == [1, 1]
+
+
+def test_sums_of_strangers_are_apart() -> None:
+    """Neither of one program nor read by one."""
+    g = Programs()
+    assert g.gathered(*[g.program(g.sum(g.program()[0]))[0] for _ in range(2)]) == [1, 1]
+
+
+def test_what_the_graph_returns_is_left_to_its_end() -> None:
+    """One that only the output reads, of the same program as one that is needed now."""
+    g = Programs()
+    needed, returned = g.program(outputs=2)
+    result = g.program(g.sum(needed))[0]
+    assert g.gathered(result, g.sum(returned)) == [1, 1]

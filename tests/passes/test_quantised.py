@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import lora_fx
 from lora_fx.linear import lora_class
-from lora_fx.passes.graph import COPIES, VIEWS, is_transpose
+from lora_fx.passes.graph import COPIES, VIEWS, is_call, is_pointwise, is_transpose
 from quantised import INT4
+from tests.passes import on_gpu
 from tests.passes.harness import Captured, Case, adapt, by_kernels, capture, check_case
 from tests.passes.modules import Mlp
 
@@ -173,6 +174,19 @@ def test_float8_is_a_scaled_product() -> None:
     captured = capture(module, torch.randn(32, 48, dtype=bf16, requires_grad=True))
     assert "_scaled_mm" in captured.rewrite.after
     assert captured.sites == 3
+
+
+def test_the_largest_of_float8_operands_is_left_to_inductor() -> None:
+    """On a GPU: no program writes |y|, of which the base needs the largest, beside y."""
+    module = adapt(float8(Mlp().to(bf16)))
+    captured = on_gpu.capture(module, torch.randn(160, 48, dtype=bf16, requires_grad=True))
+    for half in (captured.forward, captured.backward):
+        graph = half[0].graph
+        found = on_gpu.programs(graph)
+        assert found and not any(s[:2] == ["op", "abs"] for program in found for s in program.body)
+        assert all(program.dtype == "bfloat16" for program in found)
+        largest = [n for n in graph.nodes if is_call(n, torch.ops.aten.amax.default, torch.ops.aten.max.default)]
+        assert largest and all(is_pointwise(node.all_input_nodes[0]) for node in largest)
 
 
 BASES = {

@@ -17,8 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lora_fx.passes.kernels.tile_choice import choose
 from lora_fx.passes.kernels.tile_program import Program, Tile
 from tests.passes import pointwise_cases, test_part_sums, tile_cases
+from tests.passes.high_rank_cases import HIGH_RANKS
 from tests.passes.tile_cases import CASES, SIZES, TILES, Case
 
 tile_launch = pytest.importorskip("lora_fx.passes.kernels.tile_launch", reason="needs Triton", exc_type=ImportError)
@@ -129,6 +131,14 @@ else:
     )
     def test_program(case: Case, tile: Tile, size: tuple[int, int]) -> None:
         rows, columns = size
+        tile_cases.check(case, case.program(columns, torch.float16, tile), rows, run)
+
+    @pytest.mark.parametrize("case", HIGH_RANKS, ids=str)
+    def test_program_of_a_high_rank(case: Case) -> None:
+        """In the tile that is chosen for many rows."""
+        rows, columns = SIZES[-1]
+        tile = choose(case.inputs, case.body, 8192, columns)
+        assert tile is not None
         tile_cases.check(case, case.program(columns, torch.float16, tile), rows, run)
 
     @pytest.mark.parametrize("case", CASES[::3], ids=str)

@@ -9,7 +9,7 @@ from torch import Tensor
 from lora_fx.passes.graph import aten
 from lora_fx.passes.kernels import operators, tile_program
 from lora_fx.passes.kernels.tile_program import POINTWISE, Program, Tile, evaluate, loads, row_parts
-from lora_fx.passes.tile_regions import POINTWISE as NAMES
+from lora_fx.passes.tile_nodes import POINTWISE as NAMES
 from tests.passes import pointwise_cases, tile_cases
 from tests.passes.tile_cases import CASES, TILES, Case
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph
 
-from lora_fx.passes import fuse_tiles, pipeline, tile_regions
+from lora_fx.passes import fuse_tiles, pipeline
 from lora_fx.passes.kernels import lowering
 from lora_fx.passes.kernels.tile_choice import choose
 from lora_fx.passes.kernels.tile_program import Program, Tile
 from lora_fx.passes.printer import graph_text
+from lora_fx.passes.tile_nodes import MAX_PRODUCT, MAX_RANK
 from tests.passes import on_gpu
 from tests.passes.harness import Captured, Case, adapt, compare
 from tests.passes.modules import Mlp
@@ -85,18 +86,18 @@ def test_nothing_wider_than_the_model_is_written() -> None:
     assert "mean" in graph_text(captured.forward[0].graph)
 
 
-@pytest.mark.parametrize("rank", [tile_regions.MAX_RANK, tile_regions.MAX_RANK + 8])
-def test_the_largest_rank(rank: int) -> None:
-    """Above it a product is a large one, whose place is in the matrix library."""
+@pytest.mark.parametrize("rank", [MAX_RANK, MAX_RANK + 8, MAX_PRODUCT, MAX_PRODUCT + 8])
+def test_the_largest_ranks(rank: int) -> None:
+    """Above the first, products that read a value are large ones, whose place is in the matrix library; above the
+    second, so are those that make one."""
     module = adapt(nn.Linear(320, 304, bias=False, dtype=bf16), rank=rank)
     captured = capture(module, x(width=320))
     found = [*programs(captured.forward[0].graph), *programs(captured.backward[0].graph)]
-    if rank > tile_regions.MAX_RANK:
-        assert found == []
-        for half in (captured.forward, captured.backward):
-            assert "lora_fx" not in graph_text(half[0].graph)
-    else:
-        assert {s[0] for p in found for s in p.body} >= {"product", "down", "across"}
+    statements = {s[0] for p in found for s in p.body}
+    assert ("product" in statements) == (rank <= MAX_PRODUCT)
+    assert (statements >= {"down", "across"}) == (rank <= MAX_RANK)
+    if rank > MAX_RANK:
+        assert not statements & {"down", "across"}
 
 
 def test_float32_is_left_to_inductor() -> None:
@@ -171,6 +172,38 @@ def test_dropout() -> None:
     captured = compared(lambda: mlp(dropout=0.25), 3, random=True)
     for half in (captured.forward, captured.backward):
         assert programs(half[0].graph)
+
+
+def operations(captured: Captured) -> list[list[str]]:
+    """The pointwise operations of the forward graph's programs with a product."""
+    (forward,) = captured.forward
+    return [[s[1] for s in p.body if s[0] == "op"] for p in of(forward.graph, "product")]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda y, other: (y, y.tanh().amax()), lambda y, other: (y, y.tanh().max()), lambda y, other: (y, y.exp().sum(1))],
+    ids=["amax", "max", "sum"],
+)
+def test_what_others_compute_from_a_value_that_is_written(function: Callable[[Tensor, nn.Module], Any]) -> None:
+    """As a float8 product needs the largest of |y|: f(y) is not written beside y."""
+    captured = compared(lambda: after(function), 1)
+    assert not any(set(names) - {"add"} for names in operations(captured))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda y, other: other(y.tanh()),  # y itself is not written
+        lambda y, other: (y, other(y.tanh())),  # a large product reads f(y) from memory
+        lambda y, other: (y, -y.tanh() * 2),  # it is returned
+        lambda y, other: (y, y.tanh(), y.sigmoid(), other(y.tanh() * y.sigmoid())),  # the region has a use for both
+    ],
+    ids=["alone", "for a product", "returned", "within"],
+)
+def test_what_a_region_computes_all_the_same(function: Callable[[Tensor, nn.Module], Any]) -> None:
+    captured = compared(lambda: after(function), 1)
+    assert any("tanh" in names for names in operations(captured))
 
 
 # ---- when it fails ---------------------------------------------------------------------------------------------------
@@ -249,15 +282,30 @@ def test_few_rows_are_left_to_inductor() -> None:
         assert "lora_fx" not in graph_text(half[0].graph)
 
 
-@pytest.mark.parametrize("rank", [1, 16, 128])
 @pytest.mark.parametrize("width", [8, 136, 4096, 14336])
-def test_choices_are_tiles(width: int, rank: int) -> None:
+def test_choices_are_tiles(width: int) -> None:
     """Whatever is chosen for a program is a walk that a kernel can make."""
+    from tests.passes.high_rank_cases import HIGH_RANKS
     from tests.passes.tile_cases import CASES
 
-    for case in CASES:
+    for case in (*CASES, *HIGH_RANKS):
         tile = choose(case.inputs, case.body, 8192, width)
         if tile is not None:
-            powers = (tile.rows, tile.columns, tile.step, tile.strips, tile.columns // tile.strips)
-            assert all(size & (size - 1) == 0 for size in powers)
-            assert min(tile.step, tile.columns // tile.strips) >= 16
+            # In the direction of its walk a program may be of any number of steps.
+            across = tile.columns // tile.strips if tile.walk == "rows" else tile.rows
+            assert all(size & (size - 1) == 0 for size in (tile.step, tile.strips, across))
+            assert min(tile.step, across) >= 16
+
+
+@pytest.mark.parametrize(("masks", "rank", "strips"), [(1, 16, 1), (2, 16, 2), (3, 16, 2), (3, 64, 1), (0, 16, 1)])
+def test_several_sums_of_masked_values_are_made_in_strips(masks: int, rank: int, strips: int) -> None:
+    """dA of siblings under a mask each; a higher rank has narrower tiles already."""
+    kinds: list[list[Any]] = [["full"]]
+    body: list[list[Any]] = [["load", 0]]
+    for i in range(max(masks, 1)):
+        kinds += [["seed"], ["thin", rank]]
+        if masks:
+            body += [["keep", 2 * i + 1, 0.1], ["op", "mul", [0, len(body)]]]
+        body.append(["across", len(body) - 1, 2 * i + 2, "RN"])
+    tile = choose(kinds, body, 8192, 4096)
+    assert tile is not None and tile.strips == strips

@@ -6,15 +6,16 @@ Triton's interpreter, and `tests/gpu/test_tiles.py` the kernels on a GPU. M toke
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_fx.passes.kernels import dropout
-from lora_fx.passes.kernels.tile_program import Program, Statement, Tile, row_parts
+from lora_fx.passes.kernels.tile_program import OUTPUTS, Program, Statement, Tile, row_parts
 
 EPS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 """Half of the distance of two neighbours, in units of either: what a rounded value is wrong by, at the most."""
@@ -43,6 +44,13 @@ class Case:
         body = [[*s[:2], name] if s[0] == "store" and s[2] == "model" else s for s in self.body]
         return Program(columns, name, self.inputs, body, tile)
 
+    def only(self, kinds: tuple[str, ...]) -> Case:
+        """The case with outputs of these kinds alone."""
+        kept = [s[0] in kinds for s in self.body if s[0] in OUTPUTS]
+        body = [s for s in self.body if s[0] not in OUTPUTS or s[0] in kinds]
+        name = self.name if all(kept) else f"{self.name}, {' and '.join(kinds)}"
+        return replace(self, name=name, body=body, exact=lambda *t: tuple(itertools.compress(self.exact(*t), kept)))
+
     def bound(self, dtype: torch.dtype) -> float:
         return SUMMED if self.exact_operands else EPS[dtype]
 
@@ -56,7 +64,7 @@ def dsilu(x: Tensor) -> Tensor:
     return s * (1 + x * (1 - s))
 
 
-def _branch(r: int, order: str, scaled: bool) -> Case:
+def branch(r: int, order: str, scaled: bool) -> Case:
     """y = base + s h B^T."""
     number: list[list[Any]] = [["number"]] if scaled else []
     return Case(
@@ -67,7 +75,7 @@ def _branch(r: int, order: str, scaled: bool) -> Case:
     )
 
 
-def _pair(r: int, order: str) -> Case:
+def pair(r: int, order: str) -> Case:
     """g = dy B and dB = dy^T h."""
     return Case(
         f"gradient pair, rank {r}, {order}",
@@ -78,8 +86,8 @@ def _pair(r: int, order: str) -> Case:
     )
 
 
-def _swiglu(r: int, q: int) -> Case:
-    """z = silu(gate) * up, with both products, and h of the next linear."""
+def swiglu(r: int, q: int, outputs: tuple[str, ...] = ("store", "down")) -> Case:
+    """z = silu(gate) * up, with both products, and h of the next linear; or one of the two."""
     return Case(
         f"SwiGLU, ranks {r} and {q}",
         [*([["full"]] * 2), *([["thin", r]] * 2), *([["factor", r, "NR"]] * 2), ["number"], ["factor", q, "RN"]],
@@ -100,11 +108,12 @@ def _swiglu(r: int, q: int) -> Case:
             z := silu(gate + s * (hg @ bg.t())) * (up + hu @ bu.t()),
             z @ a.t(),
         ),
-    )
+    ).only(outputs)
 
 
-def _swiglu_backward(r: int) -> Case:
-    """dgate and dup, which go to memory, both gradient pairs, and dA of the next linear from silu(gate) * up."""
+def swiglu_backward(r: int, outputs: tuple[str, ...] = ("store", "down", "across")) -> Case:
+    """dgate and dup, which go to memory, both gradient pairs, and dA of the next linear from silu(gate) * up; or those
+    that are of these kinds."""
     body: list[Statement] = [
         ["load", 0],
         ["product", 3, 5, 7],
@@ -140,10 +149,10 @@ def _swiglu_backward(r: int) -> Case:
         return dgate, dup, dgate @ bg, dgate.t() @ hg, dup @ bu, dup.t() @ hu, g.t() @ z
 
     kinds: list[list[Any]] = [["full"]] * 3 + [["thin", r]] * 2 + [["factor", r, "NR"]] * 2 + [["number"], ["thin", r]]
-    return Case(f"SwiGLU backward, rank {r}", kinds, body, exact)
+    return Case(f"SwiGLU backward, rank {r}", kinds, body, exact).only(outputs)
 
 
-def _norm(r: int) -> Case:
+def norm(r: int) -> Case:
     """dA = g^T x and x itself, for x = residual * rstd * weight, by rows and by columns."""
     return Case(
         f"norm, rank {r}",
@@ -255,13 +264,13 @@ def _dropout(r: int, p: float) -> Case:
 
 
 CASES = [
-    *(_branch(r, order, scaled) for r, order, scaled in ((1, "NR", True), (16, "RN", False), (128, "NR", False))),
-    *(_pair(r, order) for r, order in ((1, "NR"), (5, "RN"), (16, "NR"), (33, "RN"), (128, "NR"))),
-    _swiglu(8, 24),
-    _swiglu_backward(3),
-    _swiglu_backward(16),
-    _norm(16),
-    _norm(20),
+    *(branch(r, order, scaled) for r, order, scaled in ((1, "NR", True), (16, "RN", False), (128, "NR", False))),
+    *(pair(r, order) for r, order in ((1, "NR"), (5, "RN"), (16, "NR"), (33, "RN"), (128, "NR"))),
+    swiglu(8, 24),
+    swiglu_backward(3),
+    swiglu_backward(16),
+    norm(16),
+    norm(20),
     _infinite(4),
     _mask(8),
     _broadcast(),

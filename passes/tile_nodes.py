@@ -1,0 +1,236 @@
+"""What a node of a GPU's forward or backward graph is to a region: whether it makes, reads or computes an [M, N] value.
+
+The words of :mod:`lora_fx.passes.tile_regions`: a small product *makes* an [M, N] value of rank R factors, or *reads*
+one (down to [M, R], across to [R, N], or both as a gradient pair); pointwise operations *compute* one from others.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from lora_fx.passes.graph import (
+    CONVERT,
+    COPIES,
+    MM,
+    aten,
+    has_shape,
+    is_call,
+    is_tensor,
+    is_transpose,
+    peel_views,
+    shape,
+    val,
+)
+from lora_fx.passes.kernels import operators
+from lora_fx.passes.site import MARK
+
+POINTWISE = {
+    aten.add.Tensor: "add",
+    aten.sub.Tensor: "sub",
+    aten.mul.Tensor: "mul",
+    aten.div.Tensor: "div",
+    aten.pow.Tensor_Scalar: "pow",
+    aten.neg.default: "neg",
+    aten.abs.default: "abs",
+    aten.exp.default: "exp",
+    aten.log.default: "log",
+    aten.sqrt.default: "sqrt",
+    aten.rsqrt.default: "rsqrt",
+    aten.reciprocal.default: "reciprocal",
+    aten.sigmoid.default: "sigmoid",
+    aten.tanh.default: "tanh",
+    aten.erf.default: "erf",
+    aten.relu.default: "relu",
+    aten.maximum.default: "maximum",
+    aten.minimum.default: "minimum",
+    aten.gt.Scalar: "gt",
+    aten.ge.Scalar: "ge",
+    aten.lt.Scalar: "lt",
+    aten.le.Scalar: "le",
+    aten.gt.Tensor: "gt",
+    aten.le.Tensor: "le",
+    aten.where.self: "where",
+    CONVERT: "identity",
+    **dict.fromkeys(COPIES, "identity"),
+}
+"""Pointwise operators that a kernel can compute, and their names in programs."""
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def columns_of(node: Node) -> int | None:
+    """N of the [M, N] value that one of LoRA's small products makes or reads; None for any other node."""
+    if node.op != "call_function" or not is_half(node):
+        return None
+    if makes(node):
+        return _static(shape(node)[1])
+    value = reads(node)
+    return None if value is None else _static(shape(value)[-1])
+
+
+def is_half(node: Node) -> bool:
+    value = node.meta.get("val")  # Inductor's own rewrites leave nodes without
+    value = value[0] if isinstance(value, (tuple, list)) and value else value
+    return isinstance(value, torch.Tensor) and value.dtype in HALF
+
+
+def _static(size: Any) -> int | None:
+    return size if isinstance(size, int) else None
+
+
+def makes(node: Node) -> bool:
+    """Whether ``node`` is a product of rank R that makes an [M, N] value."""
+    if node.target in (operators.scaled_mm, operators.accumulate):
+        operands = node.args if node.target is operators.accumulate else (None, *node.args)
+        _, thin, _, scale = (*operands, None)[:4]
+        bias = len(node.args) > 3 and node.args[3] is not None and node.target is operators.scaled_mm
+        plain = not bias and (scale is None or same_device(scale, node))
+        return plain and _is_thin(thin, 1, MAX_PRODUCT) and _static(shape(node)[1]) is not None
+    if not _is_marked(node) or not _is_thin(node.args[0], 1, MAX_PRODUCT):
+        return False
+    # What has as few columns is h, of few inputs.
+    rank, columns = shape(node.args[0])[1], _static(shape(node)[1])  # type: ignore[arg-type]  # _is_thin saw a tensor
+    return columns is not None and columns > max(rank, MAX_RANK)
+
+
+def reads(node: Node) -> Node | None:
+    """The [M, N] value that ``node`` multiplies down to rank R (or across, to [R, N]); None if it does not."""
+    if node.target is operators.gradient_pair:
+        value, factor = node.args[:2]
+        return value if is_tensor(factor) and _is_thin(factor, 1) else None  # type: ignore[return-value]
+    if not _is_marked(node) or makes(node):
+        return None
+    left, right = node.args[:2]
+    if _is_thin(right, 1) and is_tensor(left):
+        return left  # type: ignore[return-value]  # [M, N] @ [N, R]
+    if _is_thin(left, 0) and is_transpose(left) and is_tensor(right):
+        return right  # type: ignore[return-value]  # [R, M] @ [M, N]
+    return None
+
+
+def gradients_of(node: Node) -> set[int]:
+    """Which of g (0) and dB (1) are read of a gradient pair; none of any other node."""
+    if node.target is not operators.gradient_pair:
+        return set()
+    return {user.args[1] for user in node.users}  # type: ignore[misc]  # getitem's index
+
+
+def _is_marked(node: Node) -> bool:
+    return is_call(node, MM) and bool(node.meta.get(MARK))
+
+
+MAX_RANK, MAX_PRODUCT = 64, 128
+"""The highest ranks of a product that reads a value, and of one that makes it. Above them cuBLAS has enough to do: it
+reads a value at the rate of a copy. Time to the frozen block's on an H200 (Llama-3-8B, M 8192, rank 128,
+examples/benchmarks/block.py): 1.323 with all products in tiles, 1.159 with none (plain LoRA 1.170)."""
+
+
+def _is_thin(node: Any, dim: int, most: int = MAX_RANK) -> bool:
+    if not is_tensor(node) or len(shape(node)) != 2:
+        return False
+    size = _static(shape(node)[dim])
+    return size is not None and size <= most
+
+
+def _is_value(node: Any, columns: int) -> bool:
+    """Whether ``node`` is an [..., N] value of a pass, contiguous."""
+    if not is_tensor(node) or len(shape(node)) < 2 or not has_shape(node, *[None] * (len(shape(node)) - 1), columns):
+        return False
+    value = val(node)
+    return value.dtype.is_floating_point and value.dtype.itemsize <= 4 and bool(value.is_contiguous())
+
+
+def can_compute(node: Any, columns: int) -> bool:
+    """Whether ``node`` computes a value of the pass element by element from what a kernel can load, or a mask of it."""
+    if not isinstance(node, Node) or node.op != "call_function" or node.kwargs.keys() - {"dtype"}:
+        return False
+    if node.target is operators.keep:
+        return _is_condition(node, columns) and same_device(node.args[0], node)
+    if node.target not in POINTWISE:
+        return False
+    if not (_is_value(node, columns) or _is_condition(node, columns)):
+        return False
+    if node.target is aten.pow.Tensor_Scalar and not isinstance(node.args[1], (int, float)):
+        return False
+    return all(operand_kind(a, node, columns) is not None for a in operands_of(node))
+
+
+def _is_condition(node: Node, columns: int) -> bool:
+    return (
+        is_tensor(node) and val(node).dtype == torch.bool and has_shape(node, *[None] * (len(shape(node)) - 1), columns)
+    )
+
+
+def operands_of(node: Node) -> list[Any]:
+    """What a pointwise operation is applied to; nothing for a mask, which its seed is all of."""
+    if node.target is operators.keep:
+        return []
+    return [node.args[0]] if node.target is CONVERT or node.target in COPIES else list(node.args)
+
+
+def constant_of(operand: Any) -> float | None:
+    """The number that an operand is, also where the graph makes a tensor of it."""
+    if is_call(operand, aten.full.default, aten.scalar_tensor.default) and shape(operand) == ():
+        operand = operand.args[-1]
+    plain = isinstance(operand, (int, float)) and not isinstance(operand, bool)
+    return float(operand) if plain else None
+
+
+def same_device(operand: Any, node: Node) -> bool:
+    """Whether a kernel on the device of ``node`` can load ``operand``; numbers may be in the memory of the CPU."""
+    return bool(val(operand).device == val(node).device)
+
+
+def operand_kind(operand: Any, node: Node, columns: int) -> str | None:
+    """How a pointwise operand broadcasts against ``node``: full, row, column, number or constant; None if it cannot."""
+    if constant_of(operand) is not None:
+        return "constant"
+    if not (is_tensor(operand) and same_device(operand, node)):
+        return None
+    sizes, whole = shape(operand), shape(node)
+    if len(sizes) == len(whole) and has_shape(operand, *whole[:-1], columns):
+        return "full"
+    if len(sizes) == 0:
+        return "number"
+    if len(sizes) == len(whole) and has_shape(operand, *whole[:-1], 1):
+        return "row"
+    if has_shape(operand, *[1] * (len(sizes) - 1), columns):
+        return "column"
+    return None
+
+
+def is_reduction(node: Node) -> bool:
+    """Whether Inductor's kernel of ``node`` computes what it reduces as it goes."""
+    return is_call(node, *_REDUCTIONS)
+
+
+_REDUCTIONS = (
+    aten.sum.dim_IntList,
+    aten.mean.dim,
+    aten.var_mean.correction,
+    aten.amax.default,
+    aten.amin.default,
+    aten.max.default,
+    aten.min.default,
+)
+
+
+def value_of(node: Node) -> Node | None:
+    """The value that a member of a region has for others: itself, unless it only reads."""
+    return node if node.target is not operators.gradient_pair and reads(node) is None else None
+
+
+def sources(node: Node, columns: int) -> list[Node]:
+    """The [M, N] values that a member reads, under row views."""
+    if node.target is operators.accumulate:
+        candidates = [node.args[0]]
+    elif (value := reads(node)) is not None:
+        candidates = [value]
+    elif makes(node):
+        candidates = []
+    else:
+        candidates = [a for a in operands_of(node) if is_tensor(a) and operand_kind(a, node, columns) == "full"]
+    return [peel_views(c) for c in candidates]
