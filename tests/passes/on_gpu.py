@@ -15,13 +15,28 @@ from torch import nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
+from torch.fx.node import Argument, Target
 
 from lora_fx.passes import fuse_tiles, pipeline
-from lora_fx.passes.kernels import lowering, operators
+from lora_fx.passes.kernels import dropout, lowering, operators
 from lora_fx.passes.kernels.tile_program import Program, Tile, split
 from lora_fx.passes.printer import graph_text
 from tests.passes import harness
 from tests.passes.harness import Captured, Case, Function, Outcome, recorded
+
+P = 0.25
+"""The probability of dropping where plain LoRA draws our masks."""
+
+
+class Masked(harness.Seeded):
+    """Gives plain LoRA, and the oracle, the masks that the kernels draw: numbers on the right side of `P`."""
+
+    def call_function(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch.ops.prims.inductor_random.default:
+            size, seed, _ = args
+            kept = dropout.keep_eager(seed, size, P)  # type: ignore[arg-type]  # tensors and numbers by now
+            return torch.where(kept, 0.9, 0.1)
+        return super().call_function(target, args, kwargs)
 
 
 def one_tile(kinds: Any, body: Any, rows: Any, columns: int) -> Tile:

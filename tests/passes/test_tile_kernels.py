@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lora_fx.passes.kernels.tile_choice import choose
 from lora_fx.passes.kernels.tile_program import Program, Tile
-from tests.passes import pointwise_cases, test_part_sums, tile_cases
+from tests.passes import few_rows_cases, pointwise_cases, test_part_sums, tile_cases
 from tests.passes.high_rank_cases import HIGH_RANKS
 from tests.passes.tile_cases import CASES, SIZES, TILES, Case
 
@@ -144,6 +144,22 @@ else:
     @pytest.mark.parametrize("case", CASES[::3], ids=str)
     def test_program_with_a_batch(case: Case) -> None:
         tile_cases.check(case, case.program(72, torch.float16, TILES[0]), 90, run, batch=3)
+
+    @pytest.mark.parametrize(
+        ("case", "tile", "size"),
+        [
+            (case, tile, few_rows_cases.SIZES[(i + j) % 3])
+            for i, case in enumerate(few_rows_cases.CASES)
+            for j, tile in enumerate(few_rows_cases.TILES)
+        ],
+        ids=str,
+    )
+    def test_program_of_few_rows(case: Case, tile: Tile, size: tuple[int, int]) -> None:
+        rows, columns = size
+        tile_cases.check(case, case.program(columns, torch.float16, tile), rows, run)
+
+    def test_programs_that_share_a_launch() -> None:
+        few_rows_cases.check_joint(tile_launch.run, torch.float16)
 
     def test_sums_of_parts() -> None:
         test_part_sums.check(part_sums.run, torch.float32)
