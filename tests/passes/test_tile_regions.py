@@ -261,7 +261,7 @@ def test_nothing_is_left_of_what_raises() -> None:
 def test_the_report_names_what_failed(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """The stage of the pipeline: a line in the log with the module's path, or an error in strict mode."""
 
-    def broken(region: Any, members: Any) -> Any:
+    def broken(region: Any, members: Any, rows: Any) -> Any:
         raise ArithmeticError("a broken writer")
 
     monkeypatch.setattr(fuse_tiles, "Writer", broken)
