@@ -229,16 +229,15 @@ def _parts_of(thin: Any) -> tuple[Node, list[Any]] | None:
     node, start = thin, 0
     if is_call(node, aten.slice.Tensor) and node.args[1] == 1 and len(node.args) < 5:
         node, start = node.args[0], node.args[2]
-    source = node.args[0] if is_call(node, operator.getitem) else None
+    source: Any = node.args[0] if is_call(node, operator.getitem) else None
     if not is_call(source, operators.sum_parts) or source.args[1] != [None]:
         return None
     parts = source.args[0][0]
-    count, rows, whole = shape(parts) if len(shape(parts)) == 3 else (None, None, None)
-    if (
-        not all(isinstance(size, int) for size in (count, rows, whole))
-        or rows >= tile_choice.FEW_ROWS
-        or count > MOST_PARTS
-    ):
+    sizes = shape(parts)
+    if len(sizes) != 3 or not all(isinstance(size, int) for size in sizes):
+        return None
+    count, rows, whole = sizes
+    if rows >= tile_choice.FEW_ROWS or count > MOST_PARTS:
         return None
     users = [user for each in node.users for user in (each.users if is_call(each, aten.slice.Tensor) else [each])]
     if not all(makes(user) for user in users):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_fx.passes.kernels.tile_program import Tile, join, row_parts
+from lora_fx.passes.kernels.tile_program import Program, Tile, join, row_parts
 from tests.passes import tile_cases
 from tests.passes.tile_cases import Case, pair, silu
 
@@ -116,19 +116,25 @@ SIZES = [(9, 136), (64, 128), (131, 1000)]
 """M and N."""
 
 
-def check_joint(run: Callable[[str, list[Tensor], list[Tensor]], None], dtype: torch.dtype) -> None:
-    """Three programs of different tiles and N in one launch: each writes what it writes alone, and nothing else.
-
-    All memory lies between NaN: what is read outside of it shows in a result, and what is written there as a number.
-    """
-    # The last: sums over rows and over columns.
-    made = [
+def joint(dtype: torch.dtype) -> list[Program]:
+    """Programs of different tiles and N; the last sums over rows and over columns."""
+    return [
         _parts(16, 8, 16, 48).program(136, dtype, TILES[0]),
         _stack(16, 4).program(1000, dtype, TILES[1]),
         pair(16, "NR").program(72, dtype, Tile(rows=32, columns=64, step=32, walk="rows", warps=4)),
     ]
+
+
+def check_joint(
+    run: Callable[[str, list[Tensor], list[Tensor]], None], dtype: torch.dtype, device: str = "cpu"
+) -> None:
+    """Three programs of different tiles and N in one launch: each writes what it writes alone, and nothing else.
+
+    All memory lies between NaN: what is read outside of it shows in a result, and what is written there as a number.
+    """
+    made = joint(dtype)
     for rows in (9, 64, 131):
-        inputs = [[_guarded(t)[0] for t in tile_cases.operands(program, rows)] for program in made]
+        inputs = [[_guarded(t)[0] for t in tile_cases.operands(program, rows, device)] for program in made]
         alone = [tile_cases.outputs(program, given, rows) for program, given in zip(made, inputs)]
         for program, given, results in zip(made, inputs, alone):
             run(program.dumps(), given, results)
