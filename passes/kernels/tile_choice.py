@@ -20,6 +20,7 @@ chosen, and with ``--tune`` for tiles near it.
     dX of q, k and v under a mask each             61.3    16  68.8 with 32 rows
     dA of q, k and v under a mask each             66.0    27  72.4 in one strip (H100)
     dA of gate and up under a mask each            49.3    25  56.2 in one strip (H100)
+    SwiGLU backward and dA under a mask           449.5   395  498.0 with steps of 32 (H100)
     SwiGLU backward and dA, R 64                  503.7   292  643.6 with 512 rows and 2 stages
     silu(gate) * up and h of its result, R 64     252.4   175  295.2 in parts of 1024 columns
     g, dB of dy, N 14336, R 64                    118.4   118  144.5 in parts of 128 columns
@@ -122,7 +123,9 @@ def _across(names: list[str], rank: int, m: int, columns: int) -> Tile:
     """For sums over rows, which are kept in registers while a program walks down."""
     if "product" in names:
         height = _shrunk(512 if rank <= 32 else 1024, 64, m, columns, 64, BUSY_TWICE)
-        return Tile(rows=height, columns=64, step=32, walk="rows", stages=3 if rank <= 64 else 2)
+        # With the bits of a mask, registers for half as many rows at a time let four programs share a multiprocessor.
+        step = 16 if "keep" in names and rank <= 32 else 32
+        return Tile(rows=height, columns=64, step=step, walk="rows", stages=3 if rank <= 64 else 2)
     if "down" in names and rank <= 64:
         # Parts are fewer where they are longest.
         width, strips = (512, 4) if columns > 8192 and rank <= 32 else (256, 2)

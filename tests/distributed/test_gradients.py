@@ -58,6 +58,18 @@ def test_clipping_plain_parameters_is_what_torch_does(adapted):
     assert clip_grad_norm([], 1.0).item() == 0.0
 
 
+def test_clipping_parameters_of_several_dtypes():
+    dtypes = (torch.bfloat16, torch.float32, torch.bfloat16, torch.float16)
+    parameters = [nn.Parameter(torch.zeros(3, 5 + i, dtype=dtype)) for i, dtype in enumerate(dtypes)]
+    for p in parameters:
+        p.grad = torch.randn_like(p).t().contiguous().t()
+    before = [p.grad.double() for p in parameters]
+    norm = torch.stack([g.square().sum() for g in before]).sum().sqrt()
+    torch.testing.assert_close(clip_grad_norm(parameters, 0.7).double(), norm, rtol=1e-6, atol=0)
+    for p, g in zip(parameters, before, strict=True):
+        torch.testing.assert_close(p.grad, (g * (0.7 / norm)).to(p.dtype), rtol=torch.finfo(p.dtype).eps + 1e-6, atol=0)
+
+
 @pytest.mark.parametrize("max_norm", [0.0, -1.0, float("nan")])
 def test_a_norm_that_makes_no_sense(max_norm):
     with pytest.raises(ValueError, match="max_norm must be above 0"):

@@ -4,6 +4,7 @@
 # mypy: no-check-untyped-defs
 
 import dataclasses
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,29 @@ def frozen_job(rank: int, folder: Path, arguments: list[str]) -> dict[str, Any]:
     losses = [trainer.step(step, windows[step])[0] for step in range(2)]
     same = all(torch.equal(local(p), before[name]) for name, p in model.named_parameters())
     return {"trained": len(trainer.adapters), "same": same, "backward": len(flowed) == 2, "losses": len(losses)}
+
+
+def test_garbage_is_collected_between_steps():
+    collected: list[int] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            collected.append(info["generation"])
+
+    gc.callbacks.append(note)
+    try:
+        with pytest.raises(KeyError), train_3d.collecting_between_steps(every=3) as collect:
+            assert collected == [2] and not gc.isenabled()
+            for step in range(7):
+                cycles: list[Any] = [[] for _ in range(2000)]
+                for cycle in cycles:
+                    cycle.append(cycle)
+                collect(step)
+            assert collected == [2, 1, 1]
+            raise KeyError
+    finally:
+        gc.callbacks.remove(note)
+    assert gc.isenabled()
 
 
 def test_stages_hold_every_layer_once():

@@ -35,6 +35,7 @@ def test_jobs(mesh, model):
 def test_meshes_cover_what_is_needed():
     worlds = {mesh: options_3d.parse(job(mesh, "8B", 9)).degrees.world for mesh in MESHES}
     assert {"pp2-dp2-tp2", "pp2-dp2-cp2", "tp8", "dp8", "ep8"} <= {m for m, world in worlds.items() if world == 8}
+    assert {"tp4", "dp4", "ep4", "dp2-tp2", "pp2-tp2", "dp2-cp2"} <= {m for m, world in worlds.items() if world == 4}
     assert {"tp2", "dp2", "cp2", "pp2", "ep2"} <= {m for m, world in worlds.items() if world == 2}
 
 
@@ -79,7 +80,8 @@ def test_it_runs(tmp_path, capsys):
     assert rows["lora_fx"]["sites"] == [[7, 7]] * 2  # of a block of each rank
     assert rows["frozen"]["norms"] == [] and len(rows["lora_fx"]["norms"]) == 5
     theirs, alone = rows["lora_fx"]["losses"], document["one_gpu"]["tp2"]["losses"]
-    assert theirs == pytest.approx(alone, abs=1e-5) and theirs != rows["frozen"]["losses"]
+    assert theirs == pytest.approx(alone, abs=1e-5)
+    assert theirs[0] != pytest.approx(rows["frozen"]["losses"][0], abs=1e-3)  # adapters add something from the start
     counts = {form: sum(found["collectives"].values()) for form, found in rows.items()}
     # What plain LoRA has more: the sum of gradients and that of their norm (the first block's input needs no gradient).
     # Over gloo every tensor of a collective is one by itself: lora_fx sends g along with three input gradients.

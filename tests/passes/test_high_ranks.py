@@ -1,0 +1,196 @@
+"""Ranks above 32 on a GPU: what is left to the matrix library, and that all of it computes the same.
+
+Programs are cut out where the pipeline's own choice has a tile for them. M = 272 tokens: fewer than 256 have none.
+The graphs themselves are in `tests/passes/test_golden_high_ranks.py`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from lora_fx.passes import tile_stacks
+from lora_fx.passes._torch import inductor_config
+from lora_fx.passes.graph import MM, is_call
+from lora_fx.passes.kernels import operators
+from lora_fx.passes.kernels.tile_choice import choose
+from lora_fx.passes.kernels.tile_program import Tile
+from lora_fx.passes.printer import graph_text
+from lora_fx.passes.site import MARK
+from tests.passes import on_gpu
+from tests.passes.harness import Captured, Case, Outcome, adapt, compare
+from tests.passes.modules import QKV, Mlp
+from tests.passes.on_gpu import capture, one_tile, programs
+
+bf16 = torch.bfloat16
+M = 272
+
+
+def tile(kinds: Any, body: Any, rows: Any, columns: int) -> Tile | None:
+    """The pipeline's choice whether, but one tile for all, so that graphs do not hang on how tiles are chosen."""
+    return None if choose(kinds, body, rows, columns) is None else one_tile(kinds, body, rows, columns)
+
+
+def lower(graph: torch.fx.Graph) -> None:
+    on_gpu.lower(graph, tile)
+
+
+def by_graphs(case: Case, module: nn.Module, **more: Any) -> tuple[Outcome, Captured]:
+    return on_gpu.by_graphs(case, module, step=lower, **more)
+
+
+def x(width: int, rows: int = M) -> Tensor:
+    return torch.randn(rows, width, dtype=bf16, requires_grad=True)
+
+
+def qkv(width: int = 144, kv: int = 48, **config: Any) -> nn.Module:
+    return adapt(QKV(width, kv).to(bf16), **config)
+
+
+def mlp(width: int = 80, hidden: int = 160, **config: Any) -> nn.Module:
+    return adapt(Mlp(width, hidden).to(bf16), **config)
+
+
+def accumulated(captured: Captured) -> list[list[tuple[int, ...]]]:
+    """Of both graphs, the shapes of the left factors of what accumulates."""
+    return [
+        [
+            tuple(node.kwargs["a"].meta["val"].shape)
+            for node in half[0].graph.nodes
+            if node.op == "call_function" and node.args[:1] == (operators.accumulate_,)
+        ]
+        for half in (captured.forward, captured.backward)
+    ]
+
+
+# ---- numerics --------------------------------------------------------------------------------------------------------
+
+
+class Shaped(nn.Module):
+    """A module of [M, K] within [batch, tokens, K], with a residual."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(sum(self.inner(x.view(2, -1, x.shape[-1]))).view(x.shape))
+
+
+@pytest.mark.parametrize("rank", [48, pytest.param(64, marks=pytest.mark.slow), 100, 128])
+@pytest.mark.parametrize("name", ["SwiGLU", "q, k, v"])
+def test_as_accurate_as_plain_compile(name: str, rank: int) -> None:
+    width = 2 * rank + 8
+
+    def build() -> nn.Module:
+        if name == "SwiGLU":
+            return mlp(width, width + 24, rank=rank)
+        return adapt(Shaped(QKV(width, width)).to(bf16), rank=rank)
+
+    result = compare(Case(name, build, 3, {}, dtype=bf16, shape=(M, width), seeds=4), by_graphs)
+    result.assert_as_accurate()
+    captured = result.captured
+    assert captured.reasons == [] and captured.sites == 3
+    assert result.ours.saved <= result.plain.saved
+    found = [{s[0] for p in programs(half[0].graph) for s in p.body} for half in (captured.forward, captured.backward)]
+    assert "product" in found[0] | found[1]
+    if rank > 64:
+        assert not (found[0] | found[1]) & {"down", "across"}
+
+
+# ---- what must not be touched ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [4, 32])
+def test_pairs_of_low_ranks_stay(rank: int) -> None:
+    captured = capture(mlp(rank=rank), x(80), step=lower)
+    bodies = [[s[0] for s in p.body] for p in programs(captured.backward[0].graph)]
+    assert sum(body.count("down") == 1 and body.count("across") == 1 for body in bodies) == 3
+
+
+def test_a_pair_of_a_value_in_memory_stays() -> None:
+    """dy comes from a caller: a kernel that sums both ways reads it once."""
+    captured = capture(adapt(nn.Linear(80, 160, bias=False, dtype=bf16), rank=40), x(80), step=lower)
+    assert ["load", "down", "across"] in [[s[0] for s in p.body] for p in programs(captured.backward[0].graph)]
+
+
+def test_few_rows_are_left_to_inductor() -> None:
+    for build, width in ((mlp(rank=40), 80), (qkv(rank=24), 144)):
+        captured = capture(build, x(width, rows=128), step=lower)
+        assert accumulated(captured) == [[], []]
+        assert not programs(captured.backward[0].graph)
+
+
+def test_a_stack_that_tiles_take_accumulates_one_product() -> None:
+    """The others are left to the reader of dX, which rounds their sum once."""
+    assert [len(found) for found in accumulated(capture(qkv(rank=16), x(144), step=lower))] == [3, 1]
+    assert [len(found) for found in accumulated(capture(qkv(rank=24), x(144), step=lower))] == [3, 3]
+
+
+def test_where_products_overlap_with_collectives() -> None:
+    """Inductor has to find them as they are."""
+    with inductor_config().patch(_micro_pipeline_tp=True):
+        assert accumulated(capture(qkv(rank=24), x(144), step=lower)) == [[], []]
+
+
+Step = Callable[..., Any]
+STACKS: dict[str, tuple[Step, int]] = {
+    "a sum": (lambda dq, wq, dk, wk, g, a, r: dq @ wq + g @ a, 1),
+    "a sum, the other way": (lambda dq, wq, dk, wk, g, a, r: g @ a + dq @ wq, 1),
+    "three terms": (lambda dq, wq, dk, wk, g, a, r: (dq @ wq + dk @ wk) + g @ a, 2),
+    "within": (lambda dq, wq, dk, wk, g, a, r: (dq @ wq + g @ a) + dk @ wk, 2),
+    "views": (lambda dq, wq, dk, wk, g, a, r: (dq @ wq).view(2, -1, 144) + (g @ a).view(2, -1, 144), 1),
+    "a residual": (lambda dq, wq, dk, wk, g, a, r: r + (g @ a + dq @ wq), 1),
+    "a residual alone": (lambda dq, wq, dk, wk, g, a, r: r + g @ a, 0),
+    "no sum": (lambda dq, wq, dk, wk, g, a, r: (dq @ wq, g @ a), 0),
+    "the product is read twice": (lambda dq, wq, dk, wk, g, a, r: (dq @ wq + (p := g @ a), p), 0),
+    "the large one is read twice": (lambda dq, wq, dk, wk, g, a, r: ((p := dq @ wq) + g @ a, p), 0),
+    "a sum of others is read twice": (lambda dq, wq, dk, wk, g, a, r: ((p := dq @ wq + dk @ wk) + g @ a, p), 0),
+    "a scaled sum": (lambda dq, wq, dk, wk, g, a, r: torch.add(dq @ wq, g @ a, alpha=2), 0),
+    "a pointwise reader": (lambda dq, wq, dk, wk, g, a, r: torch.tanh(g @ a) + dq @ wq, 0),
+    "one row for all": (lambda dq, wq, dk, wk, g, a, r: dq[:1] @ wq + g @ a, 0),
+    "another dtype": (lambda dq, wq, dk, wk, g, a, r: (dq @ wq).float() + (g @ a).float(), 0),
+}
+
+
+def stack(step: Step, rows: int = M, rank: int = 72, dtype: torch.dtype = bf16, mark: bool = True) -> int:
+    """How many products accumulate after the rewrite of a graph, which computes what it did; or the graph is as it was.
+
+    dq [M, 144], W_q [144, 144], dk [M, 48], W_k [48, 144], g [M, R], A [R, 144], r [M, 144].
+    """
+    sizes = [(rows, 144), (144, 144), (rows, 48), (48, 144), (rows, rank), (rank, 144), (rows, 144)]
+    inputs = [torch.randn(size, dtype=dtype) for size in sizes]
+    module = make_fx(step, tracing_mode="fake")(*inputs)
+    exact = pytree.tree_leaves(step(*(t.double() for t in inputs)))
+    for node in module.graph.nodes:
+        if mark and is_call(node, MM) and node.args[0].meta["val"].shape[1] == rank:
+            node.meta[MARK] = True
+    before = graph_text(module.graph)
+    with on_gpu.devices(module.graph, "cuda"):
+        assert list(tile_stacks.accumulate(module.graph)) == []
+    module.graph.lint()
+    module.recompile()
+    count = sum(node.args[:1] == (operators.accumulate_,) for node in module.graph.nodes)
+    assert count or graph_text(module.graph) == before
+    for found, expected in zip(pytree.tree_leaves(module(*inputs)), exact, strict=True):
+        assert (found.double() - expected).norm() <= 2**-8 * expected.norm()
+    return count
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_sums_of_a_stack(name: str) -> None:
+    step, count = STACKS[name]
+    assert stack(step) == count
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"rows": 128}, {"rank": 64}, {"rank": 80}, {"dtype": torch.float32}, {"mark": False}],
+    ids=["few rows", "a rank of tiles", "more than half of the columns", "float32", "not of a branch"],
+)
+def test_sums_that_stay(given: dict[str, Any]) -> None:
+    assert stack(STACKS["three terms"][0], **given) == 0
