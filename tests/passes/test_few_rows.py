@@ -119,6 +119,14 @@ def test_a_launch_is_one_line_of_text() -> None:
     assert all("\n" not in str(node.format_node()) for node in backward.graph.nodes)
 
 
+@pytest.mark.parametrize("rows", [16, 64, 128])
+def test_a_sum_over_few_tokens_is_no_product_of_that_rank(rows: int) -> None:
+    """dA = g^T x, whose g^T has as few columns as there are tokens."""
+    (backward,) = capture(linear(), x(rows)).backward
+    ends = [[s[0] for s in p.body if s[0] not in ("load", "op")] for p in programs(backward.graph)]
+    assert ends == [["down", "across"], ["across"], ["product", "store"]]
+
+
 # ---- stacks ----------------------------------------------------------------------------------------------------------
 
 
