@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from lora_fx.passes import tile_sums
+from lora_fx.passes import tile_sums, tile_writer
 from lora_fx.passes._torch import auto_functionalized, detect_fake_mode, stable_topological_sort
 from lora_fx.passes.graph import (
     CONVERT,
@@ -158,6 +158,8 @@ def _accumulate(like: Node, base: Node, product: Node) -> Node:
         value = torch.empty_like(val(base))
     a, b = product.args[:2]
     operands = {"base": base, "a": a, "b": b, "scale": None}
+    if tile_writer.BETA != 1.0:
+        operands["beta"] = tile_writer.BETA
     wrapper = _call(like, auto_functionalized, (operators.accumulate_,), (None, value), operands)
     return _call(like, operator.getitem, (wrapper, 1), value)
 

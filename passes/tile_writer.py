@@ -25,6 +25,10 @@ from lora_fx.passes.tile_regions import (
 )
 
 
+BETA = 2.0
+"""What a large product multiplies the result by that it is added to, of which the program stores that much less."""
+
+
 class Writer:
     """Writes the program of a region and collects its inputs."""
 
@@ -82,8 +86,11 @@ class Writer:
             and member not in self.region.copies
             and any(reader not in self.region.nodes for reader in readers(member))
         ):
+            place = self.places[member]
+            if self.accumulated and BETA != 1.0:
+                place = self._append(["op", "mul", [place, [1.0 / BETA]]])
             dtype = str(val(member).dtype).removeprefix("torch.")
-            self._append(["store", self.places[member], dtype])
+            self._append(["store", place, dtype])
             self.outputs.append((member, 0))
 
     def _append(self, statement: Statement) -> int:
