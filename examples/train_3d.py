@@ -83,10 +83,10 @@ def run(settings: Settings) -> Outcome:
         for step in bar:
             began = time.perf_counter()
             loss, norm = trainer.step(step, windows[step])
-            collect(step)
+            outcome.seconds.append(time.perf_counter() - began)
             outcome.losses.append(loss)
             outcome.norms += [] if norm is None else [norm]
-            outcome.seconds.append(time.perf_counter() - began)
+            collect(step)
             bar.set_postfix_str(f"loss {loss:.4f}")
             if settings.save_every and (step + 1) % settings.save_every == 0:
                 trainer.save(step + 1)
@@ -107,12 +107,14 @@ def collecting_between_steps(every: int = 50) -> Iterator[Callable[[int], None]]
         if (step + 1) % every == 0:
             gc.collect(1)
 
+    enabled = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         yield collect
     finally:
-        gc.enable()
+        if enabled:
+            gc.enable()
 
 
 class Trainer:

@@ -154,12 +154,15 @@ def norms(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 def multiply_each(tensors: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
     """Multiply each of `tensors` in place by `factor`, 0-d.
 
-    In one piece for each dtype: `torch._foreach_mul_` is a launch for each tensor of another dtype than the factor's.
+    Those of another dtype than the factor's in one piece: `torch._foreach_mul_` would be a launch for each.
     """
     kinds: dict[torch.dtype, list[torch.Tensor]] = {}
     for tensor in tensors:
         kinds.setdefault(tensor.dtype, []).append(tensor)
-    for alike in kinds.values():
+    for dtype, alike in kinds.items():
+        if dtype == factor.dtype:
+            torch._foreach_mul_(alike, factor)
+            continue
         whole = torch.cat([tensor.reshape(-1) for tensor in alike]).mul_(factor)
         parts = whole.split([tensor.numel() for tensor in alike])
         copy_each(alike, [part.view_as(tensor) for part, tensor in zip(parts, alike)])

@@ -81,11 +81,11 @@ def _partial_terms(parameters: Iterable[nn.Parameter]) -> list[tuple[Tensor, lis
 def average_gradients(parameters: Iterable[nn.Parameter], groups: Sequence[Group], divisor: float) -> int:
     """Sum this rank's part of each gradient over `groups` and divide it, in one all-reduce a group (and dtype).
 
-    For parameters that data-parallel ranks hold, and FSDP does not: experts that are shared out over a part of these
-    ranks. Their gradients are sums over the tokens of that part.
+    For parameters that data-parallel ranks hold and FSDP does not: adapters that it ignores, or experts that are shared
+    out over a part of these ranks, whose gradients are sums over the tokens of that part.
 
     Args:
-        parameters: with gradients; those without one are skipped.
+        parameters: those without a gradient are skipped, and must be the same on all ranks.
         groups: of the ranks that hold other parts of the batch for the same parameters.
         divisor: how many ranks the gradient is an average over, those that hold other experts included.
 

@@ -66,7 +66,11 @@ def grow(seed: Node, graph: Graph) -> Region:
             new = neighbours - region.nodes
             if new and fits(new, region, order):
                 region.nodes |= new
-                region.copies |= _staying(new, region, order)
+                staying = _staying(new, region, order)
+                if any(reader in region.copies for node in new - staying for reader in readers(node)):
+                    region.nodes -= new  # a copy stays in the graph, and would read what leaves it
+                    continue
+                region.copies |= staying
                 pending += sorted(new, key=order.__getitem__)
     _prune(region)
     _leave_out(region)
@@ -167,8 +171,10 @@ def order_of(graph: Graph) -> dict[Node, int]:
 
 
 def fits(new: set[Node], region: Region, order: dict[Node, int]) -> bool:
-    """Whether no path leaves the region with its new members and comes back."""
+    """Whether no path leaves the region with its new members and comes back, and no member needs a sum of another's."""
     members = region.nodes | new
+    if any(n in members and value_of(n) is None for member in members for n in member.all_input_nodes):
+        return False
     last = max(order[member] for member in members)
     pending = [r for member in members - region.copies for r in readers(member) if r not in members]
     seen = set(pending)

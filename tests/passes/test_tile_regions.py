@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph
+from torch.utils.checkpoint import checkpoint
 
 from lora_fx.passes import fuse_tiles, pipeline
 from lora_fx.passes.kernels import lowering
@@ -17,7 +18,7 @@ from lora_fx.passes.tile_nodes import MAX_PRODUCT, MAX_RANK
 from tests.passes import on_gpu
 from tests.passes.harness import Captured, Case, adapt, compare
 from tests.passes.modules import Mlp
-from tests.passes.on_gpu import capture, one_tile, programs
+from tests.passes.on_gpu import capture, lower, one_tile, programs
 
 bf16 = torch.bfloat16
 K, N = 136, 264
@@ -98,6 +99,62 @@ def test_the_largest_ranks(rank: int) -> None:
     assert (statements >= {"down", "across"}) == (rank <= MAX_RANK)
     if rank > MAX_RANK:
         assert not statements & {"down", "across"}
+
+
+class Gated(nn.Module):
+    """A linear's output, gated or shifted, with another's in a tanh."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.lin, self.other = nn.Linear(136, 264, bias=False), nn.Linear(264, 264, bias=False)
+        self.function = function
+
+    def forward(self, x: Tensor, q: Tensor, gate: Tensor) -> Tensor:
+        return self.function(self, x, q, gate)
+
+
+@pytest.mark.parametrize("targets", [["lin"], ["lin", "other"]])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x, q, gate: torch.tanh((m.lin(x) + q[:1]) * 0.5 + m.other(q)),
+        lambda m, x, q, gate: torch.tanh(m.lin(x) * gate * 1.0 + m.other(q)),
+    ],
+    ids=["sum", "gate"],
+)
+def test_what_stays_in_the_graph_reads_nothing_that_leaves_it(
+    function: Callable[..., Tensor], targets: list[str]
+) -> None:
+    module = adapt(Gated(function).to(bf16), target_modules=targets, rank=8)
+    q, gate = (torch.randn(512, n, dtype=bf16, requires_grad=True) for n in (264, 1))
+    captured = capture(module, torch.randn(512, 136, dtype=bf16), q, gate, step=lambda graph: lower(graph, choose))
+    assert programs(captured.backward[0].graph)
+
+
+class Square(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Linear(264, 264, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.body, x, use_reentrant=False)
+
+    def body(self, x: Tensor) -> Tensor:
+        value = torch.tanh(self.first(x))
+        result: Tensor = self.second(value) * value.detach()
+        return result
+
+
+@pytest.mark.parametrize("frozen", ["second.lora_a", "second.lora_b", "nothing"])
+@pytest.mark.parametrize("rank", [16, 40])
+def test_no_program_needs_a_sum_of_its_own(rank: int, frozen: str) -> None:
+    """In backward h is computed again, of the value whose gradient a pair reads with it."""
+    module = adapt(Square().to(bf16), rank=rank)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name != frozen)
+    inputs = torch.randn(512, 264, dtype=bf16, requires_grad=True)
+    captured = capture(module, inputs, step=lambda graph: lower(graph, choose))
+    assert programs(captured.backward[0].graph)
 
 
 def test_float32_is_left_to_inductor() -> None:
