@@ -25,7 +25,18 @@ import torch
 from torch.fx import Graph, Node
 
 from lora_fx.passes._torch import auto_functionalized, detect_fake_mode, inductor_config, stable_topological_sort
-from lora_fx.passes.graph import MM, aten, is_call, is_row_view, is_sum, is_transpose, peel_views, shape, val
+from lora_fx.passes.graph import (
+    MM,
+    aten,
+    is_call,
+    is_row_view,
+    is_sum,
+    is_transpose,
+    peel_views,
+    same_shape,
+    shape,
+    val,
+)
 from lora_fx.passes.kernels import operators
 from lora_fx.passes.kernels.tile_choice import FEWEST_ROWS
 from lora_fx.passes.site import MARK
@@ -81,7 +92,7 @@ def _expand(node: Node) -> None:
 def _large_terms(product: Node) -> list[Node]:
     """The large products that are added to ``product``, and read by nobody else; that with most work first."""
     total, top = None, product
-    while len(top.users) == 1 and (is_row_view(user := next(iter(top.users))) or is_sum(user)):
+    while len(top.users) == 1 and (is_row_view(user := next(iter(top.users))) or _adds_alike(user)):
         top = user
         total = top if is_sum(top) else total
     if total is None:
@@ -90,11 +101,17 @@ def _large_terms(product: Node) -> list[Node]:
     pending: list[Any] = [total]
     while pending:
         node = peel_views(pending.pop())
-        if is_sum(node) and (node is total or len(node.users) == 1) and val(node).dtype == val(product).dtype:
+        if _adds_alike(node) and (node is total or len(node.users) == 1):
             pending += node.args[:2]
         elif _is_large(node, product):
             terms.append(node)
     return sorted(terms, key=_work, reverse=True)
+
+
+def _adds_alike(node: Node) -> bool:
+    """Whether ``node`` is a sum of two matrices of its own shape and dtype, each of which could stand for it."""
+    terms = node.args[:2]
+    return is_sum(node) and all(same_shape(a, node) and val(a).dtype == val(node).dtype for a in terms)  # type: ignore[arg-type]  # is_sum saw nodes
 
 
 def _is_large(node: Any, product: Node) -> bool:

@@ -168,7 +168,7 @@ class Writer:
         return operands
 
     def finish(self) -> None:
-        """Take out what nothing reads."""
+        """Take out what nothing reads, when all members are written."""
         needed: set[int] = set()
         for place, (kind, *rest) in reversed(list(enumerate(self.body))):
             if kind in OUTPUTS:
@@ -176,7 +176,6 @@ class Writer:
             elif kind == "op" and place in needed:
                 needed |= {operand for operand in rest[1] if isinstance(operand, int)}
         new = {old: i for i, old in enumerate(sorted(needed))}
-        self.places = {node: new[place] for node, place in self.places.items() if place in new}
         self.body = [_renumbered(self.body[old], new) for old in new]
 
     def _whole(self, value: Any, member: Node) -> int:

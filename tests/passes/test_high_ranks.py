@@ -153,6 +153,10 @@ STACKS: dict[str, tuple[Step, int]] = {
     "a scaled sum": (lambda dq, wq, dk, wk, g, a, r: torch.add(dq @ wq, g @ a, alpha=2), 0),
     "a pointwise reader": (lambda dq, wq, dk, wk, g, a, r: torch.tanh(g @ a) + dq @ wq, 0),
     "one row for all": (lambda dq, wq, dk, wk, g, a, r: dq[:1] @ wq + g @ a, 0),
+    "one row of the others": (
+        lambda dq, wq, dk, wk, g, a, r: (g @ a + r[0]).view(2, -1, 144) + (dq @ wq).view(2, -1, 144),
+        0,
+    ),
     "another dtype": (lambda dq, wq, dk, wk, g, a, r: (dq @ wq).float() + (g @ a).float(), 0),
 }
 
