@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from lora_fx.passes import tile_pairs, tile_stacks, tile_sums
+from lora_fx.passes import tile_joint, tile_pairs, tile_stacks, tile_sums
 from lora_fx.passes._torch import auto_functionalized, detect_fake_mode, stable_topological_sort
 from lora_fx.passes.graph import (
     CONVERT,
@@ -64,6 +64,8 @@ def cut(graph: Graph, choose: Choose = choose) -> Iterator[tuple[Node, Exception
             tile_sums.stack(graph)
             tile_sums.gather(graph)
             tile_sums.join(graph)
+            graph.eliminate_dead_code()
+            tile_joint.join(graph)
             _prepare(graph)
         if failure:
             yield graph.output_node(), failure[0]
@@ -112,11 +114,11 @@ def _has_kernels(node: Node) -> bool:
 def _emit(region: Region, graph: Graph, choose: Choose) -> bool:
     """Put the region's program in its place; says whether it did."""
     members = [node for node in graph.nodes if node in region.nodes]
-    writer = Writer(region, members)
+    rows = _rows(members[0])
+    writer = Writer(region, members, rows)
     for member in members:
         writer.write(member)
     writer.finish()
-    rows = _rows(members[0])
     tile = choose(writer.kinds, writer.body, rows, region.columns)
     if tile is None:
         return False
@@ -176,8 +178,10 @@ def _outputs(program: Program, writer: Writer, region: Region, like: Node) -> li
 
     That is a large product, or what forward saved: Inductor says whether backward may write over it.
     """
-    source = next(node for node, kind in zip(writer.inputs, writer.kinds) if kind[0] in ("full", "thin"))
-    rows, parts = _row_sizes(source, program.tile.rows, like)
+    source, kind = next(
+        (node, kind[0]) for node, kind in zip(writer.inputs, writer.kinds) if kind[0] in ("full", "thin", "parts")
+    )
+    rows, parts = _row_sizes(source, kind, program.tile.rows, like)
     spare = [n for n, kind in zip(writer.inputs, writer.kinds) if kind == ["full"] and is_read_last_in(n, region)]
     spare.sort(key=lambda node: node.op == "placeholder")
     found = []
@@ -194,9 +198,9 @@ def _outputs(program: Program, writer: Writer, region: Region, like: Node) -> li
     return found
 
 
-def _row_sizes(source: Node, tile_rows: int, like: Node) -> tuple[Any, Any]:
+def _row_sizes(source: Node, kind: str, tile_rows: int, like: Node) -> tuple[Any, Any]:
     """M and the number of tiles along it, as numbers or, where M is a symbol, as nodes."""
-    rows = val(source).numel() // shape(source)[-1]
+    rows = shape(source)[1] if kind == "parts" else val(source).numel() // shape(source)[-1]
     if isinstance(rows, int):
         return rows, row_parts(rows, tile_rows)
     matrix = (

@@ -89,7 +89,8 @@ def makes(node: Node) -> bool:
         bias = len(node.args) > 3 and node.args[3] is not None and node.target is operators.scaled_mm
         plain = not bias and (scale is None or same_device(scale, node))
         return plain and _is_thin(thin, 1, MAX_PRODUCT) and _static(shape(node)[1]) is not None
-    if not _is_marked(node) or not _is_thin(node.args[0], 1, MAX_PRODUCT):
+    # What sums over a few tokens looks like a product of as low a rank.
+    if not _is_marked(node) or is_transpose(node.args[0]) or not _is_thin(node.args[0], 1, MAX_PRODUCT):
         return False
     # What has as few columns is h, of few inputs.
     rank, columns = shape(node.args[0])[1], _static(shape(node)[1])  # type: ignore[arg-type]  # _is_thin saw a tensor

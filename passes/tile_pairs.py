@@ -24,7 +24,7 @@ from torch.fx import Node
 
 from lora_fx.passes.graph import peel_views, shape, val
 from lora_fx.passes.kernels import operators
-from lora_fx.passes.kernels.tile_choice import FEWEST_ROWS
+from lora_fx.passes.kernels.tile_choice import FEW_ROWS
 from lora_fx.passes.tile_nodes import columns_of, gradients_of, makes, reads
 from lora_fx.passes.tile_regions import Region, producers
 
@@ -39,7 +39,7 @@ def split(pair: Node) -> None:
     value, columns = reads(pair), columns_of(pair)
     dy, b, _, *scale = pair.args
     rows, rank = shape(dy)[0], shape(b)[1]  # type: ignore[arg-type]  # its schema
-    if value is None or columns is None or rank < LEAST_RANK or (isinstance(rows, int) and rows < FEWEST_ROWS):
+    if value is None or columns is None or rank < LEAST_RANK or (isinstance(rows, int) and rows < FEW_ROWS):
         return
     chain = producers(peel_views(value), Region(columns, {pair})) or set()
     if not any(makes(node) for node in chain):

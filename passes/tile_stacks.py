@@ -38,7 +38,7 @@ from lora_fx.passes.graph import (
     val,
 )
 from lora_fx.passes.kernels import operators
-from lora_fx.passes.kernels.tile_choice import FEWEST_ROWS
+from lora_fx.passes.kernels.tile_choice import FEW_ROWS
 from lora_fx.passes.site import MARK
 from lora_fx.passes.tile_nodes import HALF, MAX_RANK
 
@@ -72,7 +72,7 @@ def _is_small(node: Node) -> bool:
     rows, rank, columns = shape(node)[0], shape(left)[1], shape(node)[1]  # type: ignore[arg-type]  # its schema
     if not all(isinstance(size, int) for size in (rank, columns)) or val(node).dtype not in HALF:
         return False
-    many = not isinstance(rows, int) or rows >= FEWEST_ROWS
+    many = not isinstance(rows, int) or rows >= FEW_ROWS
     return many and MAX_RANK < rank <= columns // 2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch.fx import Node
 
 from lora_fx.passes._torch import inductor_config
 from lora_fx.passes.graph import MM, aten, is_call, is_tangent, is_tensor, is_transpose, peel_views, readers, shape, val
-from lora_fx.passes.kernels import operators
+from lora_fx.passes.kernels import operators, tile_choice
 from lora_fx.passes.kernels.tile_program import OUTPUTS, Statement
 from lora_fx.passes.tile_copies import descendants
 from lora_fx.passes.tile_nodes import (
@@ -29,8 +30,9 @@ from lora_fx.passes.tile_regions import Region
 class Writer:
     """Writes the program of a region and collects its inputs."""
 
-    def __init__(self, region: Region, members: list[Node]) -> None:
+    def __init__(self, region: Region, members: list[Node], rows: Any) -> None:
         self.region = region
+        self.few_launches = isinstance(rows, int) and rows <= tile_choice.MOST_FOR_LAUNCHES
         self.accumulated = _accumulated(region, members)
         """Large products that are added to the result afterwards, where their own kernels can do that."""
         self.absent = set(self.accumulated)
@@ -108,26 +110,29 @@ class Writer:
         """A matrix [M, R]."""
         return self._input(node, ["thin", shape(node)[1]])
 
-    def _factor(self, node: Any) -> int:
-        """A factor that is used as [N, R] here."""
-        order = "NR"
+    def _factor(self, node: Any, order: str = "NR") -> int | list[int]:
+        """A factor, which is used as [N, R] here if it is in the order "NR", or those of which it is a stack."""
         while is_transpose(node):
             node, order = node.args[0], "RN" if order == "NR" else "NR"
+        if order == "RN" and self.few_launches and _is_stack(node):
+            return [self._input(each, ["factor", shape(each)[0], order]) for each in node.args[0]]
         rank = shape(node)[1 if order == "NR" else 0]
         return self._input(node, ["factor", rank, order])
 
     def _product(self, thin: Any, factor: Any, scale: Any = None) -> int:
-        order = "RN"
-        while is_transpose(factor):
-            factor, order = factor.args[0], "RN" if order == "NR" else "NR"
-        return self._append(
-            [
-                "product",
-                self._thin(thin),
-                self._input(factor, ["factor", shape(thin)[1], order]),
-                None if scale is None else self._input(scale, ["number"]),
-            ]
-        )
+        parts = _parts_of(thin)
+        left = self._thin(thin) if parts is None else self._input(*parts)
+        return self._append(["product", left, self._factor(factor, "RN"), self._scale(scale)])
+
+    def _scale(self, scale: Any) -> int | list[int] | None:
+        """A number, or two whose product nobody else needs: to multiply them is a launch."""
+        if scale is None:
+            return None
+        if is_call(scale, aten.mul.Tensor) and all(makes(user) for user in scale.users):
+            factors = [a for a in scale.args if is_tensor(a) and shape(a) == () and val(a).device == val(scale).device]
+            if len(factors) == 2:
+                return [self._input(each, ["number"]) for each in factors]
+        return self._input(scale, ["number"])
 
     def _operand(self, operand: Any, member: Node) -> Any:
         """The place of an operand's value, loaded when it comes from outside, or a constant."""
@@ -201,6 +206,42 @@ def _renumbered(statement: Statement, new: dict[int, int]) -> Statement:
     if kind != "op":
         return statement
     return [kind, rest[0], [operand if isinstance(operand, list) else new[operand] for operand in rest[1]]]
+
+
+def _is_stack(node: Any) -> bool:
+    """Whether a factor [R, N] is the factors of siblings below one another, each of them in memory as it is."""
+    if not is_call(node, aten.cat.default) or (*node.args, 0)[1] != 0 or len(set(node.args[0])) < 2:
+        return False
+    return all(val(each).is_contiguous() and val(each).dtype == val(node).dtype for each in node.args[0])
+
+
+MOST_PARTS = 64
+"""The most parts that a program which reads their sum adds up itself."""
+
+
+def _parts_of(thin: Any) -> tuple[Node, list[Any]] | None:
+    """The parts that a matrix [M, R] is the sum of, or is columns of the sum of, and what kind of input they are.
+
+    If nothing but products reads the sum, and there are few rows: each program adds up what it needs, which is little
+    for one and takes no launch.
+    """
+    node, start = thin, 0
+    if is_call(node, aten.slice.Tensor) and node.args[1] == 1 and len(node.args) < 5:
+        node, start = node.args[0], node.args[2]
+    source: Any = node.args[0] if is_call(node, operator.getitem) else None
+    if not is_call(source, operators.sum_parts) or source.args[1] != [None]:
+        return None
+    parts = source.args[0][0]
+    sizes = shape(parts)
+    if len(sizes) != 3 or not all(isinstance(size, int) for size in sizes):
+        return None
+    count, rows, whole = sizes
+    if rows >= tile_choice.FEW_ROWS or count > MOST_PARTS:
+        return None
+    users = [user for each in node.users for user in (each.users if is_call(each, aten.slice.Tensor) else [each])]
+    if not all(makes(user) for user in users):
+        return None
+    return parts, ["parts", shape(thin)[1], count, start, whole]
 
 
 def _accumulated(region: Region, members: list[Node]) -> list[Node]:

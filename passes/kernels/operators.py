@@ -97,8 +97,9 @@ def _tile_(outputs: list[Tensor], program: str, inputs: list[Tensor]) -> None:
 
     An output [M, N] may be an input's memory: every element is read before it is written.
     """
-    for output, value in zip(outputs, tile_program.evaluate(tile_program.loads(program), inputs)):
-        output.copy_(value.view_as(output))
+    for each, given, written in tile_program.split(program, inputs, outputs):
+        for output, value in zip(written, tile_program.evaluate(each, given)):
+            output.copy_(value.view_as(output))
 
 
 def _tile_cuda_(outputs: list[Tensor], program: str, inputs: list[Tensor]) -> None:
@@ -182,8 +183,9 @@ def _sum_parts_fake(
 
 @torch.library.register_fake("lora_fx::tile_", lib=_library)
 def _tile_fake_(outputs: list[Tensor], program: str, inputs: list[Tensor]) -> None:
-    plan = tile_program.loads(program)
-    torch._check(len(inputs) == len(plan.inputs) and len(outputs) == len(plan.outputs), lambda: "operands are missing")
+    plans = [plan for (plan,) in tile_program.split(program)]
+    counts = sum(len(plan.inputs) for plan in plans), sum(len(plan.outputs) for plan in plans)
+    torch._check((len(inputs), len(outputs)) == counts, lambda: "operands are missing")
 
 
 @torch.library.register_fake("lora_fx::keep", lib=_library)

@@ -37,6 +37,22 @@ And of the 2 to 10 that were tried for each program on an H100, at the ranks whe
     SwiGLU backward, R 128                        672.4   398  700 with 1024 rows and steps of 32, 831 by columns
     silu(gate) * up, R 128                        419.2   239  431 by columns
     y = base + h B^T, and a residual, R 128        81.9    46  91 by columns
+
+With few rows what counts is the chain of launches that a branch needs, pauses included, and that each of its readers
+adds up h. Microseconds of the chains of a Llama-3-8B block on an H100 (R 16; h of q, k, v and their products; of o; of
+gate and up, silu(gate) * up with h of down, down) in a CUDA graph, factors not in the cache, x in it::
+
+    ====  ==============  ==============  ========================================================
+       M  h of 64 x 512   h of 16 x 256   silu(gate) * up: 16 x 512 in steps of 64, of 128; 64 x 512
+    ====  ==============  ==============  ========================================================
+      16                  9.5, 8.2, 23.2  20.8, 23.2
+      64  8.6, 7.5, 23.5  10.1, 8.4, 23.7  21.2, 23.7; 24.5
+     128  8.8, 7.6, 27.0  10.8, 8.8, 26.9  24.5, 26.9; 25.1
+     255  9.8, 8.3, 36.2  11.7, 9.9, 37.3  35.9, 37.3; 27.1
+    ====  ==============  ==============  ========================================================
+
+16 x 512 takes 9.3, 7.3 and 24.4 of 16 rows. cuBLAS takes 15.5, 11.2 and 33.9 for 16 rows, 16.7, 13.9 and 61.7 for 255.
+Products are fastest in 16 x 128 (of 16 to 64 x 64 to 256).
 """
 
 from __future__ import annotations
@@ -45,8 +61,12 @@ from typing import Any
 
 from lora_fx.passes.kernels.tile_program import Statement, Tile
 
-# Below this a launch costs more than what it saves.
-FEWEST_ROWS = 256
+# Fewer are written out for Inductor (:mod:`lora_fx.passes.kernels.lowering`).
+FEWEST_ROWS = 9
+# Fewer do not keep a GPU busy without programs side by side, and a program that reads a sum of parts makes it itself.
+FEW_ROWS = 256
+# With more, a launch is short beside what kernels do: none is saved for the price of slower ones.
+MOST_FOR_LAUNCHES = 2048
 # Programs that keep a large GPU (132 multiprocessors) busy: one on each, nearly, where a step loads much, else two.
 BUSY, BUSY_TWICE = 128, 256
 
@@ -61,7 +81,11 @@ def choose(kinds: list[list[Any]], body: list[Statement], rows: Any, columns: in
     if m < FEWEST_ROWS:
         return None
     names = [statement[0] for statement in body]
-    rank = max((kind[1] for kind in kinds if kind[0] in ("thin", "factor")), default=0)
+    rank = max((_rank(kinds, s[2]) for s in body if s[0] in ("product", "down", "across")), default=0)
+    if m < FEW_ROWS and rank > 64:
+        return None  # cuBLAS has enough to do, as it has with more rows
+    if m < FEW_ROWS and "across" not in names:
+        return _few(names, rank, m)
     if "across" in names:
         return _across(names, rank, m, columns)
     if "down" in names:
@@ -75,6 +99,20 @@ def choose(kinds: list[list[Any]], body: list[Statement], rows: Any, columns: in
     if "load" in names and rank <= 16 and "keep" not in names:
         return Tile(rows=32, columns=128, step=32, walk="rows", stages=3)
     return Tile(rows=64, columns=128, step=32 if "keep" in names else 64, walk="rows")
+
+
+def _rank(kinds: list[list[Any]], factor: int | list[int]) -> int:
+    """R of a statement: of several factors together where it has them side by side."""
+    return sum(int(kinds[index][1]) for index in (factor if isinstance(factor, list) else [factor]))
+
+
+def _few(names: list[str], rank: int, m: int) -> Tile:
+    """For a few rows: parts of 512 columns, which every program that needs their sum can add up."""
+    if "down" not in names:
+        return Tile(rows=16, columns=128, step=16, walk="rows")
+    low = m <= (128 if "product" in names else 32)
+    narrow = rank > 32 or "keep" in names or ("product" in names and low)
+    return Tile(rows=16 if low else 64, columns=512, step=64 if narrow else 128, walk="columns", stages=3)
 
 
 def _is_unscaled(body: list[Statement]) -> bool:

@@ -14,8 +14,9 @@ from triton.runtime.errors import OutOfResources
 
 from lora_fx.passes.kernels.jit import compiler
 from lora_fx.passes.kernels.relaunch import Launches, described
-from lora_fx.passes.kernels.tile_program import Program, evaluate, loads
-from lora_fx.passes.kernels.tile_triton import kernel, name_of
+from lora_fx.passes.kernels.tile_names import name_of_all
+from lora_fx.passes.kernels.tile_program import Program, evaluate, split
+from lora_fx.passes.kernels.tile_triton import kernel
 
 log = logging.getLogger("lora_fx.passes")
 
@@ -30,7 +31,7 @@ def are_known(tensors: Iterable[Tensor]) -> bool:
 def prepare(text: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
     """Begin to compile the kernel of the program that ``text`` describes, for tensors like these, which may be fake."""
     if are_known((*inputs, *outputs)):
-        arguments = _arguments(loads(text), inputs, outputs)
+        arguments = _all_arguments(split(text, inputs, outputs))
         make = functools.partial(kernel, text)
         compiler().start(text, make, arguments.positional, inputs[0].device, **arguments.named)
 
@@ -39,13 +40,39 @@ def prepare(text: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
 class _Arguments:
     """Of a kernel: what it takes by place (tensors and numbers), and constants and options by name."""
 
-    positional: list[Any]
+    inputs: list[Tensor]
+    strides: list[int]
+    outputs: list[Tensor]
+    rows: int
     named: dict[str, Any]
+
+    @property
+    def positional(self) -> list[Any]:
+        return [*self.inputs, *self.strides, *self.outputs, self.rows]
+
+
+def _all_arguments(programs: list[tuple[Any, ...]]) -> _Arguments:
+    """Of programs with their inputs and outputs that share a launch, in the order of the kernel's names."""
+    if len(programs) == 1:
+        return _arguments(*programs[0])
+    inputs, strides, outputs, named = [], [], [], {}
+    for k, each in enumerate(programs):
+        found = _arguments(*each)
+        inputs += found.inputs
+        strides += found.strides
+        outputs += found.outputs
+        options = ("num_warps", "num_stages")
+        named.update({name if name in options else f"p{k}_{name}": value for name, value in found.named.items()})
+    return _Arguments(inputs, strides, outputs, found.rows, named)
 
 
 def _arguments(program: Program, inputs: list[Tensor], outputs: list[Tensor]) -> _Arguments:
     tile, m = program.tile, int(program.row_count(inputs))
-    tensors = [_prepared(kind, t, program) for kind, t in zip(program.inputs, inputs)]
+    stacked = {i for s in program.body if s[0] in ("down", "product") and isinstance(s[2], list) for i in s[2]}
+    tensors = [
+        t.contiguous() if i in stacked else _prepared(kind, t, program)
+        for i, (kind, t) in enumerate(zip(program.inputs, inputs))
+    ]
     strides: list[int] = []
     named: dict[str, Any] = {}
     for index, (kind, t) in enumerate(zip(program.inputs, tensors)):
@@ -54,7 +81,13 @@ def _arguments(program: Program, inputs: list[Tensor], outputs: list[Tensor]) ->
         elif kind[0] in ("thin", "factor"):
             strides += t.stride() if kind[-1] != "RN" else reversed(t.stride())
     named.update(EVEN_ROWS=m % tile.rows == 0, num_warps=tile.warps, num_stages=tile.stages)
-    return _Arguments([*tensors, *strides, *outputs, m], named)
+    return _Arguments(tensors, strides, outputs, m, named)
+
+
+def _grid(programs: list[Program], m: int) -> tuple[int, ...]:
+    """Columns and rows of tiles; where programs share a launch, the tiles of one behind those of the other."""
+    sizes = [(-(-p.columns // p.tile.columns), -(-m // p.tile.rows)) for p in programs]
+    return sizes[0] if len(sizes) == 1 else (sum(wide * high for wide, high in sizes),)
 
 
 def run(text: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
@@ -67,21 +100,22 @@ def run(text: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
     if (launch := _launches.find(key)) is not None:
         launch([*inputs, *outputs])
         return
-    program = loads(text)
-    tile, m = program.tile, int(program.row_count(inputs))
-    if not m:
+    written = [t if t.is_contiguous() else t.new_empty(t.shape) for t in outputs]
+    programs = split(text, inputs, written)
+    arguments = _all_arguments(programs)
+    if not arguments.rows:
         return
     compiler().wait(text)
-    written = [t if t.is_contiguous() else t.new_empty(t.shape) for t in outputs]
-    arguments = _arguments(program, inputs, written)
-    grid = (-(-program.columns // tile.columns), -(-m // tile.rows))
+    grid = _grid([program for program, *_ in programs], arguments.rows)
     function = kernel(text)
     try:
         compiled = function[grid](*arguments.positional, **arguments.named)
         _launches.keep(key, function, compiled, grid, arguments.positional, arguments.named, [*inputs, *outputs])
     except OutOfResources as error:
-        _warn_once(f"{name_of(program)} does not fit this device ({error}): it runs as ATen, which is slower")
-        written = [value.view_as(t) for value, t in zip(evaluate(program, inputs), outputs)]
+        name = name_of_all([program for program, *_ in programs])
+        _warn_once(f"{name} does not fit this device ({error}): it runs as ATen, which is slower")
+        values = [value for program, given, _ in programs for value in evaluate(program, given)]
+        written = [value.view_as(t) for value, t in zip(values, outputs)]
     for output, memory in zip(outputs, written):
         if memory is not output:
             output.copy_(memory)
@@ -99,6 +133,8 @@ def _prepared(kind: list[Any], tensor: Tensor, program: Program) -> Tensor:
     laid out in the same order: Triton 3.6 gets the second sum wrong for other pairs (on Hopper, 64 x 64 tiles,
     four warps). Here the rank is what is contiguous in both, which it is in a gradient pair as models have it.
     """
+    if kind[0] == "parts":
+        return tensor.contiguous()
     if kind[0] == "full":
         matrix = tensor.reshape(-1, program.columns)
         return matrix if matrix.stride(1) == 1 else matrix.contiguous()

@@ -10,7 +10,8 @@ A program is a list of statements; a statement's value is named by its place in 
 
     ["load", input]                   a value of the pass, [M, N]; rows [M, 1], columns [N] and numbers broadcast
     ["keep", seed, p]                 1 where dropout keeps an element, else 0: :mod:`lora_fx.passes.kernels.dropout`
-    ["product", thin, factor, scale]  [M, R] times [R, N], times a number (or null): the up-projection of a branch
+    ["product", thin, factor, scale]  [M, R] times [R, N], times a number (or null, or a list of two): the up-projection
+                                      of a branch
     ["op", name, [operand, ...]]      pointwise; an operand is a place in the list, or [number] for a constant
     ["store", value, dtype]           an output [M, N]
     ["down", value, factor]           an output: value [M, N] times [N, R], in parts [ceil(N / columns), M, R], or
@@ -19,7 +20,10 @@ A program is a list of statements; a statement's value is named by its place in 
                                       order "NR", [ceil(M / rows), R, N] for "RN"
 
 Parts are float32 and are summed by whoever reads them: in a fixed order and without atomics, so that two runs are equal
-to the bit. Pointwise arithmetic is float32; the operands of products have the dtype of the program.
+to the bit. Pointwise arithmetic is float32; the operands of products have the dtype of the program. A factor may be a
+list of several inputs [R, N], side by side: a stack of siblings that is nowhere in memory.
+
+Several programs over the same rows, none of which needs what another makes, may be one launch (:func:`join`).
 
 Legend: M tokens, N the columns of the pass, R rank.
 """
@@ -75,8 +79,9 @@ class Program:
     """Of the matrices that products multiply: ``bfloat16`` or ``float16``."""
     inputs: list[list[Any]]
     """What each input is: ``["full"]`` [..., N], ``["row"]`` [..., 1], ``["column"]`` [N], ``["number"]`` [],
-    ``["seed"]`` [],
-    ``["thin", R]`` [M, R], ``["factor", R, order]`` [N, R] for the order ``"NR"``, [R, N] for ``"RN"``."""
+    ``["seed"]`` [], ``["thin", R]`` [M, R], or parts that it is the sum of, ``["parts", R, P, start, all]``: columns
+    from ``start`` on of [P, M, all] in float32; ``["factor", R, order]`` [N, R] for the order ``"NR"``, [R, N] for
+    ``"RN"``."""
     body: list[Statement]
     tile: Tile
 
@@ -98,9 +103,9 @@ class Program:
         """Whether it sums over columns and over rows."""
         return {"down", "across"} <= {statement[0] for statement in self.body}
 
-    def rank(self, index: int) -> int:
-        """R of a thin or factor input."""
-        return int(self.inputs[index][1])
+    def rank(self, index: int | list[int]) -> int:
+        """R of a thin or factor input, or of several side by side."""
+        return sum(int(self.inputs[i][1]) for i in (index if isinstance(index, list) else [index]))
 
     def output_shape(self, statement: Statement, rows: Any, parts: Any) -> tuple[tuple[Any, ...], torch.dtype]:
         """Shape and dtype of an output for ``rows`` = M and :func:`row_parts`. A stored value is a matrix."""
@@ -120,8 +125,8 @@ class Program:
         for kind, tensor in zip(self.inputs, inputs):
             if kind[0] == "full":
                 return tensor.numel() // self.columns
-            if kind[0] == "thin":
-                return tensor.shape[0]
+            if kind[0] in ("thin", "parts"):
+                return tensor.shape[-2]
         raise AssertionError("a program reads something that has rows")
 
 
@@ -130,11 +135,41 @@ def row_parts(rows: int, tile_rows: int) -> int:
     return -(-rows // tile_rows)
 
 
-@functools.lru_cache(maxsize=1024)
 def loads(text: str) -> Program:
     """The program that :meth:`Program.dumps` wrote."""
-    fields = json.loads(text)
-    return Program(**{**fields, "tile": Tile(**fields["tile"])})
+    (program,) = _loaded(text)
+    return program
+
+
+@functools.lru_cache(maxsize=1024)
+def _loaded(text: str) -> tuple[Program, ...]:
+    """The programs of a text, one or several."""
+    found = json.loads(text)
+    each = found if isinstance(found, list) else [found]
+    return tuple(Program(**{**fields, "tile": Tile(**fields["tile"])}) for fields in each)
+
+
+def join(texts: list[str]) -> str:
+    """Programs as one text: one launch, whose inputs and outputs are those of the first, then those of the next.
+
+    It is one line: Inductor writes the arguments of a graph's nodes into a comment above the kernels that read them.
+    """
+    return texts[0] if len(texts) == 1 else f"[{','.join(text.removeprefix('[').removesuffix(']') for text in texts)}]"
+
+
+def split(text: str, *operands: list[Any]) -> list[tuple[Any, ...]]:
+    """The programs of a text, each with its part of every list in ``operands``: the inputs, the outputs, or both.
+
+    Args:
+        text: what :meth:`Program.dumps` or :func:`join` gave.
+        operands: the inputs of all programs, or those and the outputs.
+    """
+    found, starts = [], [0] * len(operands)
+    for program in _loaded(text):
+        counts = (len(program.inputs), len(program.outputs))
+        found.append((program, *(o[s : s + n] for o, s, n in zip(operands, starts, counts))))
+        starts = [s + n for s, n in zip(starts, counts)]
+    return found
 
 
 Pointwise = Callable[..., Tensor]
@@ -185,10 +220,10 @@ def evaluate(program: Program, inputs: list[Tensor]) -> list[Tensor]:
         elif kind == "keep":
             value = dropout.keep_eager(inputs[statement[1]], (m, program.columns), statement[2]).to(wide)
         elif kind == "product":
-            thin, factor, scale = (None if i is None else matrices[i] for i in statement[1:])
-            assert thin is not None and factor is not None
-            value = thin.to(wide) @ factor.to(wide).t()
-            value = value if scale is None else value * scale
+            thin, factor = (_matrix(matrices, i) for i in statement[1:3])
+            value = thin.to(dtype).to(wide) @ factor.to(wide).t()
+            for scale in numbers(statement[3]):
+                value = value * matrices[scale]
         elif kind == "op":
             operands = [_constant(o[0], inputs[0]) if isinstance(o, list) else values[o] for o in statement[2]]
             value = POINTWISE[statement[1]](*operands)
@@ -199,7 +234,7 @@ def evaluate(program: Program, inputs: list[Tensor]) -> list[Tensor]:
                 results.append(full.to(out_dtype).contiguous())
             else:
                 full = full.to(dtype).to(wide)
-                other = matrices[statement[2]].to(wide)
+                other = _matrix(matrices, statement[2]).to(dtype).to(wide)
                 total = full @ other if kind == "down" else full.t() @ other
                 if program.is_whole(statement):
                     results.append(total.to(out_dtype))
@@ -217,6 +252,15 @@ def _constant(number: float, like: Tensor) -> Tensor:
     return torch.tensor(number, dtype=torch.float32, device=like.device)
 
 
+def numbers(scale: int | list[int] | None) -> list[int]:
+    """The inputs that a product is scaled by."""
+    return scale if isinstance(scale, list) else [] if scale is None else [scale]
+
+
+def _matrix(matrices: list[Tensor], index: int | list[int]) -> Tensor:
+    return torch.cat([matrices[i] for i in index], dim=1) if isinstance(index, list) else matrices[index]
+
+
 def _as_matrix(kind: list[Any], tensor: Tensor, columns: int) -> Tensor:
     """An input as a matrix that broadcasts against [M, N]; a factor as [N, R]."""
     if kind[0] == "full":
@@ -225,4 +269,6 @@ def _as_matrix(kind: list[Any], tensor: Tensor, columns: int) -> Tensor:
         return tensor.reshape(-1, 1)
     if kind[0] == "column":
         return tensor.reshape(1, columns)
+    if kind[0] == "parts":
+        return tensor[..., kind[3] : kind[3] + kind[1]].sum(0)
     return tensor.t() if kind[0] == "factor" and kind[2] == "RN" else tensor

@@ -10,61 +10,18 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 from typing import Any
 
-import torch
 import triton
 
 from lora_fx.passes.kernels import dropout
 from lora_fx.passes.kernels.dropout import MIX, ODD, Steps, threshold
 from lora_fx.passes.kernels.jit import define
-from lora_fx.passes.kernels.tile_program import OUTPUTS, Program, Statement, loads
+from lora_fx.passes.kernels.tile_arithmetic import constant, operation
+from lora_fx.passes.kernels.tile_names import Names, head, name_of_all
+from lora_fx.passes.kernels.tile_program import OUTPUTS, Program, Statement, numbers, split
 
-_OPS = {
-    "identity": "{0}",
-    "add": "({0} + {1})",
-    "sub": "({0} - {1})",
-    "mul": "({0} * {1})",
-    "div": "({0} / {1})",
-    "neg": "(-{0})",
-    "abs": "tl.abs({0})",
-    "exp": "tl.exp({0})",
-    "log": "tl.log({0})",
-    "sqrt": "tl.sqrt({0})",
-    "rsqrt": "tl.rsqrt({0})",
-    "reciprocal": "(1.0 / {0})",
-    "sigmoid": "tl.sigmoid({0})",
-    # The series where the difference of two numbers near 1 would lose the digits of x (its next term is below 2e-9 of
-    # it there). libdevice is not in Triton's interpreter.
-    "tanh": (
-        "tl.where(tl.abs({0}) < 0.125, {0} * (1.0 + {0} * {0} * (-1.0 / 3.0 + {0} * {0} * (2.0 / 15.0 + {0} * {0} "
-        "* (-17.0 / 315.0 + {0} * {0} * (62.0 / 2835.0))))), 2.0 * tl.sigmoid(2.0 * {0}) - 1.0)"
-    ),
-    "erf": "tl.erf({0})",
-    # NaN goes on, as in ATen.
-    "relu": "tl.where({0} < 0.0, 0.0, {0})",
-    "maximum": "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
-    "minimum": "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
-    "gt": "({0} > {1})",
-    "ge": "({0} >= {1})",
-    "lt": "({0} < {1})",
-    "le": "({0} <= {1})",
-    "where": "tl.where({0} != 0, {1}, {2})",
-}
-# 1 / (1 + exp(-x)) in four instructions, where exp and / guard what cannot be here: 1 + exp(-x) is 1 at least, and
-# an exponential that overflows makes the quotient 0. The error is 2e-7 of the value.
-_PTX_SIGMOID = (
-    "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; "
-    "add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }"
-)
-_SIGMOID = f'tl.inline_asm_elementwise("{_PTX_SIGMOID}", "=f,f", [{{0}}], dtype=tl.float32, is_pure=True, pack=1)'
 _TYPES = {"bfloat16": "tl.bfloat16", "float16": "tl.float16", "float32": "tl.float32"}
-
-
-def _has_ptx() -> bool:
-    """Whether kernels are compiled for an NVIDIA GPU: not by Triton's interpreter, nor for another maker's."""
-    return torch.version.cuda is not None and not triton.knobs.runtime.interpret
 
 
 def padded(rank: int) -> int:
@@ -72,30 +29,11 @@ def padded(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
 
-def _constant(number: float) -> str:
-    """A number in a kernel's source."""
-    value = float(number)
-    return repr(value) if math.isfinite(value) else f'float("{value}")'
-
-
-def _power(base: str, exponent: float) -> str:
-    """``base ** exponent``: by multiplication for small whole exponents, which a negative base may have."""
-    if exponent == 0.0:
-        return f"tl.where({base} == 0.0, 1.0, 1.0)"  # of any base, as a tile
-    if exponent.is_integer() and abs(exponent) <= 8:
-        product = "(" + " * ".join([base] * abs(int(exponent))) + ")"
-        return product if exponent > 0 else f"(1.0 / {product})"
-    if abs(exponent) == 0.5:
-        return f"tl.sqrt({base})" if exponent > 0 else f"tl.rsqrt({base})"
-    power = f"tl.exp({exponent} * tl.log({'tl.abs(' + base + ')' if exponent.is_integer() else base}))"
-    return f"tl.where({base} < 0.0, -{power}, {power})" if exponent % 2 == 1 else power
-
-
 class _Writer:
-    """Writes the source of one kernel."""
+    """Writes the source of one kernel, or of what one of several programs does in a launch, as function ``name``."""
 
-    def __init__(self, program: Program) -> None:
-        self.program, self.down_rows = program, program.tile.walk == "rows"
+    def __init__(self, program: Program, name: str = "") -> None:
+        self.program, self.down_rows, self.name = program, program.tile.walk == "rows", name
         self.before: list[str] = []
         self.inside: list[str] = []
         self.after: list[str] = []
@@ -111,12 +49,6 @@ class _Writer:
         by then a value is held in 16 bits, once, and not in 32 beside all that it was made of.
         """
         program, tile = self.program, self.program.tile
-        names = [f"in{i}" for i in range(len(program.inputs))]
-        for i, kind in enumerate(program.inputs):
-            if kind[0] in ("thin", "factor"):
-                names += [f"outer{i}", f"inner{i}"]
-        names += [f"out{i}" for i in range(len(program.outputs))]
-        strides = [f"stride{i}: tl.constexpr" for i, kind in enumerate(program.inputs) if kind[0] == "full"]
         rows, width = self._tile_shape()
         row = f"pm * {tile.rows} + step * {tile.step}" if self.down_rows else f"pm * {tile.rows}"
         self._fixed(True).append(f"row = {row}")
@@ -129,15 +61,18 @@ class _Writer:
                 for index, statement in enumerate(program.body):
                     if (statement[0] in OUTPUTS) == outputs:
                         self._statement(index, statement)
-        # A seed is one of several side by side.
-        seeds = [f"in{i}" for i, kind in enumerate(program.inputs) if kind[0] == "seed"]
+        if self.name:  # each has a pipeline of its own
+            begin = ["@triton.jit", f"def {self.name}({', '.join(('pn', 'pm', *Names(program).typed))}):"]
+            walk = f"tl.range(0, {self._steps()}, num_stages={tile.stages})"
+        else:
+            begin = head([program], [Names(program)])
+            begin.append("    pn, pm = tl.program_id(0), tl.program_id(1)")
+            walk = f"range(0, {self._steps()})"
         lines = [
-            f"@triton.jit(do_not_specialize_on_alignment={seeds})",
-            f"def {name_of(program)}({', '.join((*names, 'M', *strides, 'EVEN_ROWS: tl.constexpr'))}):",
-            "    pn, pm = tl.program_id(0), tl.program_id(1)",
+            *begin,
             f"    i, j = tl.arange(0, {rows}), tl.arange(0, {width})",
             *(f"    {line}" for line in self.before),
-            f"    for step in range(0, {self._steps()}):",
+            f"    for step in {walk}:",
             *(f"        {line}" for line in self.inside),
             *(f"    {line}" for line in self.after),
         ]
@@ -222,22 +157,56 @@ class _Writer:
             where, text = self.before, f"tl.load(in{index})"
         return self._define(name, where, [f"{name} = {text}.to(tl.float32)"])
 
-    def _small(self, index: int, name: str, along: str, where: list[str]) -> str:
-        """The tile of a thin matrix or a factor: ``along`` is the index of what it has beside the rank."""
-        rank, r = self.program.rank(index), f"r{index}"
+    def _small(
+        self, index: int, name: str, along: str, where: list[str], columns: tuple[int, int] | None = None
+    ) -> str:
+        """The tile of a thin matrix or a factor, or of some of its columns (the first, and how many): ``along`` is the
+        index of what it has beside the rank."""
+        first, rank = columns or (0, self.program.rank(index))
+        r = f"r{index}" if columns is None else f"r{index}_{first}"
         start = f"row.to(tl.int64) * outer{index} + (i" if along == "m" else f"({along}"
-        pointer = f"in{index} + {start}[:, None] * outer{index} + {r}[None, :] * inner{index})"
-        row, column = (f"{along}[:, None]", None) if along == "m" else (None, f"{along}[:, None]")
-        text = self._load(pointer, self._mask(row, column, (f"{r}[None, :]", rank)))
+        column = f"{r}[None, :]" if not first else f"({first} + {r})[None, :]"
+        pointer = f"in{index} + {start}[:, None] * outer{index} + {column} * inner{index})"
+        m, n = (f"{along}[:, None]", None) if along == "m" else (None, f"{along}[:, None]")
+        text = self._load(pointer, self._mask(m, n, (f"{r}[None, :]", rank)))
         return self._define(name, where, [f"{r} = tl.arange(0, {padded(rank)})", f"{name} = {text}"])
 
-    def _thin(self, index: int) -> str:
+    def _thin(self, index: int, columns: tuple[int, int] | None = None) -> str:
         """[rows, R]."""
-        return self._small(index, f"t{index}", "m", self._fixed(True))
+        name = f"t{index}" if columns is None else f"t{index}_{columns[0]}"
+        if self.program.inputs[index][0] == "parts":
+            return self._sum(index, name, columns)
+        return self._small(index, name, "m", self._fixed(True), columns)
+
+    def _sum(self, index: int, name: str, columns: tuple[int, int] | None) -> str:
+        """[rows, R] that comes in parts, added up in the order of :mod:`lora_fx.passes.kernels.part_sums`."""
+        _, whole_rank, count, start, whole = self.program.inputs[index]
+        first, rank = columns or (0, whole_rank)
+        r, part, where = f"r{name}", f"part{name}", self._fixed(True)
+        mask = self._mask("m[:, None]", None, (f"{r}[None, :]", rank))
+        lines = [
+            f"{r} = tl.arange(0, {padded(rank)})",
+            f"{part} = in{index} + (m[:, None] * {whole} + ({start + first} + {r})[None, :])",
+            f"{name} = tl.zeros(({self._tile_shape()[0]}, {padded(rank)}), tl.float32)",
+        ]
+        for group in range(0, count, 8):
+            places = range(group, min(group + 8, count))
+            v = [*(self._load(f"{part} + {p} * {whole} * M", mask) for p in places), *["0.0"] * (8 - len(places))]
+            total = " + ".join(f"(({v[k]} + {v[k + 1]}) + ({v[k + 2]} + {v[k + 3]}))" for k in (0, 4))
+            lines.append(f"{name} += {total}")
+        return self._define(name, where, [*lines, f"{name} = {name}.to({_TYPES[self.program.dtype]})"])
 
     def _factor(self, index: int) -> str:
         """[columns, R]."""
         return self._small(index, f"f{index}_{self.strip}", self._n, self._fixed(False))
+
+    def _stack(self, index: int | list[int]) -> list[tuple[int, int, int]]:
+        """The factors that a statement names, each with the first of its columns in the stack, and how many it has."""
+        found, first = [], 0
+        for each in index if isinstance(index, list) else [index]:
+            found.append((each, first, self.program.rank(each)))
+            first += found[-1][2]
+        return found
 
     def _for_product(self, value: int) -> str:
         """A value as the operand of a product: rounded as it would be in memory, and zero outside of the matrix."""
@@ -276,8 +245,8 @@ class _Writer:
     def _operation(self, name: str, operands: list[Any]) -> str:
         """A pointwise operation; the product of a mask and a number is a choice."""
         if name == "mul" and isinstance(operands[1], list) and self._is_mask(operands[0]):
-            return f"tl.where({self._v(operands[0])}, {_constant(operands[1][0])}, 0.0)"
-        return self._op(name, [_constant(o[0]) if isinstance(o, list) else self._number(o) for o in operands])
+            return f"tl.where({self._v(operands[0])}, {constant(operands[1][0])}, 0.0)"
+        return operation(name, [constant(o[0]) if isinstance(o, list) else self._number(o) for o in operands])
 
     def _is_mask(self, operand: Any) -> bool:
         return not isinstance(operand, list) and self.program.body[operand][0] == "keep"
@@ -295,9 +264,13 @@ class _Writer:
         elif kind == "keep":
             self._keep(index, statement)
         elif kind == "product":
-            thin, factor = self._thin(statement[1]), self._factor(statement[2])
-            scale = "" if statement[3] is None else f" * {self._value(statement[3])}"
-            self.inside.append(f"{self._v(index)} = tl.dot({thin}, tl.trans({factor})){scale}")
+            stack, products = self._stack(statement[2]), []
+            for factor, first, rank in stack:
+                thin = self._thin(statement[1], (first, rank) if len(stack) > 1 else None)
+                products.append(f"tl.dot({thin}, tl.trans({self._factor(factor)}))")
+            product = products[0] if len(stack) == 1 else f"({' + '.join(products)})"
+            scale = "".join(f" * {self._value(number)}" for number in numbers(statement[3]))
+            self.inside.append(f"{self._v(index)} = {product}{scale}")
         elif kind == "op":
             self.inside.append(f"{self._v(index)} = {self._operation(statement[1], statement[2])}")
             if index in self.rounded:
@@ -305,14 +278,6 @@ class _Writer:
         else:
             out = next(i for i, s in enumerate(self.program.outputs) if s is statement)
             {"store": self._store, "down": self._down, "across": self._across}[kind](out, statement)
-
-    @staticmethod
-    def _op(name: str, operands: list[str]) -> str:
-        if name == "pow":
-            return _power(operands[0], float(operands[1]))
-        if name == "sigmoid" and _has_ptx():
-            return _SIGMOID.replace("{0}", operands[0])
-        return _OPS[name].format(*operands)
 
     def _store(self, out: int, statement: Statement) -> None:
         rows, columns = self._tile_shape()
@@ -323,16 +288,18 @@ class _Writer:
         self.inside.append(self._write(f"out{out} + {self._place(self.program.columns)}", value, mask))
 
     def _down(self, out: int, statement: Statement) -> None:
-        tile, rank = self.program.tile, self.program.rank(statement[2])
-        value, factor = self._for_product(statement[1]), self._factor(statement[2])
-        zero = f"a{out} = tl.zeros(({self._tile_shape()[0]}, {padded(rank)}), tl.float32)"
-        self._define(f"a{out}", self.inside if self.down_rows else self.before, [zero])
-        self.inside.append(f"a{out} = tl.dot({value}, {factor}, a{out})")
-        if self.strip == tile.strips - 1:
-            pointer = f"out{out} + (pn.to(tl.int64) * M + row) * {rank} + (i[:, None] * {rank} + k{out}[None, :])"
-            write = self._write(pointer, f"a{out}", self._mask("m[:, None]", None, (f"k{out}[None, :]", rank)))
-            where = self.inside if self.down_rows else self.after
-            where += [f"k{out} = tl.arange(0, {padded(rank)})", write]
+        tile, whole = self.program.tile, self.program.rank(statement[2])
+        value, where = self._for_product(statement[1]), self.inside if self.down_rows else self.after
+        for index, first, rank in self._stack(statement[2]):
+            a, k, factor = f"a{out}_{first}", f"k{out}_{first}", self._factor(index)
+            zero = f"{a} = tl.zeros(({self._tile_shape()[0]}, {padded(rank)}), tl.float32)"
+            self._define(a, self.inside if self.down_rows else self.before, [zero])
+            self.inside.append(f"{a} = tl.dot({value}, {factor}, {a})")
+            if self.strip == tile.strips - 1:
+                start = f"(pn.to(tl.int64) * M + row) * {whole}" + (f" + {first}" if first else "")
+                pointer = f"out{out} + {start} + (i[:, None] * {whole} + {k}[None, :])"
+                write = self._write(pointer, a, self._mask("m[:, None]", None, (f"{k}[None, :]", rank)))
+                where += [f"{k} = tl.arange(0, {padded(rank)})", write]
 
     def _across(self, out: int, statement: Statement) -> None:
         n, a = self._n, f"a{out}_{self.strip}"
@@ -348,21 +315,27 @@ class _Writer:
         last += [f"k{out} = tl.arange(0, {padded(rank)})", write]
 
 
-def name_of(program: Program) -> str:
-    """What profilers call the kernel: how many statements of each kind it has, and N."""
-    kinds = [statement[0] for statement in program.body]
-    counts = "_".join(f"{kinds.count(k)}{k}" for k in ("load", "product", "store", "down", "across") if k in kinds)
-    return f"lora_fx_{counts}_n{program.columns}"
-
-
-def source(program: Program) -> str:
-    """The source of the kernel of ``program``."""
-    return _Writer(program).source()
+def source(programs: list[Program]) -> str:
+    """The source of the kernel of ``programs``, which share a launch: each has the tiles that follow those before."""
+    if len(programs) == 1:
+        return _Writer(programs[0]).source()
+    names = [Names(program, f"p{k}_") for k, program in enumerate(programs)]
+    lines = [*head(programs, names), "    pid = tl.program_id(0)", "    first = 0"]
+    for k, (program, each) in enumerate(zip(programs, names)):
+        tile, wide = program.tile, -(-program.columns // program.tile.columns)
+        lines += [
+            f"    last = first + {wide} * ((M + {tile.rows - 1}) // {tile.rows})",
+            "    if (pid >= first) & (pid < last):",
+            f"        part{k}((pid - first) % {wide}, (pid - first) // {wide}, {', '.join(each.all)})",
+            "    first = last",
+        ]
+    parts = [_Writer(program, f"part{k}").source() for k, program in enumerate(programs)]
+    return "\n\n".join([*parts, "\n".join(lines) + "\n"])
 
 
 @functools.lru_cache(maxsize=1024)
 def kernel(text: str) -> Any:
-    """The Triton function of the program that ``text`` describes."""
-    program = loads(text)
-    code = source(program)
-    return define(code, name_of(program), f"<lora_fx tile {hashlib.sha256(code.encode()).hexdigest()[:16]}>")
+    """The Triton function of the program or programs that ``text`` describes."""
+    programs = [program for (program,) in split(text)]
+    code = source(programs)
+    return define(code, name_of_all(programs), f"<lora_fx tile {hashlib.sha256(code.encode()).hexdigest()[:16]}>")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import lora_fx
 from lora_fx.passes.kernels.tile_choice import choose
 from lora_fx.passes.kernels.tile_program import Program, Tile
-from tests.passes import pointwise_cases, test_part_sums, tile_cases
+from tests.passes import few_rows_cases, pointwise_cases, test_part_sums, tile_cases
 from tests.passes.harness import adapt
 from tests.passes.high_rank_cases import HIGH_RANKS
 from tests.passes.modules import Block, Mlp
@@ -52,6 +52,23 @@ def test_the_tiles_that_are_chosen(case: Case, rows: int, columns: int, dtype: t
     if tile is None:
         pytest.skip("a kernel would not pay here")
     tile_cases.check(case, case.program(columns, dtype, tile), rows, run, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [f16, bf16])
+@pytest.mark.parametrize("rows", [9, 16, 64, 131, 255])
+@pytest.mark.parametrize("case", [*CASES, *few_rows_cases.CASES], ids=str)
+def test_few_rows(case: Case, rows: int, dtype: torch.dtype) -> None:
+    for columns in (1000, 4096):
+        tile = choose(case.inputs, case.body, rows, columns)
+        if tile is not None:
+            tile_cases.check(case, case.program(columns, dtype, tile), rows, run, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [f16, bf16])
+def test_programs_that_share_a_launch(dtype: torch.dtype) -> None:
+    from lora_fx.passes.kernels import tile_launch
+
+    few_rows_cases.check_joint(tile_launch.run, dtype, "cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, bf16, f16])

@@ -15,13 +15,28 @@ from torch import nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
+from torch.fx.node import Argument, Target
 
 from lora_fx.passes import fuse_tiles, pipeline
-from lora_fx.passes.kernels import lowering, operators
-from lora_fx.passes.kernels.tile_program import Program, Tile, loads
+from lora_fx.passes.kernels import dropout, lowering, operators
+from lora_fx.passes.kernels.tile_program import Program, Tile, split
 from lora_fx.passes.printer import graph_text
 from tests.passes import harness
 from tests.passes.harness import Captured, Case, Function, Outcome, recorded
+
+P = 0.25
+"""The probability of dropping where plain LoRA draws our masks."""
+
+
+class Masked(harness.Seeded):
+    """Gives plain LoRA, and the oracle, the masks that the kernels draw: numbers on the right side of `P`."""
+
+    def call_function(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch.ops.prims.inductor_random.default:
+            size, seed, _ = args
+            kept = dropout.keep_eager(seed, size, P)  # type: ignore[arg-type]  # tensors and numbers by now
+            return torch.where(kept, 0.9, 0.1)
+        return super().call_function(target, args, kwargs)
 
 
 def one_tile(kinds: Any, body: Any, rows: Any, columns: int) -> Tile:
@@ -123,7 +138,7 @@ def calls(graph: Graph) -> list[Node]:
 
 
 def programs(graph: Graph) -> list[Program]:
-    return [loads(str(node.kwargs["program"])) for node in calls(graph)]
+    return [program for node in calls(graph) for (program,) in split(str(node.kwargs["program"]))]
 
 
 def text(graph: Graph) -> str:
@@ -131,10 +146,9 @@ def text(graph: Graph) -> str:
     printed, listings = graph_text(graph), []
     for node in calls(graph):
         whole = str(node.kwargs["program"])
-        listing = _listing(loads(whole))
-        if listing not in listings:
-            listings.append(listing)
-        printed = printed.replace(repr(whole), f"#{listings.index(listing)}")
+        found = [_listing(program) for (program,) in split(whole)]
+        listings += [listing for listing in dict.fromkeys(found) if listing not in listings]
+        printed = printed.replace(repr(whole), "+".join(f"#{listings.index(listing)}" for listing in found))
     printed = printed.replace("auto_functionalized(lora_fx.tile_, ", "tile(")
     # Types were aligned behind the longest line, which held a program.
     lines = [" ".join(line.split()) for line in printed.splitlines()]
@@ -147,6 +161,10 @@ def halves(captured: Captured) -> tuple[str, str]:
     return text(captured.forward[0].graph), text(captured.backward[0].graph)
 
 
+def _named(index: Any) -> str:
+    return "|".join(f"in{i}" for i in index) if isinstance(index, list) else f"in{index}"
+
+
 def _listing(program: Program) -> str:
     inputs = ", ".join(f"in{i} {' '.join(map(str, kind))}" for i, kind in enumerate(program.inputs))
     lines = [f"{program.dtype}, {program.columns} columns; {inputs}"]
@@ -157,8 +175,8 @@ def _listing(program: Program) -> str:
         elif kind == "keep":
             rest = [f"in{rest[0]}", rest[1]]
         elif kind in ("load", "product"):
-            rest = [f"in{i}" for i in rest if i is not None]
+            rest = [_named(i) for i in rest if i is not None]
         else:
-            rest = [f"%{rest[0]}", *(f"in{o}" if isinstance(o, int) else o for o in rest[1:])]
+            rest = [f"%{rest[0]}", *(o if isinstance(o, str) else _named(o) for o in rest[1:])]
         lines.append(f"    {place}: {kind} {' '.join(map(str, rest))}")
     return "\n".join(lines)

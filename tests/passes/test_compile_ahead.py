@@ -308,7 +308,7 @@ def test_the_assembler_cannot_write_out_a_walk_of_short_steps(walk: str, steps: 
     """It would, h of N 4096 and R 16, and take seconds for it; a walk down the rows is longer, or has longer steps."""
     body: list[Any] = [["load", 0], ["down", 0, 1]]
     tile = Tile(rows=64, columns=4096, step=128, walk=walk) if walk == "columns" else Tile(8192, 64, 128, "rows")
-    assert steps in tile_triton.source(Program(4096, "bfloat16", [["full"], ["factor", 16, "RN"]], body, tile))
+    assert steps in tile_triton.source([Program(4096, "bfloat16", [["full"], ["factor", 16, "RN"]], body, tile)])
 
 
 def test_sums_of_every_kind_compile(compiler: jit.Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,15 +6,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.fx.node import Argument, Target
 
-from lora_fx.passes.kernels import dropout, operators
+from lora_fx.passes.kernels import operators
 from tests.passes import harness, on_gpu
 from tests.passes.harness import Case, adapt, compare
 from tests.passes.modules import QKV, Block, FusedNorm
+from tests.passes.on_gpu import P
 from tests.passes.test_fuse_tiles import K, checkpointed, linear, mlp, normed
 
-P = 0.25
 bf16 = torch.bfloat16
 
 
@@ -28,17 +27,6 @@ def block() -> nn.Module:
     module = Block(K)
     module.attention_norm, module.mlp_norm = FusedNorm(K), FusedNorm(K)
     return adapt(module.to(bf16).requires_grad_(False), dropout=P)
-
-
-class Masked(harness.Seeded):
-    """Gives plain LoRA, and the oracle, the masks that the kernels draw: numbers on the right side of `P`."""
-
-    def call_function(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
-        if target is torch.ops.prims.inductor_random.default:
-            size, seed, _ = args
-            kept = dropout.keep_eager(seed, size, P)  # type: ignore[arg-type]  # tensors and numbers by now
-            return torch.where(kept, 0.9, 0.1)
-        return super().call_function(target, args, kwargs)
 
 
 def case(name: str, build: Callable[[], nn.Module], sites: int, **more: Any) -> Case:
@@ -64,7 +52,7 @@ FAST = ("linear", "q, k, v of a norm", "q, k, v of a GPU's norm")
     "case", [pytest.param(c, marks=() if c.name in FAST else pytest.mark.slow, id=str(c)) for c in CASES]
 )
 def test_as_accurate_as_plain_compile(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "Seeded", Masked)
+    monkeypatch.setattr(harness, "Seeded", on_gpu.Masked)
     result = compare(case, on_gpu.by_graphs)
     result.assert_as_accurate()
     captured = result.captured
@@ -119,6 +107,6 @@ def test_a_mask_that_no_kernel_draws_is_fused_by_inductor() -> None:
 
 
 def test_few_tokens_keep_inductors_masks() -> None:
-    captured = on_gpu.capture(linear(dropout=P), torch.randn(2, 80, K, dtype=bf16, requires_grad=True))
+    captured = on_gpu.capture(linear(dropout=P), torch.randn(2, 4, K, dtype=bf16, requires_grad=True))
     graph = captured.forward[0].graph
     assert graph.find_nodes(op="call_function", target=torch.ops.prims.inductor_random.default)

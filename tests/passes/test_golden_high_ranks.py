@@ -152,28 +152,25 @@ def test_a_stack_accumulates() -> None:
 %23 = mm(%1, %22) bf16[272, 72]
 %24 = slice(%23, 1, 0, 24) bf16[272, 24]
 %25 = empty([272, 144], dtype=bf16, device=cpu) bf16[272, 144]
-%26 = tile(outputs=[%25], program=#0, inputs=[%24, %5, %18]) (None, (bf16[272, 144]))
-%27 = getitem(%26, 1) (bf16[272, 144])
-%28 = getitem(%27, 0) bf16[272, 144]
-%29 = auto_functionalized(lora_fx.accumulate_, base=%28, a=%1, b=%16, scale=None) (None, bf16[272, 144])
-%30 = getitem(%29, 1) bf16[272, 144]
-%31 = permute(%6, [1, 0]) bf16[144, 48]
-%32 = slice(%23, 1, 24, 48) bf16[272, 24]
-%33 = empty([272, 48], dtype=bf16, device=cpu) bf16[272, 48]
-%34 = tile(outputs=[%33], program=#1, inputs=[%32, %10, %19]) (None, (bf16[272, 48]))
-%35 = getitem(%34, 1) (bf16[272, 48])
-%36 = getitem(%35, 0) bf16[272, 48]
-%37 = auto_functionalized(lora_fx.accumulate_, base=%36, a=%1, b=%31, scale=None) (None, bf16[272, 48])
-%38 = getitem(%37, 1) bf16[272, 48]
-%39 = permute(%11, [1, 0]) bf16[144, 48]
-%40 = slice(%23, 1, 48, 72) bf16[272, 24]
-%41 = empty([272, 48], dtype=bf16, device=cpu) bf16[272, 48]
-%42 = tile(outputs=[%41], program=#1, inputs=[%40, %15, %20]) (None, (bf16[272, 48]))
-%43 = getitem(%42, 1) (bf16[272, 48])
-%44 = getitem(%43, 0) bf16[272, 48]
-%45 = auto_functionalized(lora_fx.accumulate_, base=%44, a=%1, b=%39, scale=None) (None, bf16[272, 48])
-%46 = getitem(%45, 1) bf16[272, 48]
-return %30, %38, %46, %0, %1, %4, %5, %6, %9, %10, %11, %14, %15, %18, %24, %19, %32, %20, %40
+%26 = permute(%6, [1, 0]) bf16[144, 48]
+%27 = slice(%23, 1, 24, 48) bf16[272, 24]
+%28 = empty([272, 48], dtype=bf16, device=cpu) bf16[272, 48]
+%29 = permute(%11, [1, 0]) bf16[144, 48]
+%30 = slice(%23, 1, 48, 72) bf16[272, 24]
+%31 = empty([272, 48], dtype=bf16, device=cpu) bf16[272, 48]
+%32 = tile(outputs=[%25, %28, %31], inputs=[%24, %5, %18, %27, %10, %19, %30, %15, %20], program=#0+#1+#1) (None,
+        (bf16[272, 144], bf16[272, 48], bf16[272, 48]))
+%33 = getitem(%32, 1) (bf16[272, 144], bf16[272, 48], bf16[272, 48])
+%34 = getitem(%33, 0) bf16[272, 144]
+%35 = auto_functionalized(lora_fx.accumulate_, base=%34, a=%1, b=%16, scale=None) (None, bf16[272, 144])
+%36 = getitem(%35, 1) bf16[272, 144]
+%37 = getitem(%33, 1) bf16[272, 48]
+%38 = auto_functionalized(lora_fx.accumulate_, base=%37, a=%1, b=%26, scale=None) (None, bf16[272, 48])
+%39 = getitem(%38, 1) bf16[272, 48]
+%40 = getitem(%33, 2) bf16[272, 48]
+%41 = auto_functionalized(lora_fx.accumulate_, base=%40, a=%1, b=%29, scale=None) (None, bf16[272, 48])
+%42 = getitem(%41, 1) bf16[272, 48]
+return %36, %39, %42, %0, %1, %4, %5, %6, %9, %10, %11, %14, %15, %18, %24, %19, %27, %20, %30
 #0: bfloat16, 144 columns; in0 thin 24, in1 factor 24 NR, in2 number
     0: product in0 in1 in2
     1: store %0 bfloat16
@@ -205,48 +202,47 @@ return %30, %38, %46, %0, %1, %4, %5, %6, %9, %10, %11, %14, %15, %18, %24, %19,
 | %18 = tangent bf16[272, 48]
 | %19 = empty([2, 272, 24], dtype=f32, device=cpu) f32[2, 272, 24]
 | %20 = empty([1, 48, 24], dtype=f32, device=cpu) f32[1, 48, 24]
-| %21 = tile(outputs=[%19, %20], program=#0, inputs=[%18, %9, %15]) (None, (f32[2, 272, 24], f32[1, 48, 24]))
-| %22 = getitem(%21, 1) (f32[2, 272, 24], f32[1, 48, 24])
-| %23 = getitem(%22, 0) f32[2, 272, 24]
-| %24 = getitem(%22, 1) f32[1, 48, 24]
-%25 = permute(%7, [1, 0]) bf16[144, 48]
+%21 = permute(%7, [1, 0]) bf16[144, 48]
+| %22 = permute(%21, [1, 0]) bf16[48, 144]
+| %23 = empty([2, 272, 24], dtype=f32, device=cpu) f32[2, 272, 24]
+| %24 = empty([1, 48, 24], dtype=f32, device=cpu) f32[1, 48, 24]
+%25 = permute(%4, [1, 0]) bf16[144, 48]
 | %26 = permute(%25, [1, 0]) bf16[48, 144]
-| %27 = empty([2, 272, 24], dtype=f32, device=cpu) f32[2, 272, 24]
-| %28 = empty([1, 48, 24], dtype=f32, device=cpu) f32[1, 48, 24]
-| %29 = tile(outputs=[%27, %28], program=#0, inputs=[%17, %6, %13]) (None, (f32[2, 272, 24], f32[1, 48, 24]))
-| %30 = getitem(%29, 1) (f32[2, 272, 24], f32[1, 48, 24])
+| %27 = empty([5, 272, 24], dtype=f32, device=cpu) f32[5, 272, 24]
+| %28 = empty([1, 144, 24], dtype=f32, device=cpu) f32[1, 144, 24]
+| %29 = tile(outputs=[%19, %20, %23, %24, %27, %28], inputs=[%18, %9, %15, %17, %6, %13, %16, %3, %11],
+        program=#0+#0+#1) (None, (f32[2, 272, 24], f32[1, 48, 24], f32[2, 272, 24], f32[1, 48, 24], f32[5, 272, 24],
+        f32[1, 144, 24]))
+| %30 = getitem(%29, 1) (f32[2, 272, 24], f32[1, 48, 24], f32[2, 272, 24], f32[1, 48, 24], f32[5, 272, 24], f32[1,
+        144, 24])
 | %31 = getitem(%30, 0) f32[2, 272, 24]
 | %32 = getitem(%30, 1) f32[1, 48, 24]
-%33 = permute(%4, [1, 0]) bf16[144, 48]
-| %34 = permute(%33, [1, 0]) bf16[48, 144]
-| %35 = empty([5, 272, 24], dtype=f32, device=cpu) f32[5, 272, 24]
-| %36 = empty([1, 144, 24], dtype=f32, device=cpu) f32[1, 144, 24]
-| %37 = tile(outputs=[%35, %36], program=#1, inputs=[%16, %3, %11]) (None, (f32[5, 272, 24], f32[1, 144, 24]))
-| %38 = getitem(%37, 1) (f32[5, 272, 24], f32[1, 144, 24])
-| %39 = getitem(%38, 0) f32[5, 272, 24]
-| %40 = getitem(%38, 1) f32[1, 144, 24]
-| %41 = lora_fx.sum_parts([%39, %31, %23], [%10, %12, %14], bf16, True) (bf16[272, 72])
-| %42 = getitem(%41, 0) bf16[272, 72]
-| %43 = permute(%42, [1, 0]) bf16[72, 272]
-| %44 = mm(%43, %1) bf16[72, 144]
-| %45 = slice(%44, 0, 48, 72) bf16[24, 144]
-| %46 = slice(%44, 0, 24, 48) bf16[24, 144]
-| %47 = slice(%44, 0, 0, 24) bf16[24, 144]
-%48 = cat([%2, %5, %8], 0) bf16[72, 144]
-| %49 = mm(%42, %48) bf16[272, 144]
-%50 = permute(%0, [1, 0]) bf16[144, 144]
-| %51 = permute(%50, [1, 0]) bf16[144, 144]
-| %52 = auto_functionalized(lora_fx.accumulate_, base=%49, a=%16, b=%51, scale=None) (None, bf16[272, 144])
+| %33 = getitem(%30, 2) f32[2, 272, 24]
+| %34 = getitem(%30, 3) f32[1, 48, 24]
+| %35 = getitem(%30, 4) f32[5, 272, 24]
+| %36 = getitem(%30, 5) f32[1, 144, 24]
+| %37 = lora_fx.sum_parts([%35, %33, %31], [%10, %12, %14], bf16, True) (bf16[272, 72])
+| %38 = getitem(%37, 0) bf16[272, 72]
+| %39 = permute(%38, [1, 0]) bf16[72, 272]
+| %40 = mm(%39, %1) bf16[72, 144]
+| %41 = slice(%40, 0, 48, 72) bf16[24, 144]
+| %42 = slice(%40, 0, 24, 48) bf16[24, 144]
+| %43 = slice(%40, 0, 0, 24) bf16[24, 144]
+%44 = cat([%2, %5, %8], 0) bf16[72, 144]
+| %45 = mm(%38, %44) bf16[272, 144]
+%46 = permute(%0, [1, 0]) bf16[144, 144]
+| %47 = permute(%46, [1, 0]) bf16[144, 144]
+| %48 = auto_functionalized(lora_fx.accumulate_, base=%45, a=%16, b=%47, scale=None) (None, bf16[272, 144])
+| %49 = getitem(%48, 1) bf16[272, 144]
+| %50 = auto_functionalized(lora_fx.accumulate_, base=%49, a=%17, b=%26, scale=None) (None, bf16[272, 144])
+| %51 = getitem(%50, 1) bf16[272, 144]
+| %52 = auto_functionalized(lora_fx.accumulate_, base=%51, a=%18, b=%22, scale=None) (None, bf16[272, 144])
 | %53 = getitem(%52, 1) bf16[272, 144]
-| %54 = auto_functionalized(lora_fx.accumulate_, base=%53, a=%17, b=%34, scale=None) (None, bf16[272, 144])
-| %55 = getitem(%54, 1) bf16[272, 144]
-| %56 = auto_functionalized(lora_fx.accumulate_, base=%55, a=%18, b=%26, scale=None) (None, bf16[272, 144])
-| %57 = getitem(%56, 1) bf16[272, 144]
-| %58 = lora_fx.sum_parts([%24, %32, %40], [%14, %12, %10], bf16) (bf16[48, 24], bf16[48, 24], bf16[144, 24])
-| %59 = getitem(%58, 0) bf16[48, 24]
-| %60 = getitem(%58, 1) bf16[48, 24]
-| %61 = getitem(%58, 2) bf16[144, 24]
-return None, %57, None, None, %47, %61, None, None, None, %46, %60, None, None, None, %45, %59
+| %54 = lora_fx.sum_parts([%32, %34, %36], [%14, %12, %10], bf16) (bf16[48, 24], bf16[48, 24], bf16[144, 24])
+| %55 = getitem(%54, 0) bf16[48, 24]
+| %56 = getitem(%54, 1) bf16[48, 24]
+| %57 = getitem(%54, 2) bf16[144, 24]
+return None, %53, None, None, %43, %57, None, None, None, %42, %56, None, None, None, %41, %55
 #0: bfloat16, 48 columns; in0 full, in1 factor 24 NR, in2 thin 24
     0: load in0
     1: down %0 in1

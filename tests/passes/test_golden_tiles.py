@@ -62,23 +62,21 @@ return %19, %0, %4, %5, %7, %8, %12
 | %13 = getitem(%12, 0) bf16[160, 4]
 | %14 = getitem(%10, 1) f32[1, 264, 4]
 | %15 = empty([1, 4, 136], dtype=f32, device=cpu) f32[1, 4, 136]
-| %16 = tile(outputs=[%15], program=#1, inputs=[%3, %13]) (None, (f32[1, 4, 136]))
-| %17 = getitem(%16, 1) (f32[1, 4, 136])
-| %18 = getitem(%17, 0) f32[1, 4, 136]
-| %19 = view(%6, [160, 264]) bf16[160, 264]
-%20 = permute(%0, [1, 0]) bf16[136, 264]
-| %21 = permute(%20, [1, 0]) bf16[264, 136]
-| %22 = empty([160, 136], dtype=bf16, device=cpu) bf16[160, 136]
-| %23 = tile(outputs=[%22], program=#2, inputs=[%13, %1]) (None, (bf16[160, 136]))
-| %24 = getitem(%23, 1) (bf16[160, 136])
-| %25 = getitem(%24, 0) bf16[160, 136]
-| %26 = auto_functionalized(lora_fx.accumulate_, base=%25, a=%19, b=%21, scale=None) (None, bf16[160, 136])
-| %27 = getitem(%26, 1) bf16[160, 136]
-| %28 = view(%27, [2, 80, 136]) bf16[2, 80, 136]
-| %29 = lora_fx.sum_parts([%14, %18], [%4, None], bf16) (bf16[264, 4], bf16[4, 136])
-| %30 = getitem(%29, 0) bf16[264, 4]
-| %31 = getitem(%29, 1) bf16[4, 136]
-return None, %28, None, None, %31, %30
+| %16 = view(%6, [160, 264]) bf16[160, 264]
+%17 = permute(%0, [1, 0]) bf16[136, 264]
+| %18 = permute(%17, [1, 0]) bf16[264, 136]
+| %19 = empty([160, 136], dtype=bf16, device=cpu) bf16[160, 136]
+| %20 = tile(outputs=[%15, %19], inputs=[%3, %13, %13, %1], program=#1+#2) (None, (f32[1, 4, 136], bf16[160, 136]))
+| %21 = getitem(%20, 1) (f32[1, 4, 136], bf16[160, 136])
+| %22 = getitem(%21, 0) f32[1, 4, 136]
+| %23 = getitem(%21, 1) bf16[160, 136]
+| %24 = auto_functionalized(lora_fx.accumulate_, base=%23, a=%16, b=%18, scale=None) (None, bf16[160, 136])
+| %25 = getitem(%24, 1) bf16[160, 136]
+| %26 = view(%25, [2, 80, 136]) bf16[2, 80, 136]
+| %27 = lora_fx.sum_parts([%14, %22], [%4, None], bf16) (bf16[264, 4], bf16[4, 136])
+| %28 = getitem(%27, 0) bf16[264, 4]
+| %29 = getitem(%27, 1) bf16[4, 136]
+return None, %26, None, None, %29, %28
 #0: bfloat16, 264 columns; in0 full, in1 factor 4 NR, in2 thin 4
     0: load in0
     1: down %0 in1
@@ -120,38 +118,37 @@ def test_swiglu() -> None:
 %20 = getitem(%19, 0) f32[]
 %21 = getitem(%19, 1) f32[]
 %22 = getitem(%19, 2) f32[]
-%23 = cat([%4, %9], 0) bf16[8, 136]
-%24 = empty([160, 8], dtype=bf16, device=cpu) bf16[160, 8]
-%25 = tile(outputs=[%24], program=#0, inputs=[%1, %23]) (None, (bf16[160, 8]))
-%26 = getitem(%25, 1) (bf16[160, 8])
-%27 = getitem(%26, 0) bf16[160, 8]
-%28 = slice(%27, 1, 0, 4) bf16[160, 4]
-%29 = permute(%6, [1, 0]) bf16[136, 264]
-%30 = mm(%17, %29) bf16[160, 264]
-%31 = slice(%27, 1, 4, 8) bf16[160, 4]
-%32 = permute(%11, [1, 0]) bf16[264, 136]
-%33 = empty([160, 264], dtype=bf16, device=cpu) bf16[160, 264]
-%34 = empty([9, 160, 4], dtype=f32, device=cpu) f32[9, 160, 4]
-%35 = tile(outputs=[%33, %34], program=#1, inputs=[%28, %5, %20, %18, %31, %10, %21, %30, %14]) (None, (bf16[160,
+%23 = empty([160, 8], dtype=bf16, device=cpu) bf16[160, 8]
+%24 = tile(outputs=[%23], program=#0, inputs=[%1, %4, %9]) (None, (bf16[160, 8]))
+%25 = getitem(%24, 1) (bf16[160, 8])
+%26 = getitem(%25, 0) bf16[160, 8]
+%27 = slice(%26, 1, 0, 4) bf16[160, 4]
+%28 = permute(%6, [1, 0]) bf16[136, 264]
+%29 = mm(%17, %28) bf16[160, 264]
+%30 = slice(%26, 1, 4, 8) bf16[160, 4]
+%31 = permute(%11, [1, 0]) bf16[264, 136]
+%32 = empty([160, 264], dtype=bf16, device=cpu) bf16[160, 264]
+%33 = empty([9, 160, 4], dtype=f32, device=cpu) f32[9, 160, 4]
+%34 = tile(outputs=[%32, %33], program=#1, inputs=[%27, %5, %20, %18, %30, %10, %21, %29, %14]) (None, (bf16[160,
         264], f32[9, 160, 4]))
-%36 = getitem(%35, 1) (bf16[160, 264], f32[9, 160, 4])
-%37 = getitem(%36, 0) bf16[160, 264]
-%38 = reshape(%37, [2, 80, 264]) bf16[2, 80, 264]
-%39 = view(%38, [160, 264]) bf16[160, 264]
-%40 = getitem(%36, 1) f32[9, 160, 4]
-%41 = lora_fx.sum_parts([%40], [None], bf16) (bf16[160, 4])
-%42 = getitem(%41, 0) bf16[160, 4]
-%43 = empty([160, 136], dtype=bf16, device=cpu) bf16[160, 136]
-%44 = tile(outputs=[%43], program=#2, inputs=[%42, %15, %22]) (None, (bf16[160, 136]))
-%45 = getitem(%44, 1) (bf16[160, 136])
-%46 = getitem(%45, 0) bf16[160, 136]
-%47 = auto_functionalized(lora_fx.accumulate_, base=%46, a=%39, b=%32, scale=None) (None, bf16[160, 136])
-%48 = getitem(%47, 1) bf16[160, 136]
-%49 = view(%48, [2, 80, 136]) bf16[2, 80, 136]
-return %49, %0, %4, %5, %6, %9, %10, %11, %14, %15, %17, %18, %20, %28, %30, %21, %31, %22, %42
-#0: bfloat16, 136 columns; in0 full, in1 factor 8 RN
+%35 = getitem(%34, 1) (bf16[160, 264], f32[9, 160, 4])
+%36 = getitem(%35, 0) bf16[160, 264]
+%37 = reshape(%36, [2, 80, 264]) bf16[2, 80, 264]
+%38 = view(%37, [160, 264]) bf16[160, 264]
+%39 = getitem(%35, 1) f32[9, 160, 4]
+%40 = lora_fx.sum_parts([%39], [None], bf16) (bf16[160, 4])
+%41 = getitem(%40, 0) bf16[160, 4]
+%42 = empty([160, 136], dtype=bf16, device=cpu) bf16[160, 136]
+%43 = tile(outputs=[%42], program=#2, inputs=[%41, %15, %22]) (None, (bf16[160, 136]))
+%44 = getitem(%43, 1) (bf16[160, 136])
+%45 = getitem(%44, 0) bf16[160, 136]
+%46 = auto_functionalized(lora_fx.accumulate_, base=%45, a=%38, b=%31, scale=None) (None, bf16[160, 136])
+%47 = getitem(%46, 1) bf16[160, 136]
+%48 = view(%47, [2, 80, 136]) bf16[2, 80, 136]
+return %48, %0, %4, %5, %6, %9, %10, %11, %14, %15, %17, %18, %20, %27, %29, %21, %30, %22, %41
+#0: bfloat16, 136 columns; in0 full, in1 factor 4 RN, in2 factor 4 RN
     0: load in0
-    1: down %0 in1
+    1: down %0 in1|in2
 #1: bfloat16, 264 columns; in0 thin 4, in1 factor 4 NR, in2 number, in3 full, in4 thin 4, in5 factor 4 NR, in6
         number, in7 full, in8 factor 4 RN
     0: product in0 in1 in2
@@ -215,49 +212,46 @@ return %49, %0, %4, %5, %6, %9, %10, %11, %14, %15, %17, %18, %20, %28, %30, %21
 | %39 = reshape(%38, [2, 80, 264]) bf16[2, 80, 264]
 | %40 = empty([9, 160, 4], dtype=f32, device=cpu) f32[9, 160, 4]
 | %41 = empty([1, 264, 4], dtype=f32, device=cpu) f32[1, 264, 4]
-| %42 = tile(outputs=[%40, %41], program=#2, inputs=[%38, %5, %15]) (None, (f32[9, 160, 4], f32[1, 264, 4]))
-| %43 = getitem(%42, 1) (f32[9, 160, 4], f32[1, 264, 4])
-| %44 = getitem(%43, 0) f32[9, 160, 4]
-| %45 = getitem(%43, 1) f32[1, 264, 4]
-| %46 = view(%39, [160, 264]) bf16[160, 264]
-| %47 = getitem(%36, 2) bf16[160, 264]
-| %48 = reshape(%47, [2, 80, 264]) bf16[2, 80, 264]
-| %49 = empty([9, 160, 4], dtype=f32, device=cpu) f32[9, 160, 4]
-| %50 = empty([1, 264, 4], dtype=f32, device=cpu) f32[1, 264, 4]
-| %51 = tile(outputs=[%49, %50], program=#2, inputs=[%47, %2, %12]) (None, (f32[9, 160, 4], f32[1, 264, 4]))
-| %52 = getitem(%51, 1) (f32[9, 160, 4], f32[1, 264, 4])
-| %53 = getitem(%52, 0) f32[9, 160, 4]
-| %54 = getitem(%52, 1) f32[1, 264, 4]
-| %55 = lora_fx.sum_parts([%53, %44], [%11, %14], bf16, True) (bf16[160, 8])
-| %56 = getitem(%55, 0) bf16[160, 8]
-| %57 = empty([1, 8, 136], dtype=f32, device=cpu) f32[1, 8, 136]
-| %58 = tile(outputs=[%57], program=#3, inputs=[%9, %56]) (None, (f32[1, 8, 136]))
-| %59 = getitem(%58, 1) (f32[1, 8, 136])
-| %60 = getitem(%59, 0) f32[1, 8, 136]
-%61 = cat([%1, %4], 0) bf16[8, 136]
-| %62 = view(%48, [160, 264]) bf16[160, 264]
-%63 = permute(%0, [1, 0]) bf16[136, 264]
-| %64 = permute(%63, [1, 0]) bf16[264, 136]
-| %65 = mm(%62, %64) bf16[160, 136]
-| %66 = empty([160, 136], dtype=bf16, device=cpu) bf16[160, 136]
-| %67 = tile(outputs=[%66], program=#4, inputs=[%56, %61]) (None, (bf16[160, 136]))
-| %68 = getitem(%67, 1) (bf16[160, 136])
-| %69 = getitem(%68, 0) bf16[160, 136]
-| %70 = auto_functionalized(lora_fx.accumulate_, base=%69, a=%46, b=%32, scale=None) (None, bf16[160, 136])
-| %71 = getitem(%70, 1) bf16[160, 136]
-| %72 = reshape(%71, [2, 80, 136]) bf16[2, 80, 136]
-| %73 = reshape(%65, [2, 80, 136]) bf16[2, 80, 136]
-| %74 = add(%72, %73) bf16[2, 80, 136]
-| %75 = lora_fx.sum_parts([%26, %37, %45, %54, %60], [%16, None, %14, %11, None], bf16) (bf16[136, 4], bf16[4, 264],
+| %42 = view(%39, [160, 264]) bf16[160, 264]
+| %43 = getitem(%36, 2) bf16[160, 264]
+| %44 = reshape(%43, [2, 80, 264]) bf16[2, 80, 264]
+| %45 = empty([9, 160, 4], dtype=f32, device=cpu) f32[9, 160, 4]
+| %46 = empty([1, 264, 4], dtype=f32, device=cpu) f32[1, 264, 4]
+| %47 = tile(outputs=[%40, %41, %45, %46], inputs=[%38, %5, %15, %43, %2, %12], program=#2+#2) (None, (f32[9, 160,
+        4], f32[1, 264, 4], f32[9, 160, 4], f32[1, 264, 4]))
+| %48 = getitem(%47, 1) (f32[9, 160, 4], f32[1, 264, 4], f32[9, 160, 4], f32[1, 264, 4])
+| %49 = getitem(%48, 0) f32[9, 160, 4]
+| %50 = getitem(%48, 1) f32[1, 264, 4]
+| %51 = getitem(%48, 2) f32[9, 160, 4]
+| %52 = getitem(%48, 3) f32[1, 264, 4]
+| %53 = lora_fx.sum_parts([%51, %49], [%11, %14], bf16, True) (bf16[160, 8])
+| %54 = getitem(%53, 0) bf16[160, 8]
+| %55 = empty([1, 8, 136], dtype=f32, device=cpu) f32[1, 8, 136]
+| %56 = view(%44, [160, 264]) bf16[160, 264]
+%57 = permute(%0, [1, 0]) bf16[136, 264]
+| %58 = permute(%57, [1, 0]) bf16[264, 136]
+| %59 = mm(%56, %58) bf16[160, 136]
+| %60 = empty([160, 136], dtype=bf16, device=cpu) bf16[160, 136]
+| %61 = tile(outputs=[%55, %60], inputs=[%9, %54, %54, %1, %4], program=#3+#4) (None, (f32[1, 8, 136], bf16[160,
+        136]))
+| %62 = getitem(%61, 1) (f32[1, 8, 136], bf16[160, 136])
+| %63 = getitem(%62, 0) f32[1, 8, 136]
+| %64 = getitem(%62, 1) bf16[160, 136]
+| %65 = auto_functionalized(lora_fx.accumulate_, base=%64, a=%42, b=%32, scale=None) (None, bf16[160, 136])
+| %66 = getitem(%65, 1) bf16[160, 136]
+| %67 = reshape(%66, [2, 80, 136]) bf16[2, 80, 136]
+| %68 = reshape(%59, [2, 80, 136]) bf16[2, 80, 136]
+| %69 = add(%67, %68) bf16[2, 80, 136]
+| %70 = lora_fx.sum_parts([%26, %37, %50, %52, %63], [%16, None, %14, %11, None], bf16) (bf16[136, 4], bf16[4, 264],
         bf16[264, 4], bf16[264, 4], bf16[8, 136])
-| %76 = getitem(%75, 0) bf16[136, 4]
-| %77 = getitem(%75, 1) bf16[4, 264]
-| %78 = getitem(%75, 2) bf16[264, 4]
-| %79 = getitem(%75, 3) bf16[264, 4]
-| %80 = getitem(%75, 4) bf16[8, 136]
-| %81 = slice(%80, 0, 4, 8) bf16[4, 136]
-| %82 = slice(%80, 0, 0, 4) bf16[4, 136]
-return None, %74, None, None, %82, %79, None, None, None, %81, %78, None, None, None, %77, %76
+| %71 = getitem(%70, 0) bf16[136, 4]
+| %72 = getitem(%70, 1) bf16[4, 264]
+| %73 = getitem(%70, 2) bf16[264, 4]
+| %74 = getitem(%70, 3) bf16[264, 4]
+| %75 = getitem(%70, 4) bf16[8, 136]
+| %76 = slice(%75, 0, 4, 8) bf16[4, 136]
+| %77 = slice(%75, 0, 0, 4) bf16[4, 136]
+return None, %69, None, None, %77, %74, None, None, None, %76, %73, None, None, None, %72, %71
 #0: bfloat16, 136 columns; in0 full, in1 factor 4 NR, in2 thin 4
     0: load in0
     1: down %0 in1
@@ -293,7 +287,7 @@ return None, %74, None, None, %82, %79, None, None, None, %81, %78, None, None, 
 #3: bfloat16, 136 columns; in0 full, in1 thin 8
     0: load in0
     1: across %0 in1 RN
-#4: bfloat16, 136 columns; in0 thin 8, in1 factor 8 RN
-    0: product in0 in1
+#4: bfloat16, 136 columns; in0 thin 8, in1 factor 4 RN, in2 factor 4 RN
+    0: product in0 in1|in2
     1: store %0 bfloat16""",
     )

@@ -65,30 +65,27 @@ def test_qkv_of_a_norm_with_dropout() -> None:
 %41 = getitem(%40, 1) (bf16[320, 4], bf16[320, 4], bf16[320, 4])
 %42 = getitem(%41, 0) bf16[320, 4]
 %43 = empty([320, 136], dtype=bf16, device=cpu) bf16[320, 136]
-%44 = tile(outputs=[%43], program=#1, inputs=[%42, %6, %28]) (None, (bf16[320, 136]))
-%45 = getitem(%44, 1) (bf16[320, 136])
-%46 = getitem(%45, 0) bf16[320, 136]
-%47 = auto_functionalized(lora_fx.accumulate_, base=%46, a=%26, b=%25, scale=None) (None, bf16[320, 136])
-%48 = getitem(%47, 1) bf16[320, 136]
-%49 = view(%48, [2, 160, 136]) bf16[2, 160, 136]
-%50 = getitem(%41, 1) bf16[320, 4]
-%51 = empty([320, 136], dtype=bf16, device=cpu) bf16[320, 136]
-%52 = tile(outputs=[%51], program=#1, inputs=[%50, %11, %29]) (None, (bf16[320, 136]))
-%53 = getitem(%52, 1) (bf16[320, 136])
-%54 = getitem(%53, 0) bf16[320, 136]
+%44 = getitem(%41, 1) bf16[320, 4]
+%45 = empty([320, 136], dtype=bf16, device=cpu) bf16[320, 136]
+%46 = getitem(%41, 2) bf16[320, 4]
+%47 = empty([320, 136], dtype=bf16, device=cpu) bf16[320, 136]
+%48 = tile(outputs=[%43, %45, %47], inputs=[%42, %6, %28, %44, %11, %29, %46, %16, %30], program=#1+#1+#1) (None,
+        (bf16[320, 136], bf16[320, 136], bf16[320, 136]))
+%49 = getitem(%48, 1) (bf16[320, 136], bf16[320, 136], bf16[320, 136])
+%50 = getitem(%49, 0) bf16[320, 136]
+%51 = auto_functionalized(lora_fx.accumulate_, base=%50, a=%26, b=%25, scale=None) (None, bf16[320, 136])
+%52 = getitem(%51, 1) bf16[320, 136]
+%53 = view(%52, [2, 160, 136]) bf16[2, 160, 136]
+%54 = getitem(%49, 1) bf16[320, 136]
 %55 = auto_functionalized(lora_fx.accumulate_, base=%54, a=%26, b=%33, scale=None) (None, bf16[320, 136])
 %56 = getitem(%55, 1) bf16[320, 136]
 %57 = view(%56, [2, 160, 136]) bf16[2, 160, 136]
-%58 = getitem(%41, 2) bf16[320, 4]
-%59 = empty([320, 136], dtype=bf16, device=cpu) bf16[320, 136]
-%60 = tile(outputs=[%59], program=#1, inputs=[%58, %16, %30]) (None, (bf16[320, 136]))
-%61 = getitem(%60, 1) (bf16[320, 136])
-%62 = getitem(%61, 0) bf16[320, 136]
-%63 = auto_functionalized(lora_fx.accumulate_, base=%62, a=%26, b=%35, scale=None) (None, bf16[320, 136])
-%64 = getitem(%63, 1) bf16[320, 136]
-%65 = view(%64, [2, 160, 136]) bf16[2, 160, 136]
-return %49, %57, %65, %0, %1, %2, %5, %6, %7, %10, %11, %12, %15, %16, %21, %28, %32, %42, %29, %34, %50, %30, %36,
-        %58
+%58 = getitem(%49, 2) bf16[320, 136]
+%59 = auto_functionalized(lora_fx.accumulate_, base=%58, a=%26, b=%35, scale=None) (None, bf16[320, 136])
+%60 = getitem(%59, 1) bf16[320, 136]
+%61 = view(%60, [2, 160, 136]) bf16[2, 160, 136]
+return %53, %57, %61, %0, %1, %2, %5, %6, %7, %10, %11, %12, %15, %16, %21, %28, %32, %42, %29, %34, %44, %30, %36,
+        %46
 #0: bfloat16, 136 columns; in0 seed, in1 full, in2 factor 4 RN, in3 seed, in4 factor 4 RN, in5 seed, in6 factor 4 RN
     0: keep in0 0.25
     1: load in1
@@ -136,78 +133,76 @@ return %49, %57, %65, %0, %1, %2, %5, %6, %7, %10, %11, %12, %15, %16, %21, %28,
 | %23 = tangent bf16[2, 160, 136]
 | %24 = empty([5, 320, 4], dtype=f32, device=cpu) f32[5, 320, 4]
 | %25 = empty([1, 136, 4], dtype=f32, device=cpu) f32[1, 136, 4]
-| %26 = tile(outputs=[%24, %25], program=#0, inputs=[%23, %10, %20]) (None, (f32[5, 320, 4], f32[1, 136, 4]))
-| %27 = getitem(%26, 1) (f32[5, 320, 4], f32[1, 136, 4])
-| %28 = getitem(%27, 0) f32[5, 320, 4]
-| %29 = getitem(%27, 1) f32[1, 136, 4]
-%30 = convert_element_type(%1, f32) f32[2, 160, 136]
-%31 = mul(%30, %11) f32[2, 160, 136]
-| %32 = view(%23, [320, 136]) bf16[320, 136]
-%33 = permute(%8, [1, 0]) bf16[136, 136]
-| %34 = permute(%33, [1, 0]) bf16[136, 136]
-| %35 = empty([5, 320, 4], dtype=f32, device=cpu) f32[5, 320, 4]
-| %36 = empty([1, 136, 4], dtype=f32, device=cpu) f32[1, 136, 4]
-| %37 = tile(outputs=[%35, %36], program=#0, inputs=[%22, %7, %17]) (None, (f32[5, 320, 4], f32[1, 136, 4]))
-| %38 = getitem(%37, 1) (f32[5, 320, 4], f32[1, 136, 4])
-| %39 = getitem(%38, 0) f32[5, 320, 4]
-| %40 = getitem(%38, 1) f32[1, 136, 4]
-| %41 = view(%22, [320, 136]) bf16[320, 136]
-%42 = permute(%5, [1, 0]) bf16[136, 136]
-| %43 = permute(%42, [1, 0]) bf16[136, 136]
-| %44 = mm(%41, %43) bf16[320, 136]
-| %45 = empty([5, 320, 4], dtype=f32, device=cpu) f32[5, 320, 4]
-| %46 = empty([1, 136, 4], dtype=f32, device=cpu) f32[1, 136, 4]
-| %47 = tile(outputs=[%45, %46], program=#0, inputs=[%21, %4, %14]) (None, (f32[5, 320, 4], f32[1, 136, 4]))
-| %48 = getitem(%47, 1) (f32[5, 320, 4], f32[1, 136, 4])
-| %49 = getitem(%48, 0) f32[5, 320, 4]
-| %50 = lora_fx.sum_parts([%28, %39, %49], [%18, %15, %12], bf16) (bf16[320, 4], bf16[320, 4], bf16[320, 4])
-| %51 = getitem(%50, 0) bf16[320, 4]
-| %52 = getitem(%50, 1) bf16[320, 4]
-| %53 = getitem(%50, 2) bf16[320, 4]
-| %54 = getitem(%48, 1) f32[1, 136, 4]
-| %55 = empty([1, 4, 136], dtype=f32, device=cpu) f32[1, 4, 136]
-| %56 = empty([1, 4, 136], dtype=f32, device=cpu) f32[1, 4, 136]
-| %57 = empty([1, 4, 136], dtype=f32, device=cpu) f32[1, 4, 136]
-| %58 = tile(outputs=[%55, %56, %57], program=#1, inputs=[%1, %11, %0, %19, %51, %16, %52, %13, %53]) (None, (f32[1,
-        4, 136], f32[1, 4, 136], f32[1, 4, 136]))
-| %59 = getitem(%58, 1) (f32[1, 4, 136], f32[1, 4, 136], f32[1, 4, 136])
-| %60 = getitem(%59, 0) f32[1, 4, 136]
-| %61 = getitem(%59, 1) f32[1, 4, 136]
-| %62 = getitem(%59, 2) f32[1, 4, 136]
-| %63 = view(%21, [320, 136]) bf16[320, 136]
-%64 = permute(%2, [1, 0]) bf16[136, 136]
-| %65 = permute(%64, [1, 0]) bf16[136, 136]
-| %66 = mm(%63, %65) bf16[320, 136]
-| %67 = empty([320, 136], dtype=bf16, device=cpu) bf16[320, 136]
-| %68 = tile(outputs=[%67], program=#2, inputs=[%19, %51, %9, %16, %52, %6, %13, %53, %3]) (None, (bf16[320, 136]))
-| %69 = getitem(%68, 1) (bf16[320, 136])
-| %70 = getitem(%69, 0) bf16[320, 136]
-| %71 = auto_functionalized(lora_fx.accumulate_, base=%70, a=%32, b=%34, scale=None) (None, bf16[320, 136])
-| %72 = getitem(%71, 1) bf16[320, 136]
-| %73 = reshape(%72, [2, 160, 136]) bf16[2, 160, 136]
-| %74 = reshape(%44, [2, 160, 136]) bf16[2, 160, 136]
-| %75 = add(%73, %74) bf16[2, 160, 136]
-| %76 = reshape(%66, [2, 160, 136]) bf16[2, 160, 136]
-| %77 = add(%75, %76) bf16[2, 160, 136]
-%78 = convert_element_type(%77, f32) f32[2, 160, 136]
-%79 = convert_element_type(%0, f32) f32[136]
-%80 = mul(%78, %79) f32[2, 160, 136]
-%81 = mul(%31, %80) f32[2, 160, 136]
-%82 = sum(%81, [2], True) f32[2, 160, 1]
-%83 = div(%31, 136) f32[2, 160, 136]
-%84 = mul(%83, %82) f32[2, 160, 136]
-%85 = sub(%80, %84) f32[2, 160, 136]
-%86 = mul(%85, %11) f32[2, 160, 136]
-%87 = convert_element_type(%86, bf16) bf16[2, 160, 136]
-| %88 = lora_fx.sum_parts([%29, %40, %54, %60, %61, %62], [%18, %15, %12, None, None, None], bf16) (bf16[136, 4],
+%26 = convert_element_type(%1, f32) f32[2, 160, 136]
+%27 = mul(%26, %11) f32[2, 160, 136]
+| %28 = view(%23, [320, 136]) bf16[320, 136]
+%29 = permute(%8, [1, 0]) bf16[136, 136]
+| %30 = permute(%29, [1, 0]) bf16[136, 136]
+| %31 = empty([5, 320, 4], dtype=f32, device=cpu) f32[5, 320, 4]
+| %32 = empty([1, 136, 4], dtype=f32, device=cpu) f32[1, 136, 4]
+| %33 = view(%22, [320, 136]) bf16[320, 136]
+%34 = permute(%5, [1, 0]) bf16[136, 136]
+| %35 = permute(%34, [1, 0]) bf16[136, 136]
+| %36 = mm(%33, %35) bf16[320, 136]
+| %37 = empty([5, 320, 4], dtype=f32, device=cpu) f32[5, 320, 4]
+| %38 = empty([1, 136, 4], dtype=f32, device=cpu) f32[1, 136, 4]
+| %39 = tile(outputs=[%24, %25, %31, %32, %37, %38], inputs=[%23, %10, %20, %22, %7, %17, %21, %4, %14],
+        program=#0+#0+#0) (None, (f32[5, 320, 4], f32[1, 136, 4], f32[5, 320, 4], f32[1, 136, 4], f32[5, 320, 4],
+        f32[1, 136, 4]))
+| %40 = getitem(%39, 1) (f32[5, 320, 4], f32[1, 136, 4], f32[5, 320, 4], f32[1, 136, 4], f32[5, 320, 4], f32[1, 136,
+        4])
+| %41 = getitem(%40, 0) f32[5, 320, 4]
+| %42 = getitem(%40, 1) f32[1, 136, 4]
+| %43 = getitem(%40, 2) f32[5, 320, 4]
+| %44 = getitem(%40, 3) f32[1, 136, 4]
+| %45 = getitem(%40, 4) f32[5, 320, 4]
+| %46 = lora_fx.sum_parts([%41, %43, %45], [%18, %15, %12], bf16) (bf16[320, 4], bf16[320, 4], bf16[320, 4])
+| %47 = getitem(%46, 0) bf16[320, 4]
+| %48 = getitem(%46, 1) bf16[320, 4]
+| %49 = getitem(%46, 2) bf16[320, 4]
+| %50 = getitem(%40, 5) f32[1, 136, 4]
+| %51 = empty([1, 4, 136], dtype=f32, device=cpu) f32[1, 4, 136]
+| %52 = empty([1, 4, 136], dtype=f32, device=cpu) f32[1, 4, 136]
+| %53 = empty([1, 4, 136], dtype=f32, device=cpu) f32[1, 4, 136]
+| %54 = view(%21, [320, 136]) bf16[320, 136]
+%55 = permute(%2, [1, 0]) bf16[136, 136]
+| %56 = permute(%55, [1, 0]) bf16[136, 136]
+| %57 = mm(%54, %56) bf16[320, 136]
+| %58 = empty([320, 136], dtype=bf16, device=cpu) bf16[320, 136]
+| %59 = tile(outputs=[%51, %52, %53, %58], inputs=[%1, %11, %0, %19, %47, %16, %48, %13, %49, %19, %47, %9, %16,
+        %48, %6, %13, %49, %3], program=#1+#2) (None, (f32[1, 4, 136], f32[1, 4, 136], f32[1, 4, 136], bf16[320,
+        136]))
+| %60 = getitem(%59, 1) (f32[1, 4, 136], f32[1, 4, 136], f32[1, 4, 136], bf16[320, 136])
+| %61 = getitem(%60, 0) f32[1, 4, 136]
+| %62 = getitem(%60, 1) f32[1, 4, 136]
+| %63 = getitem(%60, 2) f32[1, 4, 136]
+| %64 = getitem(%60, 3) bf16[320, 136]
+| %65 = auto_functionalized(lora_fx.accumulate_, base=%64, a=%28, b=%30, scale=None) (None, bf16[320, 136])
+| %66 = getitem(%65, 1) bf16[320, 136]
+| %67 = reshape(%66, [2, 160, 136]) bf16[2, 160, 136]
+| %68 = reshape(%36, [2, 160, 136]) bf16[2, 160, 136]
+| %69 = add(%67, %68) bf16[2, 160, 136]
+| %70 = reshape(%57, [2, 160, 136]) bf16[2, 160, 136]
+| %71 = add(%69, %70) bf16[2, 160, 136]
+%72 = convert_element_type(%71, f32) f32[2, 160, 136]
+%73 = convert_element_type(%0, f32) f32[136]
+%74 = mul(%72, %73) f32[2, 160, 136]
+%75 = mul(%27, %74) f32[2, 160, 136]
+%76 = sum(%75, [2], True) f32[2, 160, 1]
+%77 = div(%27, 136) f32[2, 160, 136]
+%78 = mul(%77, %76) f32[2, 160, 136]
+%79 = sub(%74, %78) f32[2, 160, 136]
+%80 = mul(%79, %11) f32[2, 160, 136]
+%81 = convert_element_type(%80, bf16) bf16[2, 160, 136]
+| %82 = lora_fx.sum_parts([%42, %44, %50, %61, %62, %63], [%18, %15, %12, None, None, None], bf16) (bf16[136, 4],
         bf16[136, 4], bf16[136, 4], bf16[4, 136], bf16[4, 136], bf16[4, 136])
-| %89 = getitem(%88, 0) bf16[136, 4]
-| %90 = getitem(%88, 1) bf16[136, 4]
-| %91 = getitem(%88, 2) bf16[136, 4]
-| %92 = getitem(%88, 3) bf16[4, 136]
-| %93 = getitem(%88, 4) bf16[4, 136]
-| %94 = getitem(%88, 5) bf16[4, 136]
-return None, %87, None, None, None, %94, %91, None, None, None, %93, %90, None, None, None, %92, %89
+| %83 = getitem(%82, 0) bf16[136, 4]
+| %84 = getitem(%82, 1) bf16[136, 4]
+| %85 = getitem(%82, 2) bf16[136, 4]
+| %86 = getitem(%82, 3) bf16[4, 136]
+| %87 = getitem(%82, 4) bf16[4, 136]
+| %88 = getitem(%82, 5) bf16[4, 136]
+return None, %81, None, None, None, %88, %85, None, None, None, %87, %84, None, None, None, %86, %83
 #0: bfloat16, 136 columns; in0 full, in1 factor 4 NR, in2 thin 4
     0: load in0
     1: down %0 in1

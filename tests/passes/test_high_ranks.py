@@ -120,9 +120,17 @@ def test_a_pair_of_a_value_in_memory_stays() -> None:
 
 def test_few_rows_are_left_to_inductor() -> None:
     for build, width in ((mlp(rank=40), 80), (qkv(rank=24), 144)):
-        captured = capture(build, x(width, rows=128), step=lower)
+        captured = capture(build, x(width, rows=8), step=lower)
         assert accumulated(captured) == [[], []]
         assert not programs(captured.backward[0].graph)
+
+
+def test_pairs_and_stacks_of_few_rows_stay() -> None:
+    """The parts of g are small, and launches are what counts."""
+    captured = capture(mlp(rank=40), x(80, rows=128), step=lower)
+    bodies = [[s[0] for s in p.body] for p in programs(captured.backward[0].graph)]
+    assert sum(body.count("down") == 1 and body.count("across") == 1 for body in bodies) == 3
+    assert accumulated(capture(qkv(rank=24), x(144, rows=128), step=lower))[1] == []
 
 
 def test_a_stack_that_tiles_take_accumulates_one_product() -> None:

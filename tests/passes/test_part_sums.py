@@ -12,8 +12,8 @@ from torch.fx import Graph, Node
 from lora_fx.passes import tile_sums
 from lora_fx.passes._torch import auto_functionalized
 from lora_fx.passes.kernels import operators
-from tests.passes.on_gpu import capture
-from tests.passes.test_dropout_tiles import P, fused
+from tests.passes.on_gpu import P, capture
+from tests.passes.test_dropout_tiles import fused
 from tests.passes.test_fuse_tiles import K, mlp, normed, x
 
 Runner = Any

@@ -8,6 +8,7 @@ Inductor) without: so the tests here run pytest on this very file in a process o
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,8 @@ import torch
 from torch import Tensor
 
 from lora_fx.passes.kernels.tile_choice import choose
-from lora_fx.passes.kernels.tile_program import Program, Tile
-from tests.passes import pointwise_cases, test_part_sums, tile_cases
+from lora_fx.passes.kernels.tile_program import Program, Tile, join
+from tests.passes import few_rows_cases, pointwise_cases, test_part_sums, tile_cases
 from tests.passes.high_rank_cases import HIGH_RANKS
 from tests.passes.tile_cases import CASES, SIZES, TILES, Case
 
@@ -34,18 +35,21 @@ def run(program: Program, inputs: list[Tensor], outputs: list[Tensor]) -> None:
     tile_launch.run(program.dumps(), inputs, outputs)
 
 
-def compiled(program: Program, mask: int | None, full: str) -> Any:
-    """The kernel of a program, compiled for M that is a multiple of nothing."""
+def compiled(programs: list[Program], mask: int | None, full: str) -> Any:
+    """The kernel of a program, or of several in one launch, compiled for M that is a multiple of nothing."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
     signature, constants = {}, {}
-    kernel = tile_triton.kernel(program.dumps())
+    kernel = tile_triton.kernel(join([program.dumps() for program in programs]))
     for name in kernel.arg_names:
-        what, place = name.rstrip("0123456789"), name.lstrip("abcdefghijklmnopqrstuvwxyz")
+        found = re.fullmatch(r"(?:p(\d+)_)?([A-Za-z_]+)(\d*)", name)
+        assert found is not None
+        number, what, place = found.groups()
+        program = programs[int(number or 0)]
         if what == "in":
             kind = program.inputs[int(place)][0]
-            types = {"number": "fp32", "seed": "i64"}
+            types = {"number": "fp32", "parts": "fp32", "seed": "i64"}
             signature[name] = "*i1" if int(place) == mask else f"*{types.get(kind, full)}"
         elif what == "out":
             store = program.outputs[int(place)][-1] == "bfloat16"
@@ -54,7 +58,7 @@ def compiled(program: Program, mask: int | None, full: str) -> Any:
             signature[name], constants[name] = "constexpr", program.columns if what == "stride" else False
         else:
             signature[name] = "i32"
-    options = {"num_warps": program.tile.warps, "num_stages": program.tile.stages}
+    options = {"num_warps": programs[0].tile.warps, "num_stages": programs[0].tile.stages}
     return compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32), options=options)
 
 
@@ -104,7 +108,21 @@ if not INTERPRETED:
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
         full = "fp32" if len(case.inputs) == 2 else "bf16"
         for tile in TILES[2:] if full == "bf16" else TILES[:1]:
-            assert compiled(case.program(136, torch.bfloat16, tile), case.mask, full).asm["cubin"]
+            assert compiled([case.program(136, torch.bfloat16, tile)], case.mask, full).asm["cubin"]
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("case", few_rows_cases.CASES, ids=str)
+    def test_few_rows_compile_for_a_gpu(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        for rows in (64, 255):
+            tile = choose(case.inputs, case.body, rows, 4096)
+            assert tile is not None
+            assert compiled([case.program(4096, torch.bfloat16, tile)], None, "bf16").asm["cubin"]
+
+    @pytest.mark.slow
+    def test_a_launch_of_several_compiles_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        assert compiled(few_rows_cases.joint(torch.bfloat16), None, "bf16").asm["cubin"]
 
     @pytest.mark.slow
     @pytest.mark.parametrize(("scaled", "ranks"), [((True,), ()), ((False, True, False), ()), ((True, True), (16, 4))])
@@ -144,6 +162,22 @@ else:
     @pytest.mark.parametrize("case", CASES[::3], ids=str)
     def test_program_with_a_batch(case: Case) -> None:
         tile_cases.check(case, case.program(72, torch.float16, TILES[0]), 90, run, batch=3)
+
+    @pytest.mark.parametrize(
+        ("case", "tile", "size"),
+        [
+            (case, tile, few_rows_cases.SIZES[(i + j) % 3])
+            for i, case in enumerate(few_rows_cases.CASES)
+            for j, tile in enumerate(few_rows_cases.TILES)
+        ],
+        ids=str,
+    )
+    def test_program_of_few_rows(case: Case, tile: Tile, size: tuple[int, int]) -> None:
+        rows, columns = size
+        tile_cases.check(case, case.program(columns, torch.float16, tile), rows, run)
+
+    def test_programs_that_share_a_launch() -> None:
+        few_rows_cases.check_joint(tile_launch.run, torch.float16)
 
     def test_sums_of_parts() -> None:
         test_part_sums.check(part_sums.run, torch.float32)

@@ -10,7 +10,7 @@ from lora_fx.passes.graph import aten
 from lora_fx.passes.kernels import operators, tile_program
 from lora_fx.passes.kernels.tile_program import POINTWISE, Program, Tile, evaluate, loads, row_parts
 from lora_fx.passes.tile_nodes import POINTWISE as NAMES
-from tests.passes import pointwise_cases, tile_cases
+from tests.passes import few_rows_cases, pointwise_cases, tile_cases
 from tests.passes.tile_cases import CASES, TILES, Case
 
 f16, bf16 = torch.float16, torch.bfloat16
@@ -26,6 +26,28 @@ def test_against_float64(case: Case, dtype: torch.dtype) -> None:
     for tile, (rows, columns) in zip(TILES, tile_cases.SIZES):
         tile_cases.check(case, case.program(columns, dtype, tile), rows, run)
     tile_cases.check(case, case.program(72, dtype, TILES[0]), 90, run, batch=3)
+
+
+@pytest.mark.parametrize("dtype", [f16, bf16])
+@pytest.mark.parametrize("case", few_rows_cases.CASES, ids=str)
+def test_few_rows_against_float64(case: Case, dtype: torch.dtype) -> None:
+    for tile, (rows, columns) in zip(few_rows_cases.TILES, few_rows_cases.SIZES, strict=True):
+        tile_cases.check(case, case.program(columns, dtype, tile), rows, run)
+
+
+def test_programs_that_share_a_launch() -> None:
+    few_rows_cases.check_joint(lambda text, inputs, outputs: operators.tile_(outputs, text, inputs), bf16)
+
+
+def test_programs_as_one_text() -> None:
+    """On one line; joined texts can be joined again."""
+    made = [case.program(136, bf16, TILES[0]) for case in CASES[:4]]
+    texts = [program.dumps() for program in made]
+    whole = tile_program.join([tile_program.join(texts[:2]), texts[2], tile_program.join(texts[3:])])
+    assert whole == tile_program.join(texts) and "\n" not in whole
+    operands = [object() for program in made for _ in program.inputs]
+    found = tile_program.split(whole, operands)
+    assert [program for program, _ in found] == made and [o for _, given in found for o in given] == operands
 
 
 @pytest.mark.parametrize("case", pointwise_cases.every(), ids=str)

@@ -305,12 +305,14 @@ def operands(program: Program, rows: int, device: str = "cpu", batch: int = 1) -
             return torch.rand((batch, rows // batch, 1) if batch > 1 else (rows, 1), device=device) + 0.5
         if kind[0] == "column":
             return torch.randn(n, device=device)
+        if kind[0] == "parts":
+            return torch.randn(kind[2], rows, kind[4], device=device) * kind[2] ** -0.5
         if kind[0] == "thin":
             return torch.randn(rows, 3 * kind[1], device=device)[:, kind[1] : 2 * kind[1]]
         return torch.randn((n, kind[1]) if kind[2] == "NR" else (kind[1], n), device=device)
 
     def typed(kind: list[Any], tensor: Tensor) -> Tensor:
-        if kind[0] in ("number", "seed"):
+        if kind[0] in ("number", "seed", "parts"):
             return tensor
         # Factors have the size that keeps products near 1.
         scale = kind[1] ** -0.5 if kind[0] == "factor" else 1.0
