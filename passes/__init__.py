@@ -29,7 +29,8 @@ that have ``grouped`` in their names; ``branch`` is what both find. ``rewriter``
 happened; ``kernels`` holds the operators and their lowerings; ``low_rank`` is the expression that all of this rewrites.
 ``tile_regions`` says what ``fuse_tiles`` cuts out of a GPU's forward and backward graphs, ``tile_nodes`` what a node is
 to it, ``tile_copies`` what is computed twice for it, ``tile_siblings`` what is read once, ``tile_pairs`` and
-``tile_stacks`` what is left to the matrix library at high ranks; ``tile_writer`` writes a region's program,
+``tile_stacks`` what is left to the matrix library at high ranks, ``tile_largest`` what a float8 base wants to know of
+a value; ``tile_writer`` writes a region's program,
 ``tile_sums`` adds up what programs leave in parts, ``tile_joint`` gives several programs one launch.
 ``kernels.tile_program`` says what a program means, ``kernels.tile_triton`` writes its kernel, ``kernels.jit`` compiles
 it ahead, ``kernels.tile_launch`` runs it and ``kernels.relaunch`` runs it again. The entry points are

@@ -27,7 +27,8 @@ from lora_fx.passes.kernels.tile_choice import choose
 from lora_fx.passes.kernels.tile_program import Program, Statement, Tile, row_parts
 from lora_fx.passes.site import MARK
 from lora_fx.passes.tile_copies import separate
-from lora_fx.passes.tile_nodes import columns_of, reads, value_of
+from lora_fx.passes.tile_largest import take
+from lora_fx.passes.tile_nodes import columns_of, largest_of, reads, value_of
 from lora_fx.passes.tile_regions import Region, grow
 from lora_fx.passes.tile_siblings import join
 from lora_fx.passes.tile_writer import Writer, is_read_last_in
@@ -52,7 +53,7 @@ def cut(graph: Graph, choose: Choose = choose) -> Iterator[tuple[Node, Exception
         if seed in taken:
             continue
         with _undone(graph) as failure:
-            region = join(grow(seed, graph), graph)
+            region = take(join(grow(seed, graph), graph), graph)
             taken |= region.nodes
             changed |= _emit(region, graph, choose)
         if failure:
@@ -227,6 +228,9 @@ def _finish(like: Node, out: Node, whole: bool, member: Node, which: int, region
     value = value[which] if isinstance(value, (tuple, list)) else value
     if value_of(member) is not None:
         return _in_shape(like, out, _sizes(member, region, like))
+    if largest_of(member) is not None:
+        largest = _compute(like, aten.amax.default, out, [])
+        return _compute(like, CONVERT, largest, value.dtype)
     scale = member.args[3] if member.target is operators.gradient_pair and len(member.args) > 3 else None
     if not whole and (scale is None or val(scale).device == val(out).device):  # type: ignore[arg-type]  # its schema
         return tile_sums.emit(like, out, scale, value.dtype)  # type: ignore[arg-type]  # its schema

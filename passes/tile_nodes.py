@@ -219,9 +219,19 @@ _REDUCTIONS = (
 )
 
 
+def largest_of(node: Node) -> Node | None:
+    """The magnitudes, as :mod:`lora_fx.passes.tile_largest` has them, of which ``node`` is the largest; else None."""
+    if not is_call(node, aten.amax.default, aten.max.default) or node.kwargs:
+        return None
+    value, dims = (*node.args, [])[:2]
+    whole = not dims or len(set(dims)) == len(shape(value))  # type: ignore[arg-type]  # their schemas
+    return value if whole and len(node.args) < 3 and is_call(peel_views(value), aten.abs.default) else None  # type: ignore[return-value]
+
+
 def value_of(node: Node) -> Node | None:
     """The value that a member of a region has for others: itself, unless it only reads."""
-    return node if node.target is not operators.gradient_pair and reads(node) is None else None
+    only_reads = node.target is operators.gradient_pair or reads(node) is not None or largest_of(node) is not None
+    return None if only_reads else node
 
 
 def sources(node: Node, columns: int) -> list[Node]:

@@ -17,6 +17,7 @@ from lora_fx.passes.tile_nodes import (
     POINTWISE,
     constant_of,
     gradients_of,
+    largest_of,
     makes,
     operand_kind,
     operands_of,
@@ -72,6 +73,9 @@ class Writer:
             else:
                 # reads() saw that it is a transpose.
                 self._append(["across", place, self._thin(left.args[0]), "RN"])  # type: ignore[union-attr]
+            self.outputs.append((member, 0))
+        elif (value := largest_of(member)) is not None:
+            self._append(["largest", self._operand(peel_views(value).args[0], peel_views(value))])
             self.outputs.append((member, 0))
         elif makes(member):
             self.places[member] = self._product(*member.args[:2])

@@ -39,7 +39,9 @@ def head(programs: list[Program], names: list[Names]) -> list[str]:
 def name_of(program: Program) -> str:
     """What profilers call the kernel: how many statements of each kind it has, and N."""
     kinds = [statement[0] for statement in program.body]
-    counts = "_".join(f"{kinds.count(k)}{k}" for k in ("load", "product", "store", "down", "across") if k in kinds)
+    counts = "_".join(
+        f"{kinds.count(k)}{k}" for k in ("load", "product", "store", "down", "across", "largest") if k in kinds
+    )
     return f"lora_fx_{counts}_n{program.columns}"
 
 

@@ -19,6 +19,8 @@ A program is a list of statements; a statement's value is named by its place in 
     ["across", value, thin, order]    an output: value^T [N, M] times [M, R], in parts [ceil(M / rows), N, R] for the
                                       order "NR", [ceil(M / rows), R, N] for "RN"
 
+    ["largest", value]                an output: the largest magnitude of each tile, [ceil(M / rows), ceil(N / columns)]
+
 Parts are float32 and are summed by whoever reads them: in a fixed order and without atomics, so that two runs are equal
 to the bit. Pointwise arithmetic is float32; the operands of products have the dtype of the program. A factor may be a
 list of several inputs [R, N], side by side: a stack of siblings that is nowhere in memory.
@@ -43,7 +45,7 @@ from lora_fx.passes.kernels import dropout
 
 Statement = list[Any]
 
-OUTPUTS = ("store", "down", "across")
+OUTPUTS = ("store", "down", "across", "largest")
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ class Program:
         kind = statement[0]
         if kind == "store":
             return (rows, self.columns), getattr(torch, statement[2])
+        if kind == "largest":
+            return (parts, -(-self.columns // self.tile.columns)), torch.float32
         r = self.rank(statement[2])
         if self.is_whole(statement):
             return (rows, r), getattr(torch, self.dtype)
@@ -232,6 +236,11 @@ def evaluate(program: Program, inputs: list[Tensor]) -> list[Tensor]:
             full = values[statement[1]].expand(m, program.columns)
             if kind == "store":
                 results.append(full.to(out_dtype).contiguous())
+            elif kind == "largest":
+                found = full.new_zeros(shape, dtype=out_dtype)
+                if len(found):
+                    found[0, 0] = full.to(dtype).abs().amax()
+                results.append(found)
             else:
                 full = full.to(dtype).to(wide)
                 other = _matrix(matrices, statement[2]).to(dtype).to(wide)

@@ -277,7 +277,8 @@ class _Writer:
                 self._for_product(index)
         else:
             out = next(i for i, s in enumerate(self.program.outputs) if s is statement)
-            {"store": self._store, "down": self._down, "across": self._across}[kind](out, statement)
+            emit = {"store": self._store, "down": self._down, "across": self._across, "largest": self._largest}
+            emit[kind](out, statement)
 
     def _store(self, out: int, statement: Statement) -> None:
         rows, columns = self._tile_shape()
@@ -300,6 +301,17 @@ class _Writer:
                 pointer = f"out{out} + {start} + (i[:, None] * {whole} + {k}[None, :])"
                 write = self._write(pointer, a, self._mask("m[:, None]", None, (f"{k}[None, :]", rank)))
                 where += [f"{k} = tl.arange(0, {padded(rank)})", write]
+
+    def _largest(self, out: int, statement: Statement) -> None:
+        """Magnitudes are compared as bits, whose order is theirs: NaN is above infinity, and so it is found."""
+        tile, a, value = self.program.tile, f"a{out}", self._for_product(statement[1])
+        self._define(a, self.before, [f"{a} = tl.zeros(({self._tile_shape()[0]},), tl.int32)"])
+        bits = f"({value}.to(tl.int16, bitcast=True) & 0x7FFF).to(tl.int32)"
+        self.inside.append(f"{a} = tl.maximum({a}, tl.max({bits}, axis=1))")
+        if self.strip == tile.strips - 1:
+            largest = f"tl.max({a}, axis=0).to(tl.int16).to({_TYPES[self.program.dtype]}, bitcast=True)"
+            wide = -(-self.program.columns // tile.columns)
+            self.after.append(f"tl.store(out{out} + (pm * {wide} + pn), {largest}.to(tl.float32))")
 
     def _across(self, out: int, statement: Statement) -> None:
         n, a = self._n, f"a{out}_{self.strip}"

@@ -45,6 +45,11 @@ def test_against_float64(case: Case, tile: Tile, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [f16, bf16])
+def test_the_largest_of_what_is_not_finite(dtype: torch.dtype) -> None:
+    tile_cases.check_not_finite(run, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [f16, bf16])
 @pytest.mark.parametrize(("rows", "columns"), [(2048, 1024), (1027, 4096), (3001, 1016), (4096, 14336)])
 @pytest.mark.parametrize("case", [*CASES, *HIGH_RANKS], ids=str)
 def test_the_tiles_that_are_chosen(case: Case, rows: int, columns: int, dtype: torch.dtype) -> None:

@@ -176,6 +176,9 @@ else:
         rows, columns = size
         tile_cases.check(case, case.program(columns, torch.float16, tile), rows, run)
 
+    def test_program_with_the_largest_of_what_is_not_finite() -> None:
+        tile_cases.check_not_finite(run, torch.float16)
+
     def test_programs_that_share_a_launch() -> None:
         few_rows_cases.check_joint(tile_launch.run, torch.float16)
 

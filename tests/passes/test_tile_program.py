@@ -55,6 +55,11 @@ def test_pointwise(case: Case) -> None:
     pointwise_cases.check(case, run)
 
 
+@pytest.mark.parametrize("dtype", [f16, bf16])
+def test_the_largest_of_what_is_not_finite(dtype: torch.dtype) -> None:
+    tile_cases.check_not_finite(run, dtype)
+
+
 COMPARISONS = {"gt", "ge", "lt", "le"}
 
 
@@ -93,7 +98,7 @@ def test_output_shapes() -> None:
     program = case.program(136, bf16, Tile(rows=64, columns=32, step=32, walk="rows"))
     expected = [((5, 100, 4), torch.float32), ((2, 136, 4), torch.float32), ((2, 4, 136), torch.float32)]
     found = [program.output_shape(s, 100, row_parts(100, 64)) for s in program.outputs]
-    assert found == [*expected, ((100, 136), bf16)]
+    assert found == [*expected, ((100, 136), bf16), ((2, 5), torch.float32)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -103,7 +108,9 @@ def test_no_rows(case: Case) -> None:
               for k, t in zip(program.inputs, tile_cases.operands(program, 4))]  # fmt: skip
     results = evaluate(program, inputs)
     for statement, total in zip(program.outputs, tile_cases.totals(program, results), strict=True):
-        if statement[0] == "across":
+        if statement[0] == "largest":
+            assert total == 0
+        elif statement[0] == "across":
             assert total.shape == tuple(program.output_shape(statement, 0, 0)[0][1:]) and not total.any()
         else:
             assert total.shape[0] == 0

@@ -187,8 +187,19 @@ def _infinite(r: int) -> Case:
             ["across", 6, 2, "NR"],
             ["across", 6, 2, "RN"],
             ["store", 6, "model"],
+            ["largest", 6],
         ],
-        lambda x, b, h: ((y := x.abs() ** -0.5) @ b, y.t() @ h, h.t() @ y, y),
+        lambda x, b, h: ((y := x.abs() ** -0.5) @ b, y.t() @ h, h.t() @ y, y, y.abs().amax()),
+    )
+
+
+def largest(r: int) -> Case:
+    """A branch, its largest magnitude and that of its base, as a float8 base needs them."""
+    return Case(
+        f"largest, rank {r}",
+        [["full"], ["thin", r], ["factor", r, "RN"]],
+        [["load", 0], ["product", 1, 2, None], ["op", "add", [0, 1]], *(["largest", i] for i in (2, 0))],
+        lambda base, h, b: ((base + h @ b).abs().amax(), base.abs().amax()),
     )
 
 
@@ -273,6 +284,7 @@ CASES = [
     norm(20),
     _infinite(4),
     _mask(8),
+    largest(4),
     _broadcast(),
     _dropout(16, 0.1),
     _dropout(5, 0.75),
@@ -338,8 +350,14 @@ def outputs(program: Program, inputs: list[Tensor], rows: int) -> list[Tensor]:
 
 
 def totals(program: Program, results: list[Tensor]) -> list[Tensor]:
-    """The outputs with their parts summed."""
-    return [t if program.is_whole(s) else t.sum(0) for s, t in zip(program.outputs, results, strict=True)]
+    """The outputs with their parts summed, or the largest of all."""
+
+    def total(statement: Statement, parts: Tensor) -> Tensor:
+        if statement[0] == "largest":
+            return parts.amax() if parts.numel() else parts.sum()
+        return parts if program.is_whole(statement) else parts.sum(0)
+
+    return [total(s, t) for s, t in zip(program.outputs, results, strict=True)]
 
 
 def exactly(case: Case, program: Program, inputs: list[Tensor]) -> list[Tensor]:
@@ -381,6 +399,21 @@ def check(case: Case, program: Program, rows: int, run: Runner, device: str = "c
         rounded = statement[0] == "down" and program.is_whole(statement)
         assert error <= room * (case.bound(dtype) + EPS[dtype] * rounded), (statement, error)
     _check_in_place(program, inputs, results, rows, run)
+
+
+def check_not_finite(run: Runner, dtype: torch.dtype, device: str = "cpu") -> None:
+    """The largest of what holds infinity is infinity, of what holds NaN NaN, as in ATen; each wherever it is."""
+    case, rows, columns = largest(4), 100, 72
+    for tile in TILES:
+        program = case.program(columns, dtype, tile)
+        for number in (float("inf"), -float("inf"), float("nan"), -65504.0):
+            inputs = operands(program, rows, device)
+            inputs[0][int(torch.randint(rows, ())), int(torch.randint(columns, ()))] = number
+            results = outputs(program, inputs, rows)
+            run(program, inputs, results)
+            expected = torch.tensor(number, dtype=dtype).abs().float()
+            for total in totals(program, results):
+                torch.testing.assert_close(total.cpu(), expected, rtol=0.001, atol=0, equal_nan=True)
 
 
 def _check_in_place(program: Program, inputs: list[Tensor], expected: list[Tensor], rows: int, run: Runner) -> None:
