@@ -183,7 +183,7 @@ def stack(step: Step, rows: int = M, rank: int = 72, dtype: torch.dtype = bf16, 
             node.meta[MARK] = True
     before = graph_text(module.graph)
     with on_gpu.devices(module.graph, "cuda"):
-        assert list(tile_stacks.accumulate(module.graph)) == []
+        tile_stacks.accumulate(module.graph)
     module.graph.lint()
     module.recompile()
     count = sum(node.args[:1] == (operators.accumulate_,) for node in module.graph.nodes)
