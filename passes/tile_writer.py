@@ -157,9 +157,18 @@ class Writer:
             return self._whole(rest[0], member)
         operands = [self._operand(a, member) for a in operands_of(member)]
         if name == "div" and (x := self._sigmoid_of(operands[1])) is not None and x == operands[0]:
-            # silu, as it is decomposed: x / (1 + exp(-x)). Its backward has sigmoid(x) by name.
+            # silu, as it is decomposed: x / (1 + exp(-x)). Its backward has sigmoid(x) by name, in torch 2.13.
             name, operands = "mul", [x, self._append(["op", "sigmoid", [x]])]
+        if name == "reciprocal" and (x := self._sigmoid_of(operands[0])) is not None:
+            # Its backward, as torch 2.11 decomposes it: 1.0 / (1 + exp(-x)), and that is reciprocal(1 + exp(-x)) * 1.0.
+            name, operands = "sigmoid", [x]
         if name == "mul":
+            if (
+                operands[1] == [1.0]
+                and isinstance(operands[0], int)
+                and self.body[operands[0]][:2] == ["op", "sigmoid"]
+            ):
+                return operands[0]
             operands = self._scaled_mask(operands)
         return self._append(["op", name, operands])
 
