@@ -47,9 +47,9 @@ def cut(graph: Graph, choose: Choose = choose) -> Iterator[tuple[Node, Exception
     failures: list[tuple[Node, Exception]] = []
     try:
         _cut(graph, choose, failures)
-    except _TornError as torn:
+    except Exception as error:
         before.restore()
-        failures.append((torn.node, torn.error))
+        failures.append((error.node, error.error) if isinstance(error, _TornError) else (graph.output_node(), error))
     yield from failures
 
 
@@ -117,7 +117,9 @@ def _undone(graph: Graph, node: Node, failures: list[tuple[Node, Exception]]) ->
         added = [each for each in graph.nodes if each not in before]
         if len(graph.nodes) - len(added) < len(before) or any(user in before for each in added for user in each.users):
             raise _TornError(node, error) from error
-        for each in reversed(added):
+        for each in added:
+            each.args, each.kwargs = (), {}
+        for each in added:
             graph.erase_node(each)
         failures.append((node, error))
 

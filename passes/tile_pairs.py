@@ -55,9 +55,9 @@ def split(pair: Node) -> None:
 def _is_made_of_products(value: Node, pair: Node, columns: int) -> bool:
     """Whether a kernel of ours makes ``value``.
 
-    Either it is what ``pair`` would take along, or what a product takes along that is computed before it: a value which
-    others read element by element as well, or an operand of which no kernel of ours can compute, as of softplus that is
-    computed again after a checkpoint.
+    Either ``pair`` would take along what makes it, or a product that is computed before takes it along. That is so of a
+    value which others read element by element as well, and of one with an operand that no kernel of ours computes, such
+    as softplus that is computed again after a checkpoint.
     """
     chain = producers(value, Region(columns, {pair})) or set()
     if any(makes(node) for node in chain):

@@ -81,6 +81,7 @@ class Failing:
 WHOLE: list[tuple[Any, str, int]] = [
     (tile_copies, "_copy", 1),
     (tile_pairs, "split", 8),
+    (fuse_tiles, "_seeds", 2),
     (fuse_tiles, "_emit", 1),
     (fuse_tiles, "_emit", 4),
     (fuse_tiles, "_erase", 1),
