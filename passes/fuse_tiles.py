@@ -43,17 +43,17 @@ def cut(graph: Graph, choose: Choose = choose) -> Iterator[tuple[Node, Exception
 
     ``choose`` gives the tile for a program's input kinds, body, M and N, or None to leave the region alone.
     """
-    before = Snapshot(graph)
+    before, output = Snapshot(graph), next(iter(graph.find_nodes(op="output")))
     failures: list[tuple[Node, Exception]] = []
     try:
-        _cut(graph, choose, failures)
+        _cut(graph, output, choose, failures)
     except Exception as error:
         before.restore()
-        failures.append((error.node, error.error) if isinstance(error, _TornError) else (graph.output_node(), error))
+        failures.append((error.node, error.error) if isinstance(error, _TornError) else (output, error))
     yield from failures
 
 
-def _cut(graph: Graph, choose: Choose, failures: list[tuple[Node, Exception]]) -> None:
+def _cut(graph: Graph, output: Node, choose: Choose, failures: list[tuple[Node, Exception]]) -> None:
     for seed in _seeds(graph):
         with _undone(graph, seed, failures):
             separate(seed)
@@ -67,10 +67,10 @@ def _cut(graph: Graph, choose: Choose, failures: list[tuple[Node, Exception]]) -
             region = join(grow(seed, graph), graph)
             taken |= region.nodes
             changed |= _emit(region, graph, choose)
-    with _undone(graph, graph.output_node(), failures):
+    with _undone(graph, output, failures):
         tile_stacks.accumulate(graph)
     if changed:
-        with _undone(graph, graph.output_node(), failures):
+        with _undone(graph, output, failures):
             graph.eliminate_dead_code()
             tile_sums.stack(graph)
             tile_sums.gather(graph)

@@ -22,23 +22,23 @@ class Snapshot:
         What is made anew has another name, as names are never free again.
         """
         graph, alive = self.graph, set(self.graph.nodes)
-        output = graph.output_node()
         anew: dict[Node, Node] = {}
-        with graph.inserting_before(output):
-            for node, *_ in self._nodes:
-                if node not in alive:
-                    anew[node] = graph.create_node(node.op, node.target, name=node.name, type_expr=node.type)
+        for node, *_ in self._nodes:
+            if node not in alive:
+                anew[node] = graph.create_node(node.op, node.target, name=node.name, type_expr=node.type)
 
         def now(node: Node) -> Node:
             return anew.get(node, node)
 
+        previous = None
         for node, args, kwargs, meta in self._nodes:
             restored = now(node)
             restored.args, restored.kwargs = map_arg(args, now), map_arg(kwargs, now)
             restored.meta.clear()
             restored.meta.update(meta)
-            if restored is not output:
-                output.prepend(restored)
+            if previous is not None:
+                previous.append(restored)
+            previous = restored
         # Nothing of the graph reads these any more, but they read one another.
         theirs = {now(node) for node, *_ in self._nodes}
         added = [node for node in graph.nodes if node not in theirs]
