@@ -86,18 +86,46 @@ def average_gradients(parameters: Iterable[nn.Parameter], groups: Sequence[Group
     For parameters that data-parallel ranks hold and FSDP does not: adapters that it ignores, or experts that are shared
     out over a part of these ranks, whose gradients are sums over the tokens of that part.
 
+    A parameter that got no gradient here (a branch of the model that this rank's batch did not take) counts as zero,
+    and gets the average of the others'; one that got none on any rank keeps none, and no optimizer touches it. That is
+    what DDP does with `find_unused_parameters=True`. It takes no collective more: who has a gradient goes with the
+    gradients, and only a rank that misses some reads it, which waits for its GPU.
+
     Args:
-        parameters: those without a gradient are skipped, and must be the same on all ranks.
+        parameters: the same on all ranks, in the same order, and trainable on all or none; what is frozen is skipped.
+            Gradients that are partial over a mesh go through `reduce_gradients` first.
         groups: of the ranks that hold other parts of the batch for the same parameters.
         divisor: how many ranks the gradient is an average over, those that hold other experts included.
 
     Returns:
         How many all-reduces were done.
     """
-    terms = [local(p.grad) for p in parameters if p.grad is not None]
-    count = _sum_over_groups([(term, list(groups)) for term in terms])
+    trained = [p for p in parameters if p.requires_grad or p.grad is not None]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    terms = [local(gradient) for gradient in gradients]
+    # Float16 holds the average where it may not hold the sum.
     for term in terms:
-        term.div_(divisor)
+        if term.dtype == torch.float16:
+            term.div_(divisor)
+    kinds = [(term.dtype, term.device) for term in terms]
+    here = {kind: [p.grad is not None for p, its in zip(trained, kinds) if its == kind] for kind in kinds}
+    # How many ranks have each gradient. Where this one has all of them, no number comes from the CPU, nor goes there.
+    ranks = {
+        (dtype, device): torch.ones(len(flags), dtype=dtype, device=device)
+        if all(flags)
+        else torch.tensor(flags, dtype=dtype, device=device)
+        for (dtype, device), flags in here.items()
+    }
+    count = _sum_over_groups([(tensor, list(groups)) for tensor in (*terms, *ranks.values())])
+    for term in terms:
+        if term.dtype != torch.float16:
+            term.div_(divisor)
+    for kind, flags in here.items():
+        if not all(flags):
+            its = [(p, gradient) for p, gradient, other in zip(trained, gradients, kinds) if other == kind]
+            for (parameter, gradient), found in zip(its, ranks[kind].tolist(), strict=True):
+                if parameter.grad is None and found:
+                    parameter.grad = gradient
     return count
 
 

@@ -26,6 +26,7 @@ from lora_fx.passes.kernels import operators
 from lora_fx.passes.kernels.tile_choice import choose
 from lora_fx.passes.kernels.tile_program import Program, Statement, Tile, row_parts
 from lora_fx.passes.site import MARK
+from lora_fx.passes.snapshot import Snapshot
 from lora_fx.passes.tile_copies import separate
 from lora_fx.passes.tile_largest import take
 from lora_fx.passes.tile_nodes import columns_of, largest_of, reads, value_of
@@ -39,37 +40,45 @@ Choose = Callable[[list[list[Any]], list[Statement], Any, int], Tile | None]
 def cut(graph: Graph, choose: Choose = choose) -> Iterator[tuple[Node, Exception]]:
     """Replace every region of ``graph`` by a call of its program; gives each seed where that failed, which stays.
 
+    Where a failure comes after something was replaced, all of it is undone: the graph is what it was, without programs.
+
     ``choose`` gives the tile for a program's input kinds, body, M and N, or None to leave the region alone.
     """
+    before, output = Snapshot(graph), next(iter(graph.find_nodes(op="output")))
+    failures: list[tuple[Node, Exception]] = []
+    try:
+        _cut(graph, output, choose, failures)
+    except Exception as error:
+        before.restore()
+        failures.append((error.node, error.error) if isinstance(error, _TornError) else (output, error))
+    yield from failures
+
+
+def _cut(graph: Graph, output: Node, choose: Choose, failures: list[tuple[Node, Exception]]) -> None:
     for seed in _seeds(graph):
-        with _undone(graph) as failure:
+        with _undone(graph, seed, failures):
             separate(seed)
             tile_pairs.split(seed)
-        if failure:
-            yield seed, failure[0]
     taken: set[Node] = set()
     changed = False
     for seed in _seeds(graph):
         if seed in taken:
             continue
-        with _undone(graph) as failure:
+        with _undone(graph, seed, failures):
             region = take(join(grow(seed, graph), graph), graph)
             taken |= region.nodes
             changed |= _emit(region, graph, choose)
-        if failure:
-            yield seed, failure[0]
-    yield from tile_stacks.accumulate(graph)
+    with _undone(graph, output, failures):
+        tile_stacks.accumulate(graph)
     if changed:
-        graph.eliminate_dead_code()
-        with _undone(graph) as failure:
+        with _undone(graph, output, failures):
+            graph.eliminate_dead_code()
             tile_sums.stack(graph)
             tile_sums.gather(graph)
             tile_sums.join(graph)
             graph.eliminate_dead_code()
             tile_joint.join(graph)
             _prepare(graph)
-        if failure:
-            yield graph.output_node(), failure[0]
 
 
 def _prepare(graph: Graph) -> None:
@@ -87,19 +96,33 @@ def _prepare(graph: Graph) -> None:
                 operators.prepare_sums(given, numbers, dtype, stacked)
 
 
+class _TornError(Exception):
+    """A step failed after it had replaced nodes."""
+
+    def __init__(self, node: Node, error: Exception) -> None:
+        super().__init__(str(error))
+        self.node, self.error = node, error
+
+
 @contextlib.contextmanager
-def _undone(graph: Graph) -> Iterator[list[Exception]]:
-    """Within, a failure takes back the nodes that were added, and is listed: up to the point where a rewrite takes the
-    place of something, it is only new nodes."""
+def _undone(graph: Graph, node: Node, failures: list[tuple[Node, Exception]]) -> Iterator[None]:
+    """Within, a failure takes back the nodes that were added, and is listed with ``node``.
+
+    Raises:
+        _TornError: others read what was added by then, or are gone.
+    """
     before = set(graph.nodes)
-    failure: list[Exception] = []
     try:
-        yield failure
+        yield
     except Exception as error:
-        for node in reversed(graph.nodes):
-            if node not in before:
-                graph.erase_node(node)
-        failure.append(error)
+        added = [each for each in graph.nodes if each not in before]
+        if len(graph.nodes) - len(added) < len(before) or any(user in before for each in added for user in each.users):
+            raise _TornError(node, error) from error
+        for each in added:
+            each.args, each.kwargs = (), {}
+        for each in added:
+            graph.erase_node(each)
+        failures.append((node, error))
 
 
 def _seeds(graph: Graph) -> list[Node]:

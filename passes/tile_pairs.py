@@ -19,14 +19,15 @@ kernel that makes the values.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 
 from torch.fx import Node
 
 from lora_fx.passes.graph import peel_views, shape, val
 from lora_fx.passes.kernels import operators
 from lora_fx.passes.kernels.tile_choice import FEW_ROWS
-from lora_fx.passes.tile_nodes import columns_of, gradients_of, makes, reads
-from lora_fx.passes.tile_regions import Region, producers
+from lora_fx.passes.tile_nodes import can_compute, columns_of, gradients_of, makes, reads, sources
+from lora_fx.passes.tile_regions import Region, grow, is_written, producers
 
 LEAST_RANK = 33
 """Below it the parts of g are small."""
@@ -41,8 +42,7 @@ def split(pair: Node) -> None:
     rows, rank = shape(dy)[0], shape(b)[1]  # type: ignore[arg-type]  # its schema
     if value is None or columns is None or rank < LEAST_RANK or (isinstance(rows, int) and rows < FEW_ROWS):
         return
-    chain = producers(peel_views(value), Region(columns, {pair})) or set()
-    if not any(makes(node) for node in chain):
+    if not _is_made_of_products(peel_views(value), pair, columns):
         return
     with pair.graph.inserting_before(pair):
         g = pair.graph.call_function(operators.scaled_mm, (dy, b, *scale))
@@ -50,3 +50,38 @@ def split(pair: Node) -> None:
     for result in [user for user in pair.users if user.target is operator.getitem and user.args[1] == 0]:
         result.replace_all_uses_with(g)
         pair.graph.erase_node(result)
+
+
+def _is_made_of_products(value: Node, pair: Node, columns: int) -> bool:
+    """Whether a kernel of ours makes ``value``.
+
+    Either ``pair`` would take along what makes it, or a product that is computed before takes it along. That is so of a
+    value which others read element by element as well, and of one with an operand that no kernel of ours computes, such
+    as softplus that is computed again after a checkpoint.
+    """
+    chain = producers(value, Region(columns, {pair})) or set()
+    if any(makes(node) for node in chain):
+        return True
+    products = set(_products_behind(value, columns))
+    taken: set[Node] = set()
+    # In the order in which regions are cut: what one of them has taken, no other can.
+    for product in [node for node in pair.graph.nodes if node in products]:
+        if product not in taken:
+            region = grow(product, pair.graph)
+            if value in region.nodes - region.copies - taken:
+                return True
+            taken |= region.nodes
+    return False
+
+
+def _products_behind(value: Node, columns: int) -> Iterator[Node]:
+    """The small products that ``value`` is computed of, element by element, with nothing written between."""
+    pending, seen = [value], {value}
+    while pending:
+        node = pending.pop(0)
+        if makes(node) and columns_of(node) == columns:
+            yield node
+        elif can_compute(node, columns) and (node is value or not is_written(node)):
+            new = [source for source in sources(node, columns) if source not in seen]
+            seen.update(new)
+            pending += new

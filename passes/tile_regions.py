@@ -115,7 +115,7 @@ def producers(source: Node, region: Region) -> set[Node] | None:
         elif can_compute(node, region.columns) and not any(
             _depends_on_sum(a, node, region.columns) for a in operands_of(node)
         ):
-            if _is_written(node) and any(is_pointwise(r) and r not in region.nodes for r in readers(node)):
+            if is_written(node) and any(is_pointwise(r) and r not in region.nodes for r in readers(node)):
                 if node is source:
                     return None
                 loaded.add(node)
@@ -125,13 +125,13 @@ def producers(source: Node, region: Region) -> set[Node] | None:
         elif node is source:
             return None
         else:
-            (loaded if _is_written(node) else missing).add(node)
+            (loaded if is_written(node) else missing).add(node)
     if missing and not (len(missing) == 1 and not loaded and all(is_half(node) for node in missing)):
         return None
     return found
 
 
-def _is_written(node: Node) -> bool:
+def is_written(node: Node) -> bool:
     """Whether a value is in memory whatever the region does."""
     return not (is_pointwise(node) or node.target is operators.keep) or any(
         not (is_pointwise(r) or is_reduction(r) or columns_of(r) is not None) for r in readers(node)
@@ -153,7 +153,7 @@ def _staying(new: set[Node], region: Region, order: dict[Node, int]) -> set[Node
                 if source in region.nodes and source not in region.copies and source not in needed:
                     needed.add(source)
                     pending.append(source)
-        if not any(makes(each) or _is_written(each) for each in needed):
+        if not any(makes(each) or is_written(each) for each in needed):
             found |= needed
     return found
 
@@ -198,7 +198,7 @@ def _leave_out(region: Region) -> None:
         idle = {
             node
             for node in left
-            if not (makes(node) or _is_written(node) or any(reader in region.nodes for reader in readers(node)))
+            if not (makes(node) or is_written(node) or any(reader in region.nodes for reader in readers(node)))
             and can_compute(node, region.columns)
             and left.issuperset(within := sources(node, region.columns))
             and within

@@ -18,7 +18,6 @@ growing sum once more, so this is for these sums alone: gradients err by 1.18e-2
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -43,8 +42,8 @@ from lora_fx.passes.site import MARK
 from lora_fx.passes.tile_nodes import HALF, MAX_RANK
 
 
-def accumulate(graph: Graph) -> Iterator[tuple[Node, Exception]]:
-    """Rewrite every such sum of ``graph``, on a GPU; gives each product where that failed, whose sum stays."""
+def accumulate(graph: Graph) -> None:
+    """Rewrite every such sum of ``graph``, on a GPU."""
     # Where Inductor overlaps products with collectives, it has to find them as they are.
     if inductor_config()._micro_pipeline_tp:
         return
@@ -53,12 +52,9 @@ def accumulate(graph: Graph) -> Iterator[tuple[Node, Exception]]:
         if _is_small(node) and node.args[3:] in ((), (None,)) and _is_large(peel_views(node.args[0]), node):
             _expand(node)
     for product in [node for node in graph.find_nodes(op="call_function", target=MM) if _is_small(node)]:
-        try:
-            for large in _large_terms(product):
-                product = _rewrite(product, large)
-                changed = True
-        except Exception as error:
-            yield product, error
+        for large in _large_terms(product):
+            product = _rewrite(product, large)
+            changed = True
     if changed:
         stable_topological_sort(graph)
 

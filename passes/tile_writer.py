@@ -161,9 +161,18 @@ class Writer:
             return self._whole(rest[0], member)
         operands = [self._operand(a, member) for a in operands_of(member)]
         if name == "div" and (x := self._sigmoid_of(operands[1])) is not None and x == operands[0]:
-            # silu, as it is decomposed: x / (1 + exp(-x)). Its backward has sigmoid(x) by name.
+            # silu, as it is decomposed: x / (1 + exp(-x)). Its backward has sigmoid(x) by name, in torch 2.13.
             name, operands = "mul", [x, self._append(["op", "sigmoid", [x]])]
+        if name == "reciprocal" and (x := self._sigmoid_of(operands[0])) is not None:
+            # Its backward, as torch 2.11 decomposes it: 1.0 / (1 + exp(-x)), and that is reciprocal(1 + exp(-x)) * 1.0.
+            name, operands = "sigmoid", [x]
         if name == "mul":
+            if (
+                operands[1] == [1.0]
+                and isinstance(operands[0], int)
+                and self.body[operands[0]][:2] == ["op", "sigmoid"]
+            ):
+                return operands[0]
             operands = self._scaled_mask(operands)
         return self._append(["op", name, operands])
 
@@ -177,15 +186,19 @@ class Writer:
         return operands
 
     def finish(self) -> None:
-        """Take out what nothing reads, when all members are written."""
+        """Take out the statements and the inputs that nothing reads, when all members are written."""
         needed: set[int] = set()
         for place, (kind, *rest) in reversed(list(enumerate(self.body))):
             if kind in OUTPUTS:
                 needed |= {place, rest[0]}
             elif kind == "op" and place in needed:
                 needed |= {operand for operand in rest[1] if isinstance(operand, int)}
-        new = {old: i for i, old in enumerate(sorted(needed))}
-        self.body = [_renumbered(self.body[old], new) for old in new]
+        places = {old: i for i, old in enumerate(sorted(needed))}
+        kept = [self.body[old] for old in places]
+        read = sorted({index for statement in kept for index in _inputs_of(statement)})
+        inputs = {old: i for i, old in enumerate(read)}
+        self.inputs, self.kinds = [self.inputs[old] for old in inputs], [self.kinds[old] for old in inputs]
+        self.body = [_renumbered(statement, places, inputs) for statement in kept]
 
     def _whole(self, value: Any, member: Node) -> int:
         """The place of an operand that is all of a member's value."""
@@ -203,13 +216,27 @@ class Writer:
         return found
 
 
-def _renumbered(statement: Statement, new: dict[int, int]) -> Statement:
+def _inputs_of(statement: Statement) -> list[int]:
+    """The inputs that a statement reads, each as often as it does."""
     kind, *rest = statement
+    named = {"load": rest[:1], "keep": rest[:1], "product": rest, "down": rest[1:2], "across": rest[1:2]}.get(kind, [])
+    return [index for each in named for index in (each if isinstance(each, list) else [] if each is None else [each])]
+
+
+def _renumbered(statement: Statement, places: dict[int, int], inputs: dict[int, int]) -> Statement:
+    def of(index: int | list[int] | None) -> int | list[int] | None:
+        return [inputs[each] for each in index] if isinstance(index, list) else None if index is None else inputs[index]
+
+    kind, *rest = statement
+    if kind == "op":
+        return [kind, rest[0], [operand if isinstance(operand, list) else places[operand] for operand in rest[1]]]
+    if kind in ("down", "across"):
+        return [kind, places[rest[0]], of(rest[1]), *rest[2:]]
     if kind in OUTPUTS:
-        return [kind, new[rest[0]], *rest[1:]]
-    if kind != "op":
-        return statement
-    return [kind, rest[0], [operand if isinstance(operand, list) else new[operand] for operand in rest[1]]]
+        return [kind, places[rest[0]], *rest[1:]]
+    if kind == "product":
+        return [kind, *map(of, rest)]
+    return [kind, of(rest[0]), *rest[1:]]
 
 
 def _is_stack(node: Any) -> bool:

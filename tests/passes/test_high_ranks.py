@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -23,7 +24,7 @@ from lora_fx.passes.printer import graph_text
 from lora_fx.passes.site import MARK
 from tests.passes import on_gpu
 from tests.passes.harness import Captured, Case, Outcome, adapt, compare
-from tests.passes.modules import QKV, Mlp
+from tests.passes.modules import QKV, Mlp, Residual
 from tests.passes.on_gpu import capture, one_tile, programs
 
 bf16 = torch.bfloat16
@@ -102,6 +103,38 @@ def test_as_accurate_as_plain_compile(name: str, rank: int) -> None:
         assert not (found[0] | found[1]) & {"down", "across"}
 
 
+def checkpointed(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda t: torch.utils.checkpoint.checkpoint(module, t, use_reentrant=False)
+
+
+def gated(activation: Callable[[Tensor], Tensor]) -> nn.Module:
+    return adapt(Mlp(144, 168, activation).to(bf16), rank=40)
+
+
+SPLIT: dict[str, tuple[Callable[[], nn.Module], bool]] = {
+    "softplus, checkpointed": (lambda: gated(F.softplus), True),  # no kernel of ours computes it, nor is it saved
+    "hardswish, checkpointed": (lambda: gated(F.hardswish), True),
+    "mish": (lambda: gated(F.mish), False),
+    "mish, checkpointed": (lambda: gated(F.mish), True),
+    "read element by element as well": (lambda: adapt(Residual(144).to(bf16), rank=40), False),
+    "read so, checkpointed": (lambda: adapt(Residual(144).to(bf16), rank=40), True),
+}
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_pairs_of_all_that_a_kernel_makes_are_split(name: str) -> None:
+    """However it is reached: only the gradient from outside is summed both ways, and dB of each other where it is
+    made."""
+    build, again = SPLIT[name]
+    wrap = checkpointed if again else Case.wrap
+    result = compare(Case(name, build, 3, {}, dtype=bf16, shape=(M, 144), seeds=4, wrap=wrap), by_graphs)
+    result.assert_as_accurate()
+    bodies = [[s[0] for s in p.body] for p in programs(result.captured.backward[0].graph)]
+    assert [body for body in bodies if {"down", "across"} <= set(body)] == [["load", "down", "across"]]
+    sums = sum(body.count("across") for body in bodies if {"product", "store"} <= set(body))
+    assert sums >= (1 if "softplus" in name or "hardswish" in name else 2)
+
+
 # ---- what must not be touched ----------------------------------------------------------------------------------------
 
 
@@ -116,6 +149,13 @@ def test_a_pair_of_a_value_in_memory_stays() -> None:
     """dy comes from a caller: a kernel that sums both ways reads it once."""
     captured = capture(adapt(nn.Linear(80, 160, bias=False, dtype=bf16), rank=40), x(80), step=lower)
     assert ["load", "down", "across"] in [[s[0] for s in p.body] for p in programs(captured.backward[0].graph)]
+
+
+def test_a_pair_whose_value_another_kernel_makes_stays() -> None:
+    """The products behind it are in a kernel that makes dz, and softplus is Inductor's."""
+    captured = capture(gated(F.softplus), x(144), step=lower)
+    bodies = [[s[0] for s in p.body] for p in programs(captured.backward[0].graph)]
+    assert bodies.count(["load", "down", "across"]) == 2
 
 
 def test_few_rows_are_left_to_inductor() -> None:
@@ -183,7 +223,7 @@ def stack(step: Step, rows: int = M, rank: int = 72, dtype: torch.dtype = bf16, 
             node.meta[MARK] = True
     before = graph_text(module.graph)
     with on_gpu.devices(module.graph, "cuda"):
-        assert list(tile_stacks.accumulate(module.graph)) == []
+        tile_stacks.accumulate(module.graph)
     module.graph.lint()
     module.recompile()
     count = sum(node.args[:1] == (operators.accumulate_,) for node in module.graph.nodes)

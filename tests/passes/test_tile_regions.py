@@ -180,7 +180,9 @@ def test_on_the_cpu_nothing_is_cut() -> None:
 @pytest.mark.parametrize(
     "function",
     [
-        lambda y, other: y * y[:1, :1],  # one number, as [1, 1]
+        lambda y, other: y * other.weight[:1, :1],  # one number, as [1, 1]
+        # One of the values, with nothing of its error: what is near 0 is wrong by any part of itself, in either form.
+        lambda y, other: y * y[:1, :1].sign(),
         lambda y, other: y.view(2, 80, N) * torch.ones(80, N, dtype=y.dtype),  # one sequence for all
         lambda y, other: y + torch.arange(N),  # integers
         lambda y, other: torch.where(torch.ones(160, 1) > 0, y, 0.5),
@@ -188,10 +190,36 @@ def test_on_the_cpu_nothing_is_cut() -> None:
         lambda y, other: y * 2.0**0.5 / (1.0 + y.abs()),
         lambda y, other: y.t() * other.weight[0, 0],
     ],
-    ids=["1 x 1", "one for all sequences", "integers", "condition of rows", "infinite", "constants", "transposed"],
+    ids=[
+        "1 x 1",
+        "1 x 1 of its own",
+        "one for all sequences",
+        "integers",
+        "condition of rows",
+        "infinite",
+        "constants",
+        "transposed",
+    ],
 )
 def test_operands_of_all_kinds(function: Callable[[Tensor, nn.Module], Tensor]) -> None:
     compared(lambda: after(function), 1)
+
+
+@pytest.mark.parametrize(
+    ("function", "names"),
+    [
+        (lambda y, other: y / (1 + torch.exp(-y)), ["sigmoid", "mul"]),
+        (lambda y, other: y * (1 / (1 + torch.exp(-y))), ["sigmoid", "mul"]),  # as torch 2.11 does in backward
+        (lambda y, other: 1.0 * torch.sigmoid(y), ["sigmoid"]),
+        (lambda y, other: 1 / (1 + torch.exp(y)), ["exp", "add", "reciprocal", "mul"]),
+        (lambda y, other: 2 * torch.sigmoid(y), ["sigmoid", "mul"]),
+    ],
+    ids=["silu", "a sigmoid", "times 1", "another sign", "times 2"],
+)
+def test_how_a_sigmoid_is_written(function: Callable[[Tensor, nn.Module], Tensor], names: list[str]) -> None:
+    """Of the same operations in every release of torch."""
+    captured = compared(lambda: after(function), 1, grad=torch.no_grad)
+    assert operations(captured) == [["add", *names]]
 
 
 def test_numbers_that_the_graph_makes() -> None:

@@ -1,0 +1,129 @@
+"""Averaging gradients of parameters that data-parallel ranks hold: real ranks, some of which miss some gradients."""
+
+# Submodules are reached by name, which torch types as `Tensor | Module`.
+# mypy: no-check-untyped-defs
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+from lora_fx.distributed import average_gradients
+from tests.distributed.processes import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+
+class Branches(nn.Module):
+    """Of four linears all ranks use `both`, each rank the one with its number, and nobody uses `none`."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        names = ("none", "rank0", "both", "rank1")
+        self.linears = nn.ModuleDict({name: nn.Linear(3, 3, bias=False, dtype=dtype) for name in names})
+        self.frozen = nn.Linear(3, 3, bias=False, dtype=dtype).requires_grad_(False)
+
+    def forward(self, x: Tensor, rank: int) -> Tensor:
+        return self.frozen(self.linears["both"](x)) + self.linears[f"rank{rank}"](x)
+
+
+def gradients(module: nn.Module) -> dict[str, list[list[float]] | None]:
+    return {name: None if p.grad is None else p.grad.tolist() for name, p in module.named_parameters()}
+
+
+def as_ddp_does(rank: int, folder: Path) -> object:
+    """Both, for three steps: what they leave, and how many all-reduces ours took."""
+    torch.manual_seed(0)
+    ours, theirs = Branches(), Branches()
+    theirs.load_state_dict(ours.state_dict())
+    parallel = DistributedDataParallel(theirs, find_unused_parameters=True)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1, weight_decay=0.5) for m in (ours, theirs)]
+    unused = ours.get_parameter("linears.none.weight")
+    before = unused.detach().clone()
+    found = []
+    for step in range(3):
+        x = torch.randn(5, 3, generator=torch.Generator().manual_seed(10 * step + rank))
+        for module, optimizer in zip((ours, parallel), optimizers, strict=True):
+            optimizer.zero_grad()
+            module(x, rank).square().sum().backward()
+        count = average_gradients(ours.parameters(), [torch.distributed.group.WORLD], 2)
+        found.append({"count": count, "ours": gradients(ours), "theirs": gradients(theirs)})
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    assert torch.equal(before, unused), "weight decay of what has no gradient"
+    return found
+
+
+def test_a_gradient_that_one_rank_misses(tmp_path: Path) -> None:
+    """It is zero there, and comes from the others; what nobody has stays None. DDP does so with unused parameters."""
+    results = run_ranks(as_ddp_does, 2, tmp_path)
+    assert results[0] == results[1], "ranks differ"
+    for step in results[0]:
+        assert step["count"] == 1
+        missing = {name for name, gradient in step["ours"].items() if gradient is None}
+        assert missing == {"linears.none.weight", "frozen.weight"}
+        assert {name for name, gradient in step["theirs"].items() if gradient is None} == missing
+        for name in step["ours"].keys() - missing:
+            torch.testing.assert_close(torch.tensor(step["ours"][name]), torch.tensor(step["theirs"][name]))
+
+
+def two_groups(rank: int, folder: Path) -> object:
+    """Parameters of several dtypes, whole and in shards, that some of four ranks have a gradient of."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("rows", "columns"))
+    groups = [mesh["rows"].get_group(), mesh["columns"].get_group()]
+    holders = {"all": range(4), "last": [3], "first": [0], "some": [1, 2], "none": []}
+    parameters: dict[str, nn.Parameter] = {}
+    expected: dict[str, float | None] = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for name, ranks in holders.items():
+            p = nn.Parameter(torch.zeros(2, 5, dtype=dtype).t())
+            if rank in ranks:
+                p.grad = torch.full_like(p, 4.0 * (rank + 1))
+            parameters[f"{name} {dtype}"] = p
+            expected[f"{name} {dtype}"] = float(sum(r + 1 for r in ranks)) if ranks else None
+    count = average_gradients(parameters.values(), groups, 4)
+    for name, p in parameters.items():
+        value = expected[name]
+        assert (p.grad is None) == (value is None), name
+        if p.grad is not None and value is not None:
+            assert torch.equal(p.grad, torch.full_like(p, value)), name
+    # A DTensor's shards are what the ranks of one column hold.
+    whole = distribute_tensor(torch.zeros(4, 3), mesh["columns"], [Shard(0)])
+    shard = nn.Parameter(whole)
+    if mesh["rows"].get_local_rank() == 1:
+        shard.grad = distribute_tensor(torch.arange(12.0).view(4, 3), mesh["columns"], [Shard(0)])
+    average_gradients([shard], groups[:1], 2)
+    assert isinstance(shard.grad, DTensor) and shard.grad.placements == (Shard(0),)
+    full = shard.grad.redistribute(placements=[Replicate()]).to_local()
+    assert torch.equal(full, torch.arange(12.0).view(4, 3) / 2)
+    return count
+
+
+def test_several_groups_and_dtypes(tmp_path: Path) -> None:
+    assert run_ranks(two_groups, 4, tmp_path) == [6] * 4  # two groups, three dtypes
+
+
+def large(rank: int, folder: Path) -> object:
+    """Of a float16 gradient whose sum is infinite, and of others that divide as they did."""
+    parameters = [nn.Parameter(torch.zeros(3, dtype=dtype)) for dtype in (torch.float16, torch.bfloat16, torch.float32)]
+    for p, value in zip(parameters, (60000.0, 1.0, 2.0**-149), strict=True):
+        p.grad = torch.full_like(p, value)
+    average_gradients(parameters, [torch.distributed.group.WORLD], 2)
+    return [p.grad.tolist() for p in parameters if p.grad is not None]
+
+
+def test_a_sum_that_float16_does_not_hold(tmp_path: Path) -> None:
+    """It is divided first; the smallest number of float32 would be lost so, and is not."""
+    for found in run_ranks(large, 2, tmp_path):
+        assert found == [[60000.0] * 3, [1.0] * 3, [2.0**-149] * 3]
+
+
+def test_nothing_to_average() -> None:
+    assert average_gradients([nn.Parameter(torch.zeros(2), requires_grad=False)], [None], 2) == 0
+    assert average_gradients([], [None], 2) == 0
