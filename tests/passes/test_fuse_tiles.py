@@ -87,7 +87,7 @@ CASES = [
     (case("SwiGLU", mlp, 3), (3, 6)),
     (case("gelu", lambda: adapt(Mlp(K, N, F.gelu).to(bf16)), 3), (3, 6)),
     (case("q, k, v of a norm", normed, 3), (4, 5)),
-    (case("gated", lambda: adapt(Gated().to(bf16)), 2), (3, 6)),
+    (case("gated", lambda: adapt(Gated().to(bf16)), 2), (3, 5)),
     (case("no gradient", mlp, 3, grad=torch.no_grad), (3, 0)),
     (case("checkpointed", mlp, 3, wrap=checkpointed), (3, 8)),
     (
