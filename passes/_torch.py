@@ -214,7 +214,6 @@ def _launch() -> Any:
     base = _private("torch._inductor.ir:UserDefinedTritonKernel")
     ir = importlib.import_module("torch._inductor.ir")
     graph = _private("torch._inductor.virtualized:V")
-    config = _private("triton:Config")
 
     class Launch(base):  # type: ignore[misc]
         def __init__(
@@ -246,7 +245,7 @@ def _launch() -> Any:
             graph.graph.register_operation(self)
 
         def get_kernel_and_metadata(self) -> tuple[Any, list[Any], list[str], list[str]]:
-            return self.function, [config({}, num_warps=self.warps, num_stages=self.stages)], [], []
+            return self.function, [], [], []
 
         def can_fuse_epilogue(self) -> bool:
             return False

@@ -1,0 +1,299 @@
+"""Inductor's code for a GPU, down to machine code, on a machine without one; and running it without one.
+
+What Inductor and Triton ask of a GPU is answered as by an H100. The graphs are those of CPU tensors whose fake values
+say "cuda" while Inductor compiles them. The code that it writes is real, as are the kernels in it; what calls them is
+run on the CPU, or on tensors without memory.
+"""
+
+import contextlib
+import inspect
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._inductor import compile_fx, config
+from torch.fx import GraphModule, Node
+
+from lora_fx.passes import pipeline
+from tests.anew import compiled_anew
+from tests.passes import on_gpu
+
+H100 = SimpleNamespace(
+    name="NVIDIA H100",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    warp_size=32,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    regs_per_multiprocessor=65536,
+    total_memory=80 << 30,
+    shared_memory_per_block=49152,
+    shared_memory_per_block_optin=232448,
+    L2_cache_size=50 << 20,
+    gcnArchName="",
+)
+
+
+class Driver:
+    """What Triton asks of a GPU's driver. It loads nothing."""
+
+    def __init__(self, capability: int = 90) -> None:
+        self.utils, self.capability = self, capability
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": H100.shared_memory_per_block_optin}
+
+    def load_binary(self, name: str, *found: Any) -> tuple[None, None, int, int, int]:
+        return None, None, 0, 0, 1024
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        return lambda *arguments: None
+
+
+@dataclass
+class Called:
+    """A launch of a kernel, as Inductor's code makes it."""
+
+    name: str
+    source: str
+    arguments: dict[str, Any]
+    """By the kernel's names for them."""
+    grid: tuple[int, ...]
+    meta: dict[str, Any]
+    """What Inductor tells Triton of the arguments."""
+
+
+@dataclass
+class Recorded:
+    """What was compiled while it was recorded."""
+
+    codes: list[str] = field(default_factory=list)
+    calls: list[Called] = field(default_factory=list)
+    operators: list[tuple[Any, ...]] = field(default_factory=list)
+    """Calls of an operator, in place of a launch: its arguments."""
+
+    @property
+    def ours(self) -> list[Called]:
+        return [call for call in self.calls if call.name.startswith("lora_fx")]
+
+
+class Kernel:
+    """A kernel of Inductor's code."""
+
+    def __init__(self, recorded: Recorded, source: str, interpret: bool) -> None:
+        self.recorded, self.source, self.interpret = recorded, source, interpret
+        heads = []
+
+        class Heuristics:
+            def __getattr__(self, kind: str) -> Any:
+                return lambda *sizes, **found: heads.append((kind, sizes, found)) or (lambda function: function)
+
+        space: dict[str, Any] = {"stub": Heuristics(), "__name__": __name__, "__file__": "inductor.py"}
+        text = source.replace("@triton_heuristics.", "@stub.")
+        from lora_fx.passes.kernels import define
+
+        name = re.findall(r"^def (\w+)\(", text, re.MULTILINE)[0]
+        with pytest.MonkeyPatch.context() as patch:
+            # Triton reads a kernel's source where it was defined.
+            file = f"<inductor {hash(text)}>"
+            patch.setattr(inspect, "getsourcefile", lambda what: file)
+            define.linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
+            exec(compile(text, file, "exec"), space)
+        self.function = space[name]
+        ((self.kind, self.sizes, self.head),) = heads
+
+    def run(self, *arguments: Any, stream: Any) -> None:
+        names = self.function.arg_names
+        meta = self.head["triton_meta"]
+        given = [name for name in names if name not in meta["constants"] or meta["constants"][name] == 1]
+        blocks = {name for name in names if name.endswith("BLOCK")}
+        given = [name for name in given if name not in blocks and not isinstance(meta["constants"].get(name), bool)]
+        if self.kind == "template":
+            assert len(arguments) == len(given) + 3, (arguments, given)
+            *arguments, x, y, z = arguments  # type: ignore[assignment]
+            named, grid = dict(zip(given, arguments)), (x, y, z)
+        else:
+            named, grid = dict(zip(given, arguments)), (1, 1, 1)
+        self.recorded.calls.append(Called(self.function.__name__, self.source, named, grid, meta))
+        if self.interpret:
+            self.launch(named, grid, blocks)
+
+    def launch(self, named: dict[str, Any], grid: tuple[int, ...], blocks: set[str]) -> None:
+        constants = {name: value for name, value in self.head["triton_meta"]["constants"].items() if name not in named}
+        if self.kind != "template":
+            assert self.kind in ("pointwise", "reduction", "persistent_reduction"), self.kind
+            constants |= dict.fromkeys(blocks, 64) | ({"XBLOCK": 1} if "R0_BLOCK" in blocks else {})
+            grid = -(-named["xnumel"] // constants.get("XBLOCK", 1)), 1, 1
+        self.function[grid](**named, **constants)
+
+
+class Async:
+    """Stands in for what compiles the kernels of a graph."""
+
+    def __init__(self, recorded: Recorded, interpret: bool) -> None:
+        self.recorded, self.interpret = recorded, interpret
+
+    def triton(self, name: str, source: str, device_str: str) -> Kernel:
+        return Kernel(self.recorded, source, self.interpret)
+
+    def wait(self, scope: dict[str, Any]) -> None:
+        """They are ready."""
+
+
+@contextlib.contextmanager
+def recorded(device: str = "meta", *, interpret: bool = False) -> Iterator[tuple[Recorded, Callable[..., Any]]]:
+    """Gives what is recorded, and a Dynamo backend that compiles for a GPU and runs the code on ``device``."""
+    found = Recorded()
+    with pytest.MonkeyPatch.context() as patch, compiled_anew():
+        _pretend(patch)
+        patch.setattr(torch._inductor.graph.GraphLowering, "save_output_code", staticmethod(found.codes.append))
+
+        def inner(graph: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+            values = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+            with pytest.MonkeyPatch.context() as now, on_gpu.devices(graph.graph, "cuda"):
+                now.setattr(torch.cuda, "is_available", lambda: True)
+                with torch._inductor.virtualized.V.set_fake_mode(torch._guards.detect_fake_mode(values)):
+                    compile_fx.compile_fx_inner(graph, values, **kwargs)
+            output: Any = graph.graph.output_node().args[0]
+            results = [n.meta["val"] if isinstance(n, Node) else n for n in output]
+            return _runner(found, found.codes[-1], results, device, interpret)
+
+        def backend(graph: GraphModule, inputs: Sequence[Tensor]) -> Any:
+            stages = {name: stage(strict=True) for name, stage in pipeline.HOOKS.items()}
+            lower = stages.pop("post_grad_custom_pre_pass")
+            options = {name: on_gpu.OnGpu(stage) for name, stage in stages.items()}
+            options["post_grad_custom_pre_pass"] = lower
+            return compile_fx.compile_fx(graph, inputs, inner_compile=inner, config_patches=options)
+
+        yield found, backend
+
+
+def _runner(found: Recorded, code: str, results: list[Any], device: str, interpret: bool) -> Callable[..., Any]:
+    """Inductor's code as a function of the list of its arguments, on another device."""
+    text = code.replace("device(type='cuda', index=0)", f"device('{device}')")
+    text = text.replace("torch._C._dynamo.guards._empty_strided_cuda", "_empty")
+    text = re.sub(r"^from torch._C import _cuda_getCurrentRawStream as get_raw_stream$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^async_compile = AsyncCompile\(\)$", "", text, flags=re.MULTILINE)
+    text = text.replace("torch.cuda._DeviceGuard(0)", "_guard").replace("torch.cuda.set_device(0)", "pass")
+    text = text.replace("torch.ops.lora_fx.tile_.default(", "_tile(")
+    text = text.replace("torch.ops.lora_fx.sum_parts.default(", "_sums(")
+
+    def sums(*arguments: Any) -> Any:
+        found.operators.append(arguments)
+        parts, _, dtype, stacked = (*arguments, False)[:4]
+        sizes = [part.shape[1:] for part in parts]
+        sizes = [(sizes[0][0], sum(size[1] for size in sizes))] if stacked else sizes
+        return [parts[0].new_empty(size, dtype=dtype) for size in sizes]
+
+    space: dict[str, Any] = {
+        "__name__": "inductors_code",
+        "async_compile": Async(found, interpret),
+        "get_raw_stream": lambda index: 0,
+        "_empty": lambda size, stride, dtype: _filled(torch.empty_strided(size, stride, dtype=dtype, device=device)),
+        "_guard": contextlib.nullcontext(),
+        "_tile": lambda *arguments: found.operators.append(arguments),
+        "_sums": sums,
+    }
+    exec(compile(text, "<inductor>", "exec"), space)
+
+    def run(arguments: list[Any]) -> Any:
+        given = [_on(device, a) for a in arguments]
+        arguments.clear()
+        outputs = space["call"](given)
+        if device == "meta":
+            return [None if v is None else _like(v, o) for v, o in zip(results, outputs, strict=True)]
+        return outputs
+
+    run._boxed_call = True  # type: ignore[attr-defined]  # AOTAutograd's convention
+    return run
+
+
+def _filled(tensor: Tensor) -> Tensor:
+    """Memory that nobody wrote holds what is seen in every sum."""
+    return tensor if tensor.device.type == "meta" or not tensor.dtype.is_floating_point else tensor.fill_(float("nan"))
+
+
+def _on(device: str, value: Any) -> Any:
+    if device == "meta" and isinstance(value, Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    return value
+
+
+def _like(value: Any, output: Any) -> Any:
+    return torch.empty_strided(output.shape, output.stride(), dtype=output.dtype) if isinstance(output, Tensor) else output
+
+
+def _pretend(patch: pytest.MonkeyPatch) -> None:
+    """Have torch and Triton take this machine for one with an H100."""
+    import triton
+    from torch._dynamo import device_interface
+    from torch._inductor.runtime import triton_helpers
+    from torch._subclasses import fake_tensor
+
+    cuda: Any = torch.cuda
+    for name, value in {
+        "_exchange_device": 0,
+        "_maybe_exchange_device": 0,
+        "set_device": None,
+        "get_rng_state": torch.zeros(16, dtype=torch.uint8),
+        "set_rng_state": None,
+        "device_count": 1,
+        "current_device": 0,
+        "get_device_properties": H100,
+        "get_device_capability": (9, 0),
+        "_lazy_init": None,
+        "synchronize": None,
+        "is_initialized": False,
+        "current_stream": SimpleNamespace(cuda_stream=0, stream_id=0),
+    }.items():
+        patch.setattr(cuda, name, lambda *arguments, value=value: value)
+    patch.setattr(cuda._DeviceGuard, "__enter__", lambda guard: None)
+    interface = device_interface.CudaInterface
+    patch.setitem(device_interface.caching_worker_device_properties, "cuda", [H100])
+    patch.setattr(interface.Worker, "get_device_properties", staticmethod(lambda device=None: H100))
+    for name, value in {
+        "is_available": True,
+        "get_compute_capability": 90,
+        "get_device_properties": H100,
+        "synchronize": None,
+        "current_device": 0,
+    }.items():
+        patch.setattr(interface, name, staticmethod(lambda *arguments, value=value: value))
+    patch.setattr(torch.utils._triton, "has_triton", lambda: True)
+    patch.setattr(fake_tensor, "init_gpu_context", lambda *arguments: None)
+    patch.setattr(triton.runtime.driver, "_active", Driver())
+    patch.setattr(triton_helpers, "set_driver_to_gpu", lambda: None)
+    patch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    patch.setattr(config, "compile_threads", 1)
+    patch.setattr(
+        torch._inductor.async_compile.AsyncCompile, "triton", lambda self, name, source, device_str="cuda": None
+    )
+
+
+def train(function: nn.Module, backend: Any, *inputs: Tensor, dynamic: bool = False) -> Tensor:
+    """Compile, run forward and backward."""
+    y = torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=True)(*inputs)
+    if y.requires_grad:
+        y.backward(torch.ones_like(y))
+    return y
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
