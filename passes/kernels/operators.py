@@ -141,8 +141,8 @@ def teach_inductor() -> None:
     lower_as_donated(donated)
     if importlib.util.find_spec("triton") is not None:
         inlined = importlib.import_module("lora_fx.passes.kernels.inlined")
-        lower_with(tile_, inlined.tile)
-        lower_with(sum_parts, inlined.sum_parts)
+        lower_with(tile_, lambda *operands: inlined.tile(*operands))
+        lower_with(sum_parts, lambda *operands: inlined.sum_parts(*operands))
     read_from_memory([tile_, accumulate_, scaled_mm, gradient_pair, sum_parts])
 
 

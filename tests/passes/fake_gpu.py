@@ -7,6 +7,7 @@ run on the CPU, or on tensors without memory.
 
 import contextlib
 import inspect
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._inductor import compile_fx, config
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from lora_fx.passes import pipeline
 from tests.anew import compiled_anew
@@ -121,27 +122,29 @@ class Kernel:
         ((self.kind, self.sizes, self.head),) = heads
 
     def run(self, *arguments: Any, stream: Any) -> None:
-        names = self.function.arg_names
         meta = self.head["triton_meta"]
-        given = [name for name in names if name not in meta["constants"] or meta["constants"][name] == 1]
-        blocks = {name for name in names if name.endswith("BLOCK")}
-        given = [name for name in given if name not in blocks and not isinstance(meta["constants"].get(name), bool)]
+        # A number that is 1 is a constant, and given all the same.
+        given = [name for name, kind in meta["signature"].items() if kind != "constexpr" or _is_one(meta["constants"].get(name))]
         if self.kind == "template":
-            assert len(arguments) == len(given) + 3, (arguments, given)
             *arguments, x, y, z = arguments  # type: ignore[assignment]
-            named, grid = dict(zip(given, arguments)), (x, y, z)
+            grid = (x, y, z)
         else:
-            named, grid = dict(zip(given, arguments)), (1, 1, 1)
+            grid = (1, 1, 1)
+        named = dict(zip(given, arguments, strict=True))
         self.recorded.calls.append(Called(self.function.__name__, self.source, named, grid, meta))
         if self.interpret:
+            blocks = {name for name in self.function.arg_names if name.endswith("BLOCK")}
             self.launch(named, grid, blocks)
 
     def launch(self, named: dict[str, Any], grid: tuple[int, ...], blocks: set[str]) -> None:
         constants = {name: value for name, value in self.head["triton_meta"]["constants"].items() if name not in named}
-        if self.kind != "template":
+        if self.kind == "foreach":
+            sizes = self.head["inductor_meta"]["combo_grid_meta"]
+            grid = sum(-(-sizes[name] // 1024) for name in sizes if name.startswith("xnumel")), 1, 1
+        elif self.kind != "template":
             assert self.kind in ("pointwise", "reduction", "persistent_reduction"), self.kind
-            constants |= dict.fromkeys(blocks, 64) | ({"XBLOCK": 1} if "R0_BLOCK" in blocks else {})
-            grid = -(-named["xnumel"] // constants.get("XBLOCK", 1)), 1, 1
+            constants |= {name: 1 if name == "XBLOCK" and self.kind != "pointwise" else 64 for name in blocks}
+            grid = math.prod(-(-named[f"{x}numel"] // constants[f"{x.upper()}BLOCK"]) for x in "x"), 1, 1
         self.function[grid](**named, **constants)
 
 
@@ -162,7 +165,7 @@ class Async:
 def recorded(device: str = "meta", *, interpret: bool = False) -> Iterator[tuple[Recorded, Callable[..., Any]]]:
     """Gives what is recorded, and a Dynamo backend that compiles for a GPU and runs the code on ``device``."""
     found = Recorded()
-    with pytest.MonkeyPatch.context() as patch, compiled_anew():
+    with pytest.MonkeyPatch.context() as patch, compiled_anew(), config.patch(compile_threads=1):
         _pretend(patch)
         patch.setattr(torch._inductor.graph.GraphLowering, "save_output_code", staticmethod(found.codes.append))
 
@@ -172,9 +175,7 @@ def recorded(device: str = "meta", *, interpret: bool = False) -> Iterator[tuple
                 now.setattr(torch.cuda, "is_available", lambda: True)
                 with torch._inductor.virtualized.V.set_fake_mode(torch._guards.detect_fake_mode(values)):
                     compile_fx.compile_fx_inner(graph, values, **kwargs)
-            output: Any = graph.graph.output_node().args[0]
-            results = [n.meta["val"] if isinstance(n, Node) else n for n in output]
-            return _runner(found, found.codes[-1], results, device, interpret)
+            return _runner(found, found.codes[-1], device, interpret)
 
         def backend(graph: GraphModule, inputs: Sequence[Tensor]) -> Any:
             stages = {name: stage(strict=True) for name, stage in pipeline.HOOKS.items()}
@@ -186,7 +187,7 @@ def recorded(device: str = "meta", *, interpret: bool = False) -> Iterator[tuple
         yield found, backend
 
 
-def _runner(found: Recorded, code: str, results: list[Any], device: str, interpret: bool) -> Callable[..., Any]:
+def _runner(found: Recorded, code: str, device: str, interpret: bool) -> Callable[..., Any]:
     """Inductor's code as a function of the list of its arguments, on another device."""
     text = code.replace("device(type='cuda', index=0)", f"device('{device}')")
     text = text.replace("torch._C._dynamo.guards._empty_strided_cuda", "_empty")
@@ -215,11 +216,11 @@ def _runner(found: Recorded, code: str, results: list[Any], device: str, interpr
     exec(compile(text, "<inductor>", "exec"), space)
 
     def run(arguments: list[Any]) -> Any:
-        given = [_on(device, a) for a in arguments]
+        given = [_without_memory(a, device) if device == "meta" else a for a in arguments]
         arguments.clear()
         outputs = space["call"](given)
         if device == "meta":
-            return [None if v is None else _like(v, o) for v, o in zip(results, outputs, strict=True)]
+            return [_without_memory(output, "cpu") for output in outputs]
         return outputs
 
     run._boxed_call = True  # type: ignore[attr-defined]  # AOTAutograd's convention
@@ -231,14 +232,13 @@ def _filled(tensor: Tensor) -> Tensor:
     return tensor if tensor.device.type == "meta" or not tensor.dtype.is_floating_point else tensor.fill_(float("nan"))
 
 
-def _on(device: str, value: Any) -> Any:
-    if device == "meta" and isinstance(value, Tensor):
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-    return value
-
-
-def _like(value: Any, output: Any) -> Any:
-    return torch.empty_strided(output.shape, output.stride(), dtype=output.dtype) if isinstance(output, Tensor) else output
+def _without_memory(value: Any, device: str) -> Any:
+    """A tensor that is laid out in the same way, and at the same place in its memory."""
+    if not isinstance(value, Tensor):
+        return value
+    last = value.storage_offset() + sum((size - 1) * step for size, step in zip(value.shape, value.stride()))
+    memory = torch.empty(max(last + 1, 0), dtype=value.dtype, device=device)
+    return memory.as_strided(value.shape, value.stride(), value.storage_offset())
 
 
 def _pretend(patch: pytest.MonkeyPatch) -> None:
@@ -282,7 +282,6 @@ def _pretend(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(triton.runtime.driver, "_active", Driver())
     patch.setattr(triton_helpers, "set_driver_to_gpu", lambda: None)
     patch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
-    patch.setattr(config, "compile_threads", 1)
     patch.setattr(
         torch._inductor.async_compile.AsyncCompile, "triton", lambda self, name, source, device_str="cuda": None
     )
@@ -297,3 +296,7 @@ def train(function: nn.Module, backend: Any, *inputs: Tensor, dynamic: bool = Fa
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _is_one(constant: Any) -> bool:
+    return constant == 1 and not isinstance(constant, bool)
