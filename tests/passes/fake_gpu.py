@@ -6,6 +6,7 @@ run on the CPU, or on tensors without memory.
 """
 
 import contextlib
+import functools
 import inspect
 import math
 import os
@@ -107,10 +108,17 @@ class Kernel:
             def __getattr__(self, kind: str) -> Any:
                 return lambda *sizes, **found: heads.append((kind, sizes, found)) or (lambda function: function)
 
-        space: dict[str, Any] = {"stub": Heuristics(), "__name__": __name__, "__file__": "inductor.py"}
-        text = source.replace("@triton_heuristics.", "@stub.")
+        import triton.language as tl
+
         from lora_fx.passes.kernels import define
 
+        space: dict[str, Any] = {"stub": Heuristics(), "__name__": __name__, "__file__": "inductor.py"}
+        text = source.replace("@triton_heuristics.", "@stub.")
+        if interpret:
+            text = text.replace("libdevice.", "_libdevice.")  # which the interpreter does not have
+            space["_libdevice"] = SimpleNamespace(
+                rsqrt=lambda x: tl.rsqrt(x), pow=lambda x, y: tl.exp(tl.log(x) * y), exp=lambda x: tl.exp(x)
+            )
         name = re.findall(r"^def (\w+)\(", text, re.MULTILINE)[0]
         with pytest.MonkeyPatch.context() as patch:
             # Triton reads a kernel's source where it was defined.
@@ -167,6 +175,8 @@ def recorded(device: str = "meta", *, interpret: bool = False) -> Iterator[tuple
     found = Recorded()
     with pytest.MonkeyPatch.context() as patch, compiled_anew(), config.patch(compile_threads=1):
         _pretend(patch)
+        if interpret:
+            _compile_our_functions(patch)
         patch.setattr(torch._inductor.graph.GraphLowering, "save_output_code", staticmethod(found.codes.append))
 
         def inner(graph: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
@@ -194,6 +204,8 @@ def _runner(found: Recorded, code: str, device: str, interpret: bool) -> Callabl
     text = re.sub(r"^from torch._C import _cuda_getCurrentRawStream as get_raw_stream$", "", text, flags=re.MULTILINE)
     text = re.sub(r"^async_compile = AsyncCompile\(\)$", "", text, flags=re.MULTILINE)
     text = text.replace("torch.cuda._DeviceGuard(0)", "_guard").replace("torch.cuda.set_device(0)", "pass")
+    text = text.replace("torch.ops.higher_order.run_and_save_rng_state(", "_saving(")
+    text = text.replace("torch.ops.higher_order.run_with_rng_state(", "_restoring(")
     text = text.replace("torch.ops.lora_fx.tile_.default(", "_tile(")
     text = text.replace("torch.ops.lora_fx.sum_parts.default(", "_sums(")
 
@@ -209,6 +221,8 @@ def _runner(found: Recorded, code: str, device: str, interpret: bool) -> Callabl
         "async_compile": Async(found, interpret),
         "get_raw_stream": lambda index: 0,
         "_empty": lambda size, stride, dtype: _filled(torch.empty_strided(size, stride, dtype=dtype, device=device)),
+        "_saving": lambda operator, *operands, **named: (torch.zeros(16, dtype=torch.uint8), operator(*operands, **named)),
+        "_restoring": lambda state, operator, *operands, **named: operator(*operands, **named),
         "_guard": contextlib.nullcontext(),
         "_tile": lambda *arguments: found.operators.append(arguments),
         "_sums": sums,
@@ -239,6 +253,20 @@ def _without_memory(value: Any, device: str) -> Any:
     last = value.storage_offset() + sum((size - 1) * step for size, step in zip(value.shape, value.stride()))
     memory = torch.empty(max(last + 1, 0), dtype=value.dtype, device=device)
     return memory.as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+def _compile_our_functions(patch: pytest.MonkeyPatch) -> None:
+    """Inductor is given what it compiles, where Triton would make functions that are interpreted."""
+    from triton.runtime.jit import JITFunction
+
+    from lora_fx.passes.kernels import define, part_sums, tile_triton
+
+    def jit(function: Any = None, **options: Any) -> Any:
+        return JITFunction(function, **options) if function else functools.partial(jit, **options)
+
+    patch.setattr(define, "triton", SimpleNamespace(jit=jit))
+    patch.setattr(tile_triton, "kernel", functools.cache(tile_triton.kernel.__wrapped__))
+    patch.setattr(part_sums, "kernel", functools.cache(part_sums.kernel.__wrapped__))
 
 
 def _pretend(patch: pytest.MonkeyPatch) -> None:
