@@ -12,25 +12,32 @@ from typing import Any
 import torch
 
 from lora_fx.passes import _torch
-from lora_fx.passes.kernels import part_sums, tile_launch, tile_triton
+from lora_fx.passes.kernels import part_sums, tile_launch, tile_memory, tile_triton
 
 
-def tile(outputs: list[Any], program: str, inputs: list[Any]) -> None:
-    """Lower ``tile_``: a launch that writes the memory of ``outputs``, where Inductor has it."""
+def tile(outputs: list[Any], program: str, inputs: list[Any]) -> Any:
+    """Lower ``tile_``: a launch that writes the memory of ``outputs``, where Inductor has it.
+
+    Not where a kernel may not fit the GPU, which Inductor would find out too late: the operator finds out in time.
+    """
+    itemsizes = [each.get_dtype().itemsize for each in inputs]
+    if (fitted := tile_memory.fitted(program, itemsizes, inputs[0].get_device())) is None:
+        return NotImplemented
     given = [_torch.in_memory(each) for each in inputs]
-    found = tile_launch.launch(program, [_torch.layout(each) for each in given])
+    found = tile_launch.launch(fitted, [_torch.layout(each) for each in given])
     if found.rows == 0:
-        return
+        return None
     read = [_torch.laid_out(each, strides) for each, strides in zip(given, found.strides, strict=True)]
     # A copy where Inductor has laid it out in another way, which is copied back.
     made = [_torch.in_memory(each) for each in outputs]
     written = [_torch.laid_out(each, tile_launch.contiguous(_torch.layout(each)[0])) for each in made]
     arguments = {**dict(zip(found.tensors, [*read, *written], strict=True)), **found.numbers}
     targets = found.tensors[len(inputs) :]
-    _torch.launch(tile_triton.kernel(program), arguments, targets, found.grid, found.warps, found.stages)
+    _torch.launch(tile_triton.kernel(fitted), arguments, targets, found.grid, found.warps, found.stages)
     for output, memory in zip(outputs, written):
         if memory.get_name() != output.get_name():
             _torch.copy_into(output, memory)
+    return None
 
 
 def sum_parts(parts: list[Any], scales: list[Any], dtype: torch.dtype, stacked: bool = False) -> list[Any]:

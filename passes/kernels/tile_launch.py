@@ -6,6 +6,8 @@ operator does that is called by itself.
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from lora_fx.passes._torch import ceil_div
-from lora_fx.passes.kernels.tile_names import Names
-from lora_fx.passes.kernels.tile_program import Program, split
+from lora_fx.passes.kernels.tile_names import Names, name_of_all
+from lora_fx.passes.kernels.tile_program import Program, evaluate, split
 from lora_fx.passes.kernels.tile_triton import kernel
+
+log = logging.getLogger("lora_fx.passes")
 
 Sizes = Sequence[Any]
 """Sizes or strides: numbers, or SymPy expressions where Inductor compiles for sizes that it does not know."""
@@ -81,10 +86,22 @@ def run(text: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
     written = [t if t.is_contiguous() else t.new_empty(t.shape) for t in outputs]
     tensors = [*(laid_out(t, strides) for t, strides in zip(inputs, found.strides)), *written]
     arguments = {**dict(zip(found.tensors, tensors, strict=True)), **found.numbers}
-    kernel(text)[found.grid](**arguments, num_warps=found.warps, num_stages=found.stages)
+    try:
+        kernel(text)[found.grid](**arguments, num_warps=found.warps, num_stages=found.stages)
+    except OutOfResources as error:
+        programs = split(text, inputs)
+        name = name_of_all([program for program, *_ in programs])
+        _warn_once(f"{name} does not fit this device ({error}): it runs as ATen, which is slower")
+        values = [value for program, given in programs for value in evaluate(program, given)]
+        written = [value.view_as(t) for value, t in zip(values, outputs)]
     for output, memory in zip(outputs, written):
         if memory is not output:
             output.copy_(memory)
+
+
+@functools.lru_cache(maxsize=256)
+def _warn_once(message: str) -> None:
+    log.warning("%s. Please report this.", message)
 
 
 def laid_out(tensor: Tensor, strides: Sizes) -> Tensor:
