@@ -29,18 +29,23 @@ from tests.passes.fake_gpu import Called, Recorded
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def block(name: str, *, dynamic: bool = False, lowered: bool = True) -> Recorded:
+def call_operators(patch: pytest.MonkeyPatch) -> None:
+    """Have Inductor call the operators."""
+    for each in ("tile", "sum_parts"):
+        patch.setattr(inlined, each, lambda *arguments: NotImplemented)
+
+
+def block(name: str, *, lowered: bool = True) -> Recorded:
     """A block of the suite, as Inductor launches it; or not `lowered`, so that it calls operators."""
     case = SUITE[name][0]
     with pytest.MonkeyPatch.context() as patch, fake_gpu.recorded() as (found, backend):
         if not lowered:
-            for each in ("tile", "sum_parts"):
-                patch.setattr(inlined, each, lambda *arguments: NotImplemented)
+            call_operators(patch)
         model = LlamaBlock(case)
         lora_fx.install(model, lora_fx.LoRAConfig(rank=case.rank, alpha=2 * case.rank, dropout=case.dropout))
         x = torch.empty(case.shape, dtype=torch.bfloat16, requires_grad=not case.no_grad)
         with torch.set_grad_enabled(not case.no_grad):
-            fake_gpu.train(model, backend, x, dynamic=dynamic)
+            fake_gpu.train(model, backend, x)
     return found
 
 
@@ -75,8 +80,8 @@ def described(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**arguments, **seen, "shared": shared}
 
 
-def check_attributes(call: Called) -> None:
-    """Inductor tells Triton that an argument is a multiple of 16 where it is one, and of numbers, wherever they are."""
+def check_attributes(call: Called, *, static: bool) -> None:
+    """Inductor tells Triton that an argument is a multiple of 16 where it is; for static sizes, of every number."""
     names = list(call.meta["signature"])
     (marked,) = call.meta["configs"]
     told = {names[place] for (place,) in marked}
@@ -84,14 +89,18 @@ def check_attributes(call: Called) -> None:
         if isinstance(value, Tensor):
             assert name not in told or value.storage_offset() * value.element_size() % 16 == 0, (call.name, name)
         elif value != 1:
-            assert (name in told) == (value % 16 == 0), (call.name, name, value)
+            assert (name in told) <= (value % 16 == 0), (call.name, name, value)
+            assert not static or (name in told) == (value % 16 == 0), (call.name, name, value)
 
 
-def check_same(ours: list[Called], theirs: list[tuple[Any, ...]]) -> None:
+def check_same(ours: list[Called], theirs: list[tuple[Any, ...]], *, even: bool = True) -> None:
+    """Launches are those of the operators; unless ``even``, no kernel knows that its rows fill its tiles."""
     assert len(ours) == len(theirs) > 0
     wanted = [launched(arguments) for arguments in theirs]
+    for _, arguments, *_ in wanted:
+        arguments.update({} if even else {name: False for name in arguments if name.endswith("EVEN_ROWS")})
     for call in ours:
-        check_attributes(call)
+        check_attributes(call, static=even)
         given = {**call.arguments, **{k: v for k, v in call.meta["constants"].items() if k not in call.arguments}}
         found = next(
             (
@@ -121,10 +130,29 @@ if not INTERPRETED:
         assert not ours.operators and not theirs.ours
         check_same(ours.ours, theirs.operators)
 
-    def test_numbers_that_are_known_when_it_runs() -> None:
-        """The tokens of a batch: the grid is an expression, rows are masked, and any number of them has one kernel."""
-        model, (found, outputs) = adapted(modules.Residual()), dynamic()
-        assert all(call.meta["constants"].get("EVEN_ROWS") is not True for call in found.ours)
+    @pytest.mark.parametrize("build", [modules.Residual, modules.Mlp], ids=lambda build: build.__name__)
+    def test_tokens_that_are_known_when_it_runs(build: Any) -> None:
+        """One code for any number of them: rows are masked, grids are expressions."""
+        model = harness.adapt(build().bfloat16())
+        with fake_gpu.recorded() as (found, backend):
+            function = torch.compile(model, backend=backend, dynamic=True, fullgraph=True)
+            for tokens in (600, 333):
+                function(torch.randn(2, tokens, 48, dtype=torch.bfloat16).requires_grad_()).sum().backward()
+        assert not found.operators and len(found.codes) == 2, "compiled again"
+        first, second = found.ours[: len(found.ours) // 2], found.ours[len(found.ours) // 2 :]
+        for tokens, calls in ((1200, first), (666, second)):
+            for call in calls:
+                if "M" in call.arguments:
+                    assert call.arguments["M"] == tokens and call.meta["constants"]["EVEN_ROWS"] is False
+        same = [(call.name, {n: v for n, v in call.arguments.items() if isinstance(v, int)}) for call in first]
+        assert [name for name, _ in same] == [call.name for call in second]
+        # As the operators would be launched.
+        with pytest.MonkeyPatch.context() as patch, fake_gpu.recorded() as (theirs, backend):
+            call_operators(patch)
+            function = torch.compile(model, backend=backend, dynamic=True, fullgraph=True)
+            for tokens in (600, 333):
+                function(torch.randn(2, tokens, 48, dtype=torch.bfloat16).requires_grad_()).sum().backward()
+        check_same(found.ours, theirs.operators, even=False)
 
     @pytest.mark.slow
     def test_in_the_interpreter() -> None:
