@@ -211,11 +211,11 @@ def _launch() -> Any:
     through Triton's launcher, a C module for each that this process would have to build, unless they are of the kind
     that its templates are: one configuration, and nothing to tune.
     """
-    base = _private("torch._inductor.ir:UserDefinedTritonKernel")
+    base: Any = _private("torch._inductor.ir:UserDefinedTritonKernel")
     ir = importlib.import_module("torch._inductor.ir")
     graph = _private("torch._inductor.virtualized:V")
 
-    class Launch(base):  # type: ignore[misc]
+    class Launch(base):
         def __init__(
             self, function: Any, arguments: dict[str, Any], written: Sequence[str], grid: list[Any], *options: int
         ) -> None:

@@ -16,7 +16,6 @@ from lora_fx.passes.graph import (
     CONVERT,
     aten,
     has_shape,
-    is_call,
     is_row_view,
     is_tensor,
     shape,

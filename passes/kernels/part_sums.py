@@ -109,7 +109,7 @@ class Launch:
         return found
 
 
-def launch(sizes: list[Sequence[Any]], scaled: tuple[bool, ...], stacked: bool) -> Launch:
+def launch(sizes: Sequence[Sequence[Any]], scaled: tuple[bool, ...], stacked: bool) -> Launch:
     """How to launch the kernel for parts of these sizes [P, E...]; ``stacked``: [P, M, R].
 
     Sizes are numbers, or SymPy expressions where Inductor compiles for sizes that it does not know.

@@ -28,6 +28,10 @@ Sizes = Sequence[Any]
 """Sizes or strides: numbers, or SymPy expressions where Inductor compiles for sizes that it does not know."""
 
 
+_SMALL = ("thin", "factor")
+"""Inputs whose two strides are arguments."""
+
+
 @dataclass(frozen=True)
 class Launch:
     """A launch of a kernel on inputs of certain sizes and strides."""
@@ -54,12 +58,14 @@ def launch(text: str, inputs: list[tuple[Sizes, Sizes]]) -> Launch:
     numbers: dict[str, Any] = {}
     for each, (program, layouts) in zip(names, programs):
         m = _rows(program, layouts)
-        wanted = [_strides(i, *layout, program) for i, layout in enumerate(layouts)]
+        wanted = [_strides(program, i, *layout) for i, layout in enumerate(layouts)]
         strides += wanted
-        kinds = [(kind, found) for kind, found in zip(program.inputs, wanted)]
-        small = [found[::-1] if k[-1] == "RN" else found for k, found in kinds if k[0] in ("thin", "factor")]
+        kinds = list(zip(program.inputs, wanted, layouts))
+        small = [
+            found[::-1] if kind[-1] == "RN" else found for kind, found, _ in kinds if kind[0] in ("thin", "factor")
+        ]
         numbers.update(zip(each.strides, (stride for found in small for stride in found), strict=True))
-        full = [_row_stride(layouts[i][0], found) for i, (k, found) in enumerate(kinds) if k[0] == "full"]
+        full = [_row_stride(sizes, found) for kind, found, (sizes, _) in kinds if kind[0] == "full"]
         even = isinstance(m, int) and m % program.tile.rows == 0
         numbers.update(zip(each.constants, (*full, even), strict=True))
     numbers["M"] = m
@@ -113,11 +119,7 @@ def laid_out(tensor: Tensor, strides: Sizes) -> Tensor:
 
 def contiguous(sizes: Sizes) -> list[Any]:
     """The strides of memory without gaps, in the order of the dimensions."""
-    strides: list[Any] = []
-    for size in reversed(sizes):
-        strides.insert(0, strides[0] * last if strides else 1)
-        last = size
-    return strides
+    return [math.prod(sizes[place + 1 :]) for place in range(len(sizes))]
 
 
 def _rows(program: Program, layouts: list[tuple[Sizes, Sizes]]) -> Any:
@@ -149,7 +151,7 @@ def _row_stride(sizes: Sizes, strides: Sizes) -> Any:
     return step if isinstance(step, int) else None
 
 
-def _strides(index: int, sizes: Sizes, strides: Sizes, program: Program) -> Sizes:
+def _strides(program: Program, index: int, sizes: Sizes, strides: Sizes) -> Sizes:
     """Those that a kernel needs an input to have: values have contiguous rows, rows and columns are contiguous.
 
     Where a value is summed over rows and over columns, the factor of the one and the thin matrix of the other must be
@@ -161,7 +163,7 @@ def _strides(index: int, sizes: Sizes, strides: Sizes, program: Program) -> Size
         return strides
     if kind[0] == "full":
         return strides if sizes[-1] == program.columns and _row_stride(sizes, strides) is not None else dense
-    if kind[0] not in ("thin", "factor") or index in _stacked(program):
+    if kind[0] not in _SMALL or index in _stacked(program):
         return dense
     if program.sums_both_ways:
         if kind[1] == 1:

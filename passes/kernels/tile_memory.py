@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import torch
 
@@ -54,7 +55,7 @@ def fitted(text: str, itemsizes: list[int], device: torch.device) -> str | None:
     """
     if torch.version.hip:
         return None
-    found = torch.cuda.get_device_properties(device)
+    found: Any = torch.cuda.get_device_properties(device)  # torch 2.13 does not say that it has the last of these
     return _fitted(text, tuple(itemsizes), found.major, found.shared_memory_per_block_optin)
 
 

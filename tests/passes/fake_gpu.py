@@ -8,6 +8,7 @@ run on the CPU, or on tensors without memory.
 import contextlib
 import functools
 import inspect
+import linecache
 import math
 import os
 import re
@@ -102,15 +103,17 @@ class Kernel:
 
     def __init__(self, recorded: Recorded, source: str, interpret: bool) -> None:
         self.recorded, self.source, self.interpret = recorded, source, interpret
-        heads = []
+        heads: list[tuple[str, Any, dict[str, Any]]] = []
 
         class Heuristics:
             def __getattr__(self, kind: str) -> Any:
-                return lambda *sizes, **found: heads.append((kind, sizes, found)) or (lambda function: function)
+                def decorator(*sizes: Any, **found: Any) -> Any:
+                    heads.append((kind, sizes, found))
+                    return lambda function: function
+
+                return decorator
 
         import triton.language as tl
-
-        from lora_fx.passes.kernels import define
 
         space: dict[str, Any] = {"stub": Heuristics(), "__name__": __name__, "__file__": "inductor.py"}
         text = source.replace("@triton_heuristics.", "@stub.")
@@ -124,7 +127,7 @@ class Kernel:
             # Triton reads a kernel's source where it was defined.
             file = f"<inductor {hash(text)}>"
             patch.setattr(inspect, "getsourcefile", lambda what: file)
-            define.linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
+            linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
             exec(compile(text, file, "exec"), space)
         self.function = space[name]
         ((self.kind, self.sizes, self.head),) = heads
@@ -132,7 +135,11 @@ class Kernel:
     def run(self, *arguments: Any, stream: Any) -> None:
         meta = self.head["triton_meta"]
         # A number that is 1 is a constant, and given all the same.
-        given = [name for name, kind in meta["signature"].items() if kind != "constexpr" or _is_one(meta["constants"].get(name))]
+        given = [
+            name
+            for name, kind in meta["signature"].items()
+            if kind != "constexpr" or _is_one(meta["constants"].get(name))
+        ]
         if self.kind == "template":
             *arguments, x, y, z = arguments  # type: ignore[assignment]
             grid = (x, y, z)
@@ -190,9 +197,10 @@ def recorded(device: str = "meta", *, interpret: bool = False) -> Iterator[tuple
         def backend(graph: GraphModule, inputs: Sequence[Tensor]) -> Any:
             stages = {name: stage(strict=True) for name, stage in pipeline.HOOKS.items()}
             lower = stages.pop("post_grad_custom_pre_pass")
-            options = {name: on_gpu.OnGpu(stage) for name, stage in stages.items()}
+            options: dict[str, Any] = {name: on_gpu.OnGpu(stage) for name, stage in stages.items()}
             options["post_grad_custom_pre_pass"] = lower
-            return compile_fx.compile_fx(graph, inputs, inner_compile=inner, config_patches=options)
+            compiler: Any = compile_fx.compile_fx
+            return compiler(graph, inputs, inner_compile=inner, config_patches=options)
 
         yield found, backend
 
@@ -221,7 +229,10 @@ def _runner(found: Recorded, code: str, device: str, interpret: bool) -> Callabl
         "async_compile": Async(found, interpret),
         "get_raw_stream": lambda index: 0,
         "_empty": lambda size, stride, dtype: _filled(torch.empty_strided(size, stride, dtype=dtype, device=device)),
-        "_saving": lambda operator, *operands, **named: (torch.zeros(16, dtype=torch.uint8), operator(*operands, **named)),
+        "_saving": lambda operator, *operands, **named: (
+            torch.zeros(16, dtype=torch.uint8),
+            operator(*operands, **named),
+        ),
         "_restoring": lambda state, operator, *operands, **named: operator(*operands, **named),
         "_guard": contextlib.nullcontext(),
         "_tile": lambda *arguments: found.operators.append(arguments),
@@ -297,13 +308,14 @@ def _pretend(patch: pytest.MonkeyPatch) -> None:
     interface = device_interface.CudaInterface
     patch.setitem(device_interface.caching_worker_device_properties, "cuda", [H100])
     patch.setattr(interface.Worker, "get_device_properties", staticmethod(lambda device=None: H100))
-    for name, value in {
+    answers: dict[str, Any] = {
         "is_available": True,
         "get_compute_capability": 90,
         "get_device_properties": H100,
         "synchronize": None,
         "current_device": 0,
-    }.items():
+    }
+    for name, value in answers.items():
         patch.setattr(interface, name, staticmethod(lambda *arguments, value=value: value))
     patch.setattr(torch.utils._triton, "has_triton", lambda: True)
     patch.setattr(fake_tensor, "init_gpu_context", lambda *arguments: None)

@@ -5,7 +5,6 @@ reasons that `tests/passes/test_tile_kernels.py` gives.
 """
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,16 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton")
 pytest.importorskip("triton.backends.nvidia", reason="needs Triton's compiler for NVIDIA's GPUs")
 
-import lora_fx
 from benchmarks.cases import SUITE
 from benchmarks.forms import Block as LlamaBlock
-from lora_fx.passes import _torch
+
+import lora_fx
 from lora_fx.passes.kernels import inlined, operators, part_sums, tile_launch, tile_triton
+from lora_fx.passes.kernels.tile_program import Program, Tile
 from tests.passes import fake_gpu, harness, modules
 from tests.passes.fake_gpu import Called, Recorded
 
@@ -75,7 +75,8 @@ def described(arguments: dict[str, Any]) -> dict[str, Any]:
         if a < b and tensors[a].untyped_storage()._cdata == tensors[b].untyped_storage()._cdata
     ]
     seen = {
-        name: (tuple(t.stride()) if "parts" in name else t.numel(), t.dtype, t.storage_offset()) for name, t in tensors.items()
+        name: (tuple(t.stride()) if "parts" in name else t.numel(), t.dtype, t.storage_offset())
+        for name, t in tensors.items()
     }
     return {**arguments, **seen, "shared": shared}
 
@@ -121,7 +122,10 @@ if not INTERPRETED:
         "name",
         [
             "m512",
-            *(pytest.param(n, marks=pytest.mark.slow) for n in ("m8192", "dropout", "r64", "fp8", "checkpoint", "prefill")),
+            *(
+                pytest.param(n, marks=pytest.mark.slow)
+                for n in ("m8192", "dropout", "r64", "fp8", "checkpoint", "prefill")
+            ),
             "decode-64",
         ],
     )
@@ -167,8 +171,65 @@ if not INTERPRETED:
 
 else:
 
+    def update() -> str:
+        """y = base + thin factor^T."""
+        body: list[Any] = [["load", 0], ["product", 1, 2, None], ["op", "add", [0, 1]], ["store", 2, "float16"]]
+        inputs: list[Any] = [["full"], ["thin", 4], ["factor", 4, "NR"]]
+        return Program(40, "float16", inputs, body, Tile(rows=32, columns=32, step=16, walk="rows")).dumps()
+
+    UPDATE = update()
+
+    def in_place(x: Tensor, w: Tensor, thin: Tensor, factor: Tensor) -> Any:
+        a = x @ w
+        before = torch.relu(a)
+        operators.tile_([a], UPDATE, [a, thin, factor])
+        return before, a * 2, a
+
+    def twice(x: Tensor, w: Tensor, thin: Tensor, factor: Tensor) -> Any:
+        a = x @ w
+        operators.tile_([a], UPDATE, [a, thin, factor])
+        between = a.sum(0)
+        operators.tile_([a], UPDATE, [a, thin, factor])
+        return between, a
+
+    def into_a_view(x: Tensor, w: Tensor, thin: Tensor, factor: Tensor) -> Any:
+        """Not contiguous: written by way of a copy."""
+        a = torch.zeros(50, 80, dtype=torch.float16)
+        base = x @ w
+        operators.tile_([a[:, 40:]], UPDATE, [base, thin, factor])
+        return a, base + 1
+
+    def into_another(x: Tensor, w: Tensor, thin: Tensor, factor: Tensor) -> Any:
+        """Operands in all layouts."""
+        a, base = torch.empty(50, 40, dtype=torch.float16), (w.t() @ x.t()).t()
+        operators.tile_([a], UPDATE, [base, thin.t().contiguous().t(), factor.t().contiguous().t()])
+        return a, base - a
+
+    def of_an_input(x: Tensor, w: Tensor, thin: Tensor, factor: Tensor) -> Any:
+        """What the caller sees changed."""
+        before = w.sum()
+        operators.tile_([w], UPDATE, [w, thin[:24], factor])
+        return before, w + 1
+
+    @pytest.mark.parametrize(
+        "function", [in_place, twice, into_a_view, into_another, of_an_input], ids=lambda f: f.__name__
+    )
+    def test_writing_over_memory_that_is_read(function: Any) -> None:
+        generator = torch.Generator().manual_seed(0)
+        shapes = ((50, 24), (24, 40), (50, 4), (40, 4))
+        given = [torch.randn(shape, generator=generator).to(torch.float16) for shape in shapes]
+        copies = [t.clone() for t in given]
+        expected = function(*copies)
+        with fake_gpu.recorded("cpu", interpret=True) as (found, backend), torch.no_grad():
+            results = torch.compile(function, backend=backend, fullgraph=True)(*given)
+        assert found.ours and not found.operators
+        for one, other in zip((*results, *given), (*expected, *copies), strict=True):
+            torch.testing.assert_close(one, other, rtol=4e-3, atol=4e-3)
+
     @pytest.mark.parametrize("tokens", [20, 136, 160], ids=str)
-    @pytest.mark.parametrize("build", [modules.Residual, modules.Mlp, modules.QKV, modules.Block], ids=lambda b: b.__name__)
+    @pytest.mark.parametrize(
+        "build", [modules.Residual, modules.Mlp, modules.QKV, modules.Block], ids=lambda b: b.__name__
+    )
     @pytest.mark.parametrize("dropout", [0.0, 0.25])
     def test_what_inductor_launches_is_right(build: Any, tokens: int, dropout: float) -> None:
         """A step of training: all memory that Inductor gave to a kernel holds NaN until something is written there."""
@@ -182,7 +243,9 @@ else:
                 if "lora_b" in name:
                     parameter.normal_(std=0.2)
         with fake_gpu.recorded("cpu", interpret=True) as (found, backend):
-            ours = harness.run(case, model, torch.compile(model, backend=backend, dynamic=False, fullgraph=True), case.dtype)
+            ours = harness.run(
+                case, model, torch.compile(model, backend=backend, dynamic=False, fullgraph=True), case.dtype
+            )
         assert found.ours and not found.operators
         if dropout:
             model.eval()

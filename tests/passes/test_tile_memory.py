@@ -41,8 +41,8 @@ def needed(program: Program, capability: int) -> int:
             signature[name], constants[name] = "constexpr", True if name == "EVEN_ROWS" else program.columns
         elif "inner" in name:
             order = program.inputs[int(name.removeprefix("inner"))][-1]
-            signature[name], constants[name] = ("i32", None) if order == "RN" else ("constexpr", 1)
-            constants = {n: value for n, value in constants.items() if value is not None}
+            signature[name] = "i32" if order == "RN" else "constexpr"
+            constants |= {} if order == "RN" else {name: 1}
         elif "outer" in name and program.inputs[int(name.removeprefix("outer"))][-1] == "RN":
             signature[name], constants[name] = "constexpr", 1
         else:
@@ -52,11 +52,13 @@ def needed(program: Program, capability: int) -> int:
     kernel = tile_triton.kernel(program.dumps())
     options = {"num_warps": program.tile.warps, "num_stages": program.tile.stages}
     target = GPUTarget("cuda", capability, 32)
-    return int(compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options).metadata.shared)
+    return int(
+        compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options).metadata.shared
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", LIMITS)
+@pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("case", [*CASES, *HIGH_RANKS, *few_rows_cases.CASES], ids=str)
 def test_kernels_need_no_more(case: Case, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -65,7 +67,9 @@ def test_kernels_need_no_more(case: Case, capability: int, tmp_path: Path, monke
             continue
         for stages in {1, tile.stages}:
             program = case.program(columns, torch.bfloat16, dataclasses.replace(tile, stages=stages))
-            assert needed(program, capability) <= tile_memory.bound(program, (2,) * len(program.inputs), capability // 10)
+            assert needed(program, capability) <= tile_memory.bound(
+                program, (2,) * len(program.inputs), capability // 10
+            )
 
 
 def pair(stages: int = 3) -> Program:
