@@ -7,6 +7,7 @@ by what compiles, and not by ``import lora_fx``.
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
 import re
@@ -239,6 +240,7 @@ def _launch() -> Any:
             self.grid = [grid]
             self.ordered_kwargs_for_cpp_kernel = list(given)
             self.mutable_args = [given[name] for name in written]
+            assert all(operands[name].get_name() == given[name].get_name() for name in written), "a copy was written"
             self.mutation_outputs = [
                 ir.MutationOutput(ir.NoneLayout(device=self.device), target, self) for target in self.mutable_args
             ]
@@ -252,9 +254,13 @@ def _launch() -> Any:
 
         def codegen(self, wrapper: Any) -> None:
             define = wrapper.define_kernel
-            wrapper.define_kernel = lambda name, body, *more, **named: define(
-                name, self._as_template(body), *more, **named
-            )
+
+            def define_template(name: str, body: str, *more: Any, **named: Any) -> None:
+                text = self._as_template(body)
+                _begin_to_compile(text)
+                define(name, text, *more, **named)
+
+            wrapper.define_kernel = define_template
             try:
                 super().codegen(wrapper)
             finally:
@@ -262,8 +268,16 @@ def _launch() -> Any:
 
         def _as_template(self, body: str) -> str:
             head, found, rest = body.partition("@triton_heuristics.user_autotune(")
-            assert found, body
-            rest = re.sub(r"\bconfigs=.*,\n", f"num_stages={self.stages}, num_warps={self.warps},\n", rest, count=1)
+            rest, count = re.subn(r"configs=\[\],", f"num_stages={self.stages}, num_warps={self.warps},", rest, count=1)
+            assert found and count, body
             return f"{head}@triton_heuristics.template({rest.replace('custom_kernel=True,', '', 1)}"
 
     return Launch
+
+
+def _begin_to_compile(definition: str) -> None:
+    """Have Inductor's processes compile a kernel while Inductor goes on, as it does for its own."""
+    compiler = _private("torch._inductor.async_compile:AsyncCompile")()
+    if compiler.use_process_pool():
+        call: Any = ast.parse(definition.strip(), mode="eval").body
+        compiler.triton(*(ast.literal_eval(argument) for argument in call.args))

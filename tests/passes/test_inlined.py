@@ -5,6 +5,7 @@ reasons that `tests/passes/test_tile_kernels.py` gives.
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -116,24 +117,34 @@ def check_same(ours: list[Called], theirs: list[tuple[Any, ...]], *, even: bool 
         assert source in call.source.replace("\\n", "\n")
 
 
+def check_definitions(code: str) -> None:
+    """Kernels are of the kind that is launched without Triton, and each is there once."""
+    assert "user_autotune" not in code
+    kernels = re.findall(r"async_compile\.triton\('lora_fx_\w+', '''(.*?)'''", code, re.DOTALL)
+    texts = [re.sub(r"'kernel_name': '\w+'", "", text) for text in kernels]
+    assert len(set(texts)) == len(texts) and all("@triton_heuristics.template(" in text for text in texts)
+
+
 if not INTERPRETED:
 
     @pytest.mark.parametrize(
         "name",
         [
-            "m512",
-            *(
-                pytest.param(n, marks=pytest.mark.slow)
-                for n in ("m8192", "dropout", "r64", "fp8", "checkpoint", "prefill")
-            ),
             "decode-64",
+            *(
+                pytest.param(case, marks=pytest.mark.slow)
+                for case in ("m512", "m8192", "dropout", "r64", "fp8", "checkpoint", "prefill")
+            ),
         ],
     )
     def test_launches_are_those_of_the_operators(name: str) -> None:
         ours, theirs = block(name), block(name, lowered=False)
         assert not ours.operators and not theirs.ours
         check_same(ours.ours, theirs.operators)
+        for code in ours.codes:
+            check_definitions(code)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("build", [modules.Residual, modules.Mlp], ids=lambda build: build.__name__)
     def test_tokens_that_are_known_when_it_runs(build: Any) -> None:
         """One code for any number of them: rows are masked, grids are expressions."""
