@@ -14,12 +14,19 @@ import torch
 from lora_fx.passes import _torch
 from lora_fx.passes.kernels import part_sums, tile_launch, tile_memory, tile_triton
 
+MOST_ARGUMENTS = 100
+"""Of a launch: what Inductor launches its kernels with takes 120 (torch 2.11), some of which are its own."""
+
+_FOR_A_SUM = 5
+
 
 def tile(outputs: list[Any], program: str, inputs: list[Any]) -> Any:
     """Lower ``tile_``: a launch that writes the memory of ``outputs``, where Inductor has it.
 
     Not where a kernel may not fit the GPU, which Inductor would find out too late: the operator finds out in time.
     """
+    if len(outputs) + 3 * len(inputs) > MOST_ARGUMENTS:  # an input and its two strides
+        return NotImplemented
     itemsizes = [each.get_dtype().itemsize for each in inputs]
     if (fitted := tile_memory.fitted(program, itemsizes, inputs[0].get_device())) is None:
         return NotImplemented
@@ -40,8 +47,14 @@ def tile(outputs: list[Any], program: str, inputs: list[Any]) -> Any:
     return None
 
 
-def sum_parts(parts: list[Any], scales: list[Any], dtype: torch.dtype, stacked: bool = False) -> list[Any]:
-    """Lower ``sum_parts``: a launch that writes fresh memory."""
+def sum_parts(parts: list[Any], scales: list[Any], dtype: torch.dtype, stacked: bool = False) -> Any:
+    """Lower ``sum_parts``: a launch that writes fresh memory; several of them where there are many sums."""
+    most = MOST_ARGUMENTS // _FOR_A_SUM
+    if len(parts) > most:
+        if stacked:
+            return NotImplemented
+        chunks = [slice(first, first + most) for first in range(0, len(parts), most)]
+        return [total for chunk in chunks for total in sum_parts(parts[chunk], scales[chunk], dtype)]
     given = [_torch.in_memory(part) for part in parts]
     sizes = [_torch.layout(part)[0] for part in given]
     found = part_sums.launch(sizes, tuple(scale is not None for scale in scales), stacked)
