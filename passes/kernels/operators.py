@@ -7,7 +7,7 @@ Legend: M tokens, K in, N out, R rank. ``scale`` is a 0-d tensor or None for 1.
 from __future__ import annotations
 
 import functools
-import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -139,11 +139,23 @@ def teach_inductor() -> None:
     lowered before: a norm that three of them read was written three times.
     """
     lower_as_donated(donated)
-    if importlib.util.find_spec("triton") is not None:
-        inlined = importlib.import_module("lora_fx.passes.kernels.inlined")
-        lower_with(tile_, lambda *operands: inlined.tile(*operands))
-        lower_with(sum_parts, lambda *operands: inlined.sum_parts(*operands))
+    lower_with(tile_, _lower_tile)
+    lower_with(sum_parts, _lower_sum_parts)
     read_from_memory([tile_, accumulate_, scaled_mm, gradient_pair, sum_parts])
+
+
+def _lower_tile(*operands: Any) -> Any:
+    """On a GPU, Inductor's own launch."""
+    from lora_fx.passes.kernels.inlined import tile
+
+    return tile(*operands)
+
+
+def _lower_sum_parts(*operands: Any) -> Any:
+    """Likewise."""
+    from lora_fx.passes.kernels.inlined import sum_parts
+
+    return sum_parts(*operands)
 
 
 def _donated(saved: Tensor, size: list[int | torch.SymInt]) -> Tensor:
