@@ -183,6 +183,7 @@ def recorded(device: str = "meta", *, interpret: bool = False) -> Iterator[tuple
     found = Recorded()
     with pytest.MonkeyPatch.context() as patch, compiled_anew(), config.patch(compile_threads=1):
         _pretend(patch)
+        torch.utils._triton.has_triton.cache_clear()  # it asks what was just replaced
         if interpret:
             _compile_our_functions(patch)
         patch.setattr(torch._inductor.graph.GraphLowering, "save_output_code", staticmethod(found.codes.append))
@@ -203,7 +204,11 @@ def recorded(device: str = "meta", *, interpret: bool = False) -> Iterator[tuple
             compiler: Any = compile_fx.compile_fx
             return compiler(graph, inputs, inner_compile=inner, config_patches=options)
 
-        yield found, backend
+        try:
+            yield found, backend
+        finally:
+            patch.undo()
+            torch.utils._triton.has_triton.cache_clear()
 
 
 def _runner(found: Recorded, code: str, device: str, interpret: bool) -> Callable[..., Any]:
@@ -318,7 +323,6 @@ def _pretend(patch: pytest.MonkeyPatch) -> None:
     }
     for name, value in answers.items():
         patch.setattr(interface, name, staticmethod(lambda *arguments, value=value: value))
-    patch.setattr(torch.utils._triton, "has_triton", lambda: True)
     patch.setattr(fake_tensor, "init_gpu_context", lambda *arguments: None)
     patch.setattr(triton.runtime.driver, "_active", Driver())
     patch.setattr(triton_helpers, "set_driver_to_gpu", lambda: None)
