@@ -30,8 +30,8 @@ import adapter_checkpoint
 import lora_fx
 from corpus import library_sources
 from llama3 import CONFIGS
-from lora_fx.distributed import DeferredReduction, average_gradients, clip_grad_norm, manual_seed
-from lora_fx.placements import is_dtensor, local
+from lora_fx.distributed import DeferredReduction, ShardedAdamW, average_gradients, clip_grad_norm, manual_seed
+from lora_fx.placements import local
 from options_3d import SCHEDULES, Settings, parse
 from parallel import build_stage
 from ring_attention import sequences_over
@@ -160,11 +160,10 @@ class Trainer:
         self.averages = [([p for name, p in self.adapters.items() if name not in shared_out], ("dp_cp",))]
         if shared_out:
             self.averages.append(([p for name, p in self.adapters.items() if name in shared_out], ("dp_outer", "cp")))
-        # One kernel for all parameters, where otherwise the CPU would lag behind the GPU. It takes tensors of one kind:
-        # the router of a mixture is whole on every tensor-parallel rank.
-        self.fused = device.type == "cuda" and len({is_dtensor(parameter) for parameter in parameters}) == 1
+        # One kernel for all parameters, where otherwise the CPU would lag behind the GPU.
+        self.fused = device.type == "cuda"
         kinds: dict[str, Any] = {
-            "adamw": functools.partial(torch.optim.AdamW, fused=self.fused),
+            "adamw": functools.partial(ShardedAdamW, fused=self.fused),
             "sgd": torch.optim.SGD,
         }
         # A stage may be without adapters, and torch has no optimizer of nothing.

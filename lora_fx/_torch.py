@@ -16,6 +16,7 @@ from torch.fx.traceback import annotate
 
 __all__ = [
     "annotate",  # a context that notes something on the nodes of the graph that is being captured
+    "check_collects_by_group",
     "compile_in_place",
     "copy_each",
     "data_parallel_wrapper",
@@ -141,6 +142,19 @@ def sizes_of_attributes_may_vary() -> AbstractContextManager[Any]:
     import torch._dynamo.config
 
     return torch._dynamo.config.patch(force_nn_module_property_static_shapes=False)
+
+
+def check_collects_by_group(optimizer: type[torch.optim.Optimizer]) -> None:
+    """Raise ImportError if torch's `optimizer` does not collect a group's tensors in a method that can be extended.
+
+    ``_init_group(group, parameters, gradients, *state)`` fills the lists that its step is computed of. Checked on torch
+    2.11 and 2.13.
+    """
+    if not hasattr(optimizer, "_init_group"):
+        raise ImportError(
+            f"lora_fx needs {optimizer.__name__}._init_group, which torch {torch.__version__} does not have (it was "
+            f"checked on torch 2.11 and 2.13). Take torch.optim.{optimizer.__name__} itself, or one of those versions."
+        )
 
 
 # A loop over a model's adapters is a launch for each, and there are hundreds; these are a few on a GPU.

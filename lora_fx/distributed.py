@@ -23,10 +23,12 @@ from lora_fx.experts import LoRAExpertsModule
 from lora_fx.install import adapter_parameters, thawed
 from lora_fx.linear import PARAMETERS, LoRAModule
 from lora_fx.placements import adapter_placements, deferred, is_dtensor, local
+from lora_fx.sharded_optimizer import ShardedAdamW
 from lora_fx.stored import StoredAdapter
 
 __all__ = [
     "DeferredReduction",
+    "ShardedAdamW",
     "adapter_placements",
     "average_gradients",
     "clip_grad_norm",
