@@ -7,15 +7,11 @@ by what compiles, and not by ``import lora_fx``.
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
-import logging
-import os
-import sys
-import time
-from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -140,76 +136,148 @@ def pipelines_collectives(group: Any) -> bool:
     return bool(_private("torch.distributed._symmetric_memory:is_symm_mem_enabled_for_group")(group))
 
 
-@dataclass(frozen=True)
-class Workers:
-    """The processes in which Inductor compiles its Triton kernels."""
-
-    pool: Any
-    started: Future[Any]
-    """Done when they take work, or never will."""
-
-    def are_ready(self, needed: Future[None], patience: float) -> bool:
-        """Wait for their start, but no longer than ``patience`` seconds, nor once ``needed`` is done: do they run?"""
-        wait([self.started, needed], patience, FIRST_COMPLETED)
-        return self.started.done() and not self.started.cancelled() and self.started.exception() is None
-
-    def run(self, work: Callable[[], Any], patience: float) -> Any:
-        """What ``work`` returns, or raises, in one of them. It is pickled, so they import what it is.
-
-        Raises:
-            TimeoutError: it took longer than ``patience`` seconds, or their own parent is dead, which nobody is told.
-        """
-        future: Future[Any] = self.pool.submit(work)
-        end = time.monotonic() + patience
-        while not future.done() and self.pool.process.poll() is None and time.monotonic() < end:
-            wait([future], min(1.0, patience))
-        return future.result(0)
+def ceil_div(dividend: Any, divisor: int) -> Any:
+    """``dividend / divisor``, rounded up; of a size that Inductor does not know, a SymPy expression, as well."""
+    if isinstance(dividend, int):
+        return -(-dividend // divisor)
+    return _private("torch.utils._sympy.functions:CeilDiv")(dividend, divisor)
 
 
-def compile_workers() -> Workers | None:
-    """Inductor's worker processes, which are started where they are not; None where Inductor uses none.
+def lower_with(operator: Any, lower: Callable[..., Any]) -> None:
+    """Have Inductor lower calls of ``operator`` with ``lower``.
 
-    As for Inductor's own kernels, what is configured for this compilation decides. Processes that are forked from this
-    one are left alone. To be called by one thread at a time.
+    It gets the operands that are on a GPU as Inductor's boxes of tensors, and may return `NotImplemented`: then, and on
+    any other device, the operator itself is called.
     """
-    config, name = inductor_config(), "torch._inductor.async_compile:AsyncCompile"
-    if config.worker_start_method != "subprocess" or config.triton.proton_profiling:
-        return None
-    inductor = _private(name)
-    try:
-        # Asking whether the pool is ready begins it.
-        if not inductor.use_process_pool() and inductor._ready_future is None:
-            return None
-        return Workers(inductor.process_pool(), inductor._ready_future)
-    except Exception:
-        logging.getLogger("lora_fx.passes").debug("Inductor has no worker processes", exc_info=True)
-        return None
+    fallback = _private("torch._inductor.lowering:fallback_handler")(operator, add_to_fallback_set=False)
+    box = _private("torch._inductor.ir:TensorBox")
+
+    def choose(*args: Any, **kwargs: Any) -> Any:
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs), is_leaf=lambda leaf: isinstance(leaf, box))
+        on_gpu = all(leaf.get_device().type == "cuda" for leaf in leaves if isinstance(leaf, box))
+        result = lower(*args, **kwargs) if on_gpu else NotImplemented
+        return fallback(*args, **kwargs) if result is NotImplemented else result
+
+    _private("torch._inductor.lowering:register_lowering")(operator, type_promotion_kind=None)(choose)
 
 
-def prepare_triton(device: int) -> None:
-    """Set the two variables of Triton's that Inductor sets before a kernel of its own is compiled in this process.
+def in_memory(box: Any) -> Any:
+    """One of Inductor's tensors as one that is in memory: itself, a view of what is, or a copy."""
+    ir = importlib.import_module("torch._inductor.ir")
+    made = ir.ExternKernel.realize_input(box)
+    return made if isinstance(made, ir.TensorBox) else ir.TensorBox(made)
 
-    Its workers have set them in any case. They choose the cache on the disk and the assembler, which is a part of
-    Triton's key: a kernel that was compiled before they were set, or in a process without them, is not found again.
+
+def layout(box: Any) -> tuple[list[Any], list[Any]]:
+    """Sizes and strides of one of Inductor's tensors that is in memory: numbers or SymPy expressions."""
+    sizes, strides = ([int(n) if _is_number(n) else n for n in each] for each in (box.get_size(), box.get_stride()))
+    return sizes, strides
+
+
+def _is_number(size: Any) -> bool:
+    return isinstance(size, int) or bool(size.is_number)
+
+
+def laid_out(box: Any, strides: Sequence[Any]) -> Any:
+    """One of Inductor's tensors, or a copy if it cannot have these strides where it is."""
+    return _private("torch._inductor.ir:ExternKernel").require_exact_strides(box, strides)
+
+
+def memory(sizes: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Any:
+    """A new one of Inductor's tensors, contiguous, for a kernel to write."""
+    return _private("torch._inductor.lowering:empty")(sizes, dtype=dtype, device=device)
+
+
+def copy_into(target: Any, source: Any) -> None:
+    """Write one of Inductor's tensors over another one."""
+    _private("torch._inductor.lowering:lowerings")[torch.ops.aten.copy_.default](target, source)
+
+
+def launch(
+    function: Any, arguments: dict[str, Any], written: Sequence[str], grid: Sequence[Any], warps: int, stages: int
+) -> None:
+    """Have Inductor launch a Triton function as it does its own.
+
+    ``arguments`` are all of them by name: tensors of Inductor's, numbers and SymPy expressions. ``written`` names the
+    tensors that the kernel writes, which it may read as well; they must be in memory, and no copies.
     """
-    _private("torch._inductor.runtime.compile_tasks:_set_triton_ptxas_path")()
-    follow_assembler()
-    folder = _private("torch._inductor.runtime.cache_dir_utils:triton_cache_dir")(device)
-    os.environ.setdefault("TRITON_CACHE_DIR", folder)
+    _launch()(function, arguments, written, [*grid, 1, 1][:3], warps, stages)
 
 
-def follow_assembler() -> None:
-    """Have Triton's key name the assembler that Triton's variables choose now.
+@functools.cache
+def _launch() -> Any:
+    """What Inductor makes of a user's Triton kernel, for one of which it need not be found out what it writes.
 
-    Triton asks one for its version once in a process, and Inductor has it ask (for its own cache) before it sets the
-    variable in this process, unlike in its workers: a kernel was assembled by torch's, under the key of Triton's own.
+    Inductor makes Triton's intermediate code of a user's kernel for that, in this process. And it launches such kernels
+    through Triton's launcher, a C module for each that this process would have to build, unless they are of the kind
+    that its templates are: one configuration, and nothing to tune.
     """
-    _ask_assembler(*(os.environ.get(name) for name in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")))
+    base: Any = _private("torch._inductor.ir:UserDefinedTritonKernel")
+    ir = importlib.import_module("torch._inductor.ir")
+    graph = _private("torch._inductor.virtualized:V")
+
+    class Launch(base):
+        def __init__(
+            self, function: Any, arguments: dict[str, Any], written: Sequence[str], grid: list[Any], *options: int
+        ) -> None:
+            self.function, self.warps, self.stages = function, *options
+            given = {name: arguments[name] for name in function.arg_names}
+            operands = {
+                name: self.unwrap_storage_for_input(self.realize_input(value))
+                for name, value in given.items()
+                if isinstance(value, ir.TensorBox)
+            }
+            numbers = {name: value for name, value in given.items() if name not in operands}
+            self.device = next(iter(operands.values())).get_device()
+            ir.ExternKernel.__init__(
+                self,
+                None,
+                ir.NoneLayout(device=self.device),
+                list(operands.values()),
+                tuple(numbers.values()),
+                {name: operands.get(name, value) for name, value in given.items()},
+            )
+            self.grid = [grid]
+            self.ordered_kwargs_for_cpp_kernel = list(given)
+            self.mutable_args = [given[name] for name in written]
+            assert all(operands[name].get_name() == given[name].get_name() for name in written), "a copy was written"
+            self.mutation_outputs = [
+                ir.MutationOutput(ir.NoneLayout(device=self.device), target, self) for target in self.mutable_args
+            ]
+            graph.graph.register_operation(self)
+
+        def get_kernel_and_metadata(self) -> tuple[Any, list[Any], list[str], list[str]]:
+            return self.function, [], [], []
+
+        def can_fuse_epilogue(self) -> bool:
+            return False
+
+        def codegen(self, wrapper: Any) -> None:
+            define = wrapper.define_kernel
+
+            def define_template(name: str, body: str, *more: Any, **named: Any) -> None:
+                text = self._as_template(body)
+                _begin_to_compile(text)
+                define(name, text, *more, **named)
+
+            wrapper.define_kernel = define_template
+            try:
+                super().codegen(wrapper)
+            finally:
+                del wrapper.define_kernel
+
+        def _as_template(self, body: str) -> str:
+            head, found, rest = body.partition("@triton_heuristics.user_autotune(")
+            rest, count = re.subn(r"configs=\[\],", f"num_stages={self.stages}, num_warps={self.warps},", rest, count=1)
+            assert found and count, body
+            return f"{head}@triton_heuristics.template({rest.replace('custom_kernel=True,', '', 1)}"
+
+    return Launch
 
 
-@functools.lru_cache(maxsize=1)
-def _ask_assembler(*paths: str | None) -> None:
-    """Have Triton ask again, where the paths have changed (Triton 3.6 to 3.9 keep the version in this function)."""
-    nvidia = sys.modules.get("triton.backends.nvidia.compiler")
-    if (version := getattr(nvidia, "get_ptxas_version", None)) is not None:
-        version.cache_clear()
+def _begin_to_compile(definition: str) -> None:
+    """Have Inductor's processes compile a kernel while Inductor goes on, as it does for its own."""
+    compiler = _private("torch._inductor.async_compile:AsyncCompile")()
+    if compiler.use_process_pool():
+        call: Any = ast.parse(definition.strip(), mode="eval").body
+        compiler.triton(*(ast.literal_eval(argument) for argument in call.args))

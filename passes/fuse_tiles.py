@@ -16,7 +16,6 @@ from lora_fx.passes.graph import (
     CONVERT,
     aten,
     has_shape,
-    is_call,
     is_row_view,
     is_tensor,
     shape,
@@ -78,22 +77,6 @@ def _cut(graph: Graph, output: Node, choose: Choose, failures: list[tuple[Node, 
             tile_sums.join(graph)
             graph.eliminate_dead_code()
             tile_joint.join(graph)
-            _prepare(graph)
-
-
-def _prepare(graph: Graph) -> None:
-    """Begin to compile the kernels that the graph calls, when it is known which these are."""
-    for node in graph.nodes:
-        if is_call(node, auto_functionalized) and node.args[0] is operators.tile_:
-            inputs, outputs = ([val(each) for each in node.kwargs[name]] for name in ("inputs", "outputs"))
-            if outputs[0].device.type == "cuda":
-                operators.prepare_tile(node.kwargs["program"], inputs, outputs)
-        elif is_call(node, operators.sum_parts):
-            parts, scales, dtype, stacked = (*node.args, False)[:4]
-            given = [val(part) for part in parts]
-            numbers = [None if scale is None else val(scale) for scale in scales]
-            if given[0].device.type == "cuda":
-                operators.prepare_sums(given, numbers, dtype, stacked)
 
 
 class _TornError(Exception):

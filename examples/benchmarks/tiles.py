@@ -11,6 +11,7 @@ one so far in one number; what the library chooses is `lora_fx/passes/kernels/ti
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import sys
@@ -152,20 +153,17 @@ def neighbours(tile: Tile) -> Iterator[Tile]:
 
 def measure(kernel: Kernel, tiles: Sequence[Tile], device: Device) -> None:
     """Time ``kernel`` with each of ``tiles``; one that does not fit the device is left out."""
-    from triton.testing import do_bench  # Triton is there where there is a GPU
+    from triton.runtime.errors import OutOfResources  # Triton is there where there is a GPU
+    from triton.testing import do_bench
 
     given, written = materialised(kernel, device)
     forms = {tile: with_tile(kernel, tile) for tile in tiles}
-    for text, outputs in forms.values():
-        operators.prepare_tile(text, given, outputs)
     kernel.copy = sum(t.numel() * t.element_size() for t in (*given, *written))
     memory = {tile: [torch.empty_like(o, device=device.name) for o in outputs] for tile, (_, outputs) in forms.items()}
-    # Compilers in other threads would be in the way of launches: wait for all of them.
-    for tile, (text, _) in forms.items():
-        operators.tile_(memory[tile], text, given)
     for tile, (text, _) in forms.items():
         run = functools.partial(operators.tile_, memory.pop(tile), text, given)
-        kernel.times[tile] = 1e3 * float(do_bench(run, return_mode="median"))
+        with contextlib.suppress(OutOfResources):
+            kernel.times[tile] = 1e3 * float(do_bench(run, return_mode="median"))
 
 
 def copy_rate(device: Device) -> float:

@@ -7,11 +7,12 @@ Legend: M tokens, K in, N out, R rank. ``scale`` is a 0-d tensor or None for 1.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_fx.passes._torch import lower_as_donated, read_from_memory
+from lora_fx.passes._torch import lower_as_donated, lower_with, read_from_memory
 from lora_fx.passes.kernels import dropout, native, tile_program
 
 _library = torch.library.Library("lora_fx", "DEF")
@@ -138,21 +139,23 @@ def teach_inductor() -> None:
     lowered before: a norm that three of them read was written three times.
     """
     lower_as_donated(donated)
+    lower_with(tile_, _lower_tile)
+    lower_with(sum_parts, _lower_sum_parts)
     read_from_memory([tile_, accumulate_, scaled_mm, gradient_pair, sum_parts])
 
 
-def prepare_tile(program: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-    """Begin to compile the kernel of a tile program, in the background, for tensors like these, which may be fake."""
-    from lora_fx.passes.kernels.tile_launch import prepare
+def _lower_tile(*operands: Any) -> Any:
+    """On a GPU, Inductor's own launch."""
+    from lora_fx.passes.kernels.inlined import tile
 
-    prepare(program, inputs, outputs)
+    return tile(*operands)
 
 
-def prepare_sums(parts: list[Tensor], scales: list[Tensor | None], dtype: torch.dtype, stacked: bool) -> None:
-    """Likewise for the kernel of ``sum_parts``."""
-    from lora_fx.passes.kernels.part_sums import prepare
+def _lower_sum_parts(*operands: Any) -> Any:
+    """Likewise."""
+    from lora_fx.passes.kernels.inlined import sum_parts
 
-    prepare(parts, scales, dtype, stacked)
+    return sum_parts(*operands)
 
 
 def _donated(saved: Tensor, size: list[int | torch.SymInt]) -> Tensor:

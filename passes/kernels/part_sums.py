@@ -13,19 +13,19 @@ block of 512 tokens, rank 16, CUDA graphs) it was 61 kernels instead of 67 and 9
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_fx.passes.kernels.jit import compiler, define
-from lora_fx.passes.kernels.relaunch import Launches, described
-from lora_fx.passes.kernels.tile_launch import are_known
+from lora_fx.passes._torch import ceil_div
+from lora_fx.passes.kernels.define import define
 
 _BLOCK = 1024
 _AT_ONCE = 8
-
-_launches = Launches()
 
 
 def source(scaled: tuple[bool, ...], ranks: tuple[int, ...]) -> str:
@@ -85,43 +85,42 @@ def _name(scaled: tuple[bool, ...]) -> str:
 @functools.lru_cache(maxsize=256)
 def kernel(scaled: tuple[bool, ...], ranks: tuple[int, ...] = ()) -> Any:
     """The kernel of :func:`source`."""
-    file = f"<lora_fx sums {''.join('01'[s] for s in scaled)} {ranks}>"
-    return define(source(scaled, ranks), _name(scaled), file)
+    return define(source(scaled, ranks), _name(scaled), "sums")
 
 
-def arguments(outputs: list[Tensor], parts: list[Tensor], scales: list[Tensor | None]) -> list[Any]:
-    """What :func:`kernel` takes; one output, for sums side by side, is that of each."""
-    found: list[Any] = []
-    for i, (part, scale) in enumerate(zip(parts, scales, strict=True)):
-        out = outputs[i if len(outputs) > 1 else 0]
-        found += [out, part, *([] if scale is None else [scale]), part.shape[0], part.shape[1:].numel()]
-    return found
+@dataclass(frozen=True)
+class Launch:
+    """A launch of the kernel on parts of certain sizes, all contiguous."""
+
+    scaled: tuple[bool, ...]
+    ranks: tuple[int, ...]
+    outputs: list[list[Any]]
+    """Their sizes."""
+    numbers: dict[str, Any]
+    """What the kernel takes beside tensors."""
+    blocks: Any
+
+    def arguments(self, outputs: list[Any], parts: list[Any], scales: list[Any]) -> dict[str, Any]:
+        """All that the kernel takes, by name; one output, for sums side by side, is that of each."""
+        found = dict(self.numbers)
+        for i, (part, scale) in enumerate(zip(parts, scales, strict=True)):
+            found |= {f"out{i}": outputs[i if len(outputs) > 1 else 0], f"parts{i}": part}
+            found |= {} if scale is None else {f"scale{i}": scale}
+        return found
 
 
-def empty(parts: list[Tensor], dtype: torch.dtype, stacked: bool) -> list[Tensor]:
-    """Memory for the sums of parts [P, E...]; ``stacked``, for those of parts [P, M, R] side by side."""
-    if stacked:
-        return [parts[0].new_empty((parts[0].shape[1], sum(_ranks(parts, stacked))), dtype=dtype)]
-    return [part.new_empty(part.shape[1:], dtype=dtype) for part in parts]
+def launch(sizes: Sequence[Sequence[Any]], scaled: tuple[bool, ...], stacked: bool) -> Launch:
+    """How to launch the kernel for parts of these sizes [P, E...]; ``stacked``: [P, M, R].
 
-
-def _ranks(parts: list[Tensor], stacked: bool) -> tuple[int, ...]:
-    return tuple(int(part.shape[2]) for part in parts) if stacked else ()
-
-
-def prepare(parts: list[Tensor], scales: list[Tensor | None], dtype: torch.dtype, stacked: bool) -> None:
-    """Begin to compile the kernel for parts like these, which may be fake."""
-    if are_known(parts):
-        key = _key(parts, scales, dtype, stacked)
-        found = arguments(empty(parts, dtype, stacked), parts, scales)
-        compiler().start(key, functools.partial(kernel, *key[:2]), found, parts[0].device)
-
-
-def _key(parts: list[Tensor], scales: list[Tensor | None], dtype: torch.dtype, stacked: bool) -> Any:
-    """What :func:`kernel` takes, and what Triton compiles anew for: types, numbers that are 1 or multiples of 16."""
-    numbers = [(part.shape[0], part.shape[1:].numel()) for part in parts]
-    kinds = [(count == 1, count % 16 == 0, size == 1, size % 16 == 0) for count, size in numbers]
-    return tuple(s is not None for s in scales), _ranks(parts, stacked), dtype, *kinds
+    Sizes are numbers, or SymPy expressions where Inductor compiles for sizes that it does not know.
+    """
+    ranks = tuple(int(size[2]) for size in sizes) if stacked else ()
+    outputs = [[sizes[0][1], sum(ranks)]] if stacked else [list(size[1:]) for size in sizes]
+    numbers: dict[str, Any] = {}
+    for i, size in enumerate(sizes):
+        numbers |= {f"P{i}": size[0], f"E{i}": math.prod(size[1:])}
+    blocks = sum(ceil_div(numbers[f"E{i}"], _BLOCK) for i in range(len(sizes)))
+    return Launch(scaled, ranks, outputs, numbers, blocks)
 
 
 def run(parts: list[Tensor], scales: list[Tensor | None], dtype: torch.dtype, stacked: bool = False) -> list[Tensor]:
@@ -129,17 +128,9 @@ def run(parts: list[Tensor], scales: list[Tensor | None], dtype: torch.dtype, st
 
     ``stacked``: for parts [P, M, R], the sums side by side in one matrix [M, sum of R].
     """
-    outputs = empty(parts, dtype, stacked)
-    whole = [part.contiguous() for part in parts]
-    found = arguments(outputs, whole, scales)
-    tensors = [argument for argument in found if isinstance(argument, Tensor)]
-    again = tuple(s is not None for s in scales), stacked, described(tensors)
-    if (launch := _launches.find(again)) is not None:
-        launch(tensors)
-        return outputs
-    key = _key(parts, scales, dtype, stacked)
-    compiler().wait(key)
-    if blocks := sum(-(-part.shape[1:].numel() // _BLOCK) for part in parts):
-        function = kernel(*key[:2])
-        _launches.keep(again, function, function[(blocks,)](*found), (blocks,), found, {}, tensors)
+    found = launch([part.shape for part in parts], tuple(s is not None for s in scales), stacked)
+    outputs = [parts[0].new_empty(size, dtype=dtype) for size in found.outputs]
+    if found.blocks:
+        arguments = found.arguments(outputs, [part.contiguous() for part in parts], scales)
+        kernel(found.scaled, found.ranks)[(found.blocks,)](**arguments)
     return outputs

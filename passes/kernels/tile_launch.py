@@ -1,10 +1,15 @@
-"""Have the kernels of tile programs compiled ahead of their first run, and run them."""
+"""With what the kernel of a tile program is launched, and the launch where nothing is compiled.
+
+Inside compiled graphs :mod:`lora_fx.passes.kernels.inlined` makes these launches Inductor's own; :func:`run` is what an
+operator does that is called by itself.
+"""
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,81 +17,66 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from lora_fx.passes.kernels.jit import compiler
-from lora_fx.passes.kernels.relaunch import Launches, described
-from lora_fx.passes.kernels.tile_names import name_of_all
+from lora_fx.passes._torch import ceil_div
+from lora_fx.passes.kernels.tile_names import Names, name_of_all
 from lora_fx.passes.kernels.tile_program import Program, evaluate, split
 from lora_fx.passes.kernels.tile_triton import kernel
 
 log = logging.getLogger("lora_fx.passes")
 
-_launches = Launches()
+Sizes = Sequence[Any]
+"""Sizes or strides: numbers, or SymPy expressions where Inductor compiles for sizes that it does not know."""
 
 
-def are_known(tensors: Iterable[Tensor]) -> bool:
-    """Whether a kernel for tensors like these can be compiled now: there is a GPU, and no size is a symbol."""
-    return torch.cuda.is_available() and all(isinstance(size, int) for t in tensors for size in t.shape)
-
-
-def prepare(text: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-    """Begin to compile the kernel of the program that ``text`` describes, for tensors like these, which may be fake."""
-    if are_known((*inputs, *outputs)):
-        arguments = _all_arguments(split(text, inputs, outputs))
-        make = functools.partial(kernel, text)
-        compiler().start(text, make, arguments.positional, inputs[0].device, **arguments.named)
+_SMALL = ("thin", "factor")
+"""Inputs whose two strides are arguments."""
 
 
 @dataclass(frozen=True)
-class _Arguments:
-    """Of a kernel: what it takes by place (tensors and numbers), and constants and options by name."""
+class Launch:
+    """A launch of a kernel on inputs of certain sizes and strides."""
 
-    inputs: list[Tensor]
-    strides: list[int]
-    outputs: list[Tensor]
-    rows: int
-    named: dict[str, Any]
-
-    @property
-    def positional(self) -> list[Any]:
-        return [*self.inputs, *self.strides, *self.outputs, self.rows]
-
-
-def _all_arguments(programs: list[tuple[Any, ...]]) -> _Arguments:
-    """Of programs with their inputs and outputs that share a launch, in the order of the kernel's names."""
-    if len(programs) == 1:
-        return _arguments(*programs[0])
-    inputs, strides, outputs, named = [], [], [], {}
-    for k, each in enumerate(programs):
-        found = _arguments(*each)
-        inputs += found.inputs
-        strides += found.strides
-        outputs += found.outputs
-        options = ("num_warps", "num_stages")
-        named.update({name if name in options else f"p{k}_{name}": value for name, value in found.named.items()})
-    return _Arguments(inputs, strides, outputs, found.rows, named)
+    strides: list[Sizes]
+    """Those that the inputs must have; all outputs are contiguous."""
+    tensors: list[str]
+    """What the kernel calls the inputs, and then the outputs."""
+    numbers: dict[str, Any]
+    """Every other argument."""
+    grid: tuple[Any, ...]
+    warps: int
+    stages: int
+    rows: Any
+    """M."""
 
 
-def _arguments(program: Program, inputs: list[Tensor], outputs: list[Tensor]) -> _Arguments:
-    tile, m = program.tile, int(program.row_count(inputs))
-    stacked = {i for s in program.body if s[0] in ("down", "product") and isinstance(s[2], list) for i in s[2]}
-    tensors = [
-        t.contiguous() if i in stacked else _prepared(kind, t, program)
-        for i, (kind, t) in enumerate(zip(program.inputs, inputs))
-    ]
-    strides: list[int] = []
-    named: dict[str, Any] = {}
-    for index, (kind, t) in enumerate(zip(program.inputs, tensors)):
-        if kind[0] == "full":
-            named[f"stride{index}"] = t.stride(0)
-        elif kind[0] in ("thin", "factor"):
-            strides += t.stride() if kind[-1] != "RN" else reversed(t.stride())
-    named.update(EVEN_ROWS=m % tile.rows == 0, num_warps=tile.warps, num_stages=tile.stages)
-    return _Arguments(tensors, strides, outputs, m, named)
+def launch(text: str, inputs: list[tuple[Sizes, Sizes]]) -> Launch:
+    """How to launch the programs of ``text`` on inputs of these sizes and strides."""
+    programs = split(text, inputs)
+    joint = len(programs) > 1
+    names = [Names(program, f"p{k}_" if joint else "") for k, (program, _) in enumerate(programs)]
+    strides: list[Sizes] = []
+    numbers: dict[str, Any] = {}
+    for each, (program, layouts) in zip(names, programs):
+        m = _rows(program, layouts)
+        wanted = [_strides(program, i, *layout) for i, layout in enumerate(layouts)]
+        strides += wanted
+        kinds = list(zip(program.inputs, wanted, layouts))
+        small = [
+            found[::-1] if kind[-1] == "RN" else found for kind, found, _ in kinds if kind[0] in ("thin", "factor")
+        ]
+        numbers.update(zip(each.strides, (stride for found in small for stride in found), strict=True))
+        full = [_row_stride(sizes, found) for kind, found, (sizes, _) in kinds if kind[0] == "full"]
+        even = isinstance(m, int) and m % program.tile.rows == 0
+        numbers.update(zip(each.constants, (*full, even), strict=True))
+    numbers["M"] = m
+    tensors = [name for each in names for name in each.inputs] + [name for each in names for name in each.outputs]
+    tile = programs[-1][0].tile
+    return Launch(strides, tensors, numbers, _grid([p for p, _ in programs], m), tile.warps, tile.stages, m)
 
 
-def _grid(programs: list[Program], m: int) -> tuple[int, ...]:
+def _grid(programs: list[Program], m: Any) -> tuple[Any, ...]:
     """Columns and rows of tiles; where programs share a launch, the tiles of one behind those of the other."""
-    sizes = [(-(-p.columns // p.tile.columns), -(-m // p.tile.rows)) for p in programs]
+    sizes = [(ceil_div(p.columns, p.tile.columns), ceil_div(m, p.tile.rows)) for p in programs]
     return sizes[0] if len(sizes) == 1 else (sum(wide * high for wide, high in sizes),)
 
 
@@ -96,25 +86,19 @@ def run(text: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
     An output [M, N] may be the memory of an input: a tile is loaded before it is stored, and by nobody else. Kernels
     write contiguous memory; what is laid out in another way gets a copy.
     """
-    key = text, described([*inputs, *outputs])
-    if (launch := _launches.find(key)) is not None:
-        launch([*inputs, *outputs])
+    found = launch(text, [(t.shape, t.stride()) for t in inputs])
+    if not found.rows:
         return
     written = [t if t.is_contiguous() else t.new_empty(t.shape) for t in outputs]
-    programs = split(text, inputs, written)
-    arguments = _all_arguments(programs)
-    if not arguments.rows:
-        return
-    compiler().wait(text)
-    grid = _grid([program for program, *_ in programs], arguments.rows)
-    function = kernel(text)
+    tensors = [*(laid_out(t, strides) for t, strides in zip(inputs, found.strides)), *written]
+    arguments = {**dict(zip(found.tensors, tensors, strict=True)), **found.numbers}
     try:
-        compiled = function[grid](*arguments.positional, **arguments.named)
-        _launches.keep(key, function, compiled, grid, arguments.positional, arguments.named, [*inputs, *outputs])
+        kernel(text)[found.grid](**arguments, num_warps=found.warps, num_stages=found.stages)
     except OutOfResources as error:
+        programs = split(text, inputs)
         name = name_of_all([program for program, *_ in programs])
         _warn_once(f"{name} does not fit this device ({error}): it runs as ATen, which is slower")
-        values = [value for program, given, _ in programs for value in evaluate(program, given)]
+        values = [value for program, given in programs for value in evaluate(program, given)]
         written = [value.view_as(t) for value, t in zip(values, outputs)]
     for output, memory in zip(outputs, written):
         if memory is not output:
@@ -126,22 +110,70 @@ def _warn_once(message: str) -> None:
     log.warning("%s. Please report this.", message)
 
 
-def _prepared(kind: list[Any], tensor: Tensor, program: Program) -> Tensor:
-    """The tensor as the kernel indexes it: a value as a matrix whose rows are contiguous, rows and columns as such.
+def laid_out(tensor: Tensor, strides: Sizes) -> Tensor:
+    """The tensor, or a copy where its strides are others."""
+    if all(size == 1 or one == other for size, one, other in zip(tensor.shape, tensor.stride(), strides)):
+        return tensor
+    return torch.empty_strided(tensor.shape, list(strides), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def contiguous(sizes: Sizes) -> list[Any]:
+    """The strides of memory without gaps, in the order of the dimensions."""
+    return [math.prod(sizes[place + 1 :]) for place in range(len(sizes))]
+
+
+def _rows(program: Program, layouts: list[tuple[Sizes, Sizes]]) -> Any:
+    """M, as the inputs have it."""
+    for kind, (sizes, _) in zip(program.inputs, layouts):
+        if kind[0] == "full":
+            whole = sizes[-1] == program.columns
+            return math.prod(sizes[:-1]) if whole else math.prod(sizes) // program.columns
+        if kind[0] in ("thin", "parts"):
+            return sizes[-2]
+    raise AssertionError("a program reads something that has rows")
+
+
+def _row_stride(sizes: Sizes, strides: Sizes) -> Any:
+    """The distance between the rows of a value [..., N] with contiguous rows, or None where there is no such number."""
+    if sizes[-1] != 1 and strides[-1] != 1:
+        return None
+    step: Any = None
+    for size, stride in reversed(list(zip(sizes[:-1], strides[:-1]))):
+        if size == 1:
+            continue
+        if step is None:
+            step, rows = stride, size
+        elif stride != step * rows:
+            return None
+        else:
+            rows = rows * size
+    step = sizes[-1] if step is None else step
+    return step if isinstance(step, int) else None
+
+
+def _strides(program: Program, index: int, sizes: Sizes, strides: Sizes) -> Sizes:
+    """Those that a kernel needs an input to have: values have contiguous rows, rows and columns are contiguous.
 
     Where a value is summed over rows and over columns, the factor of the one and the thin matrix of the other must be
     laid out in the same order: Triton 3.6 gets the second sum wrong for other pairs (on Hopper, 64 x 64 tiles,
     four warps). Here the rank is what is contiguous in both, which it is in a gradient pair as models have it.
     """
-    if kind[0] == "parts":
-        return tensor.contiguous()
+    kind, dense = program.inputs[index], contiguous(sizes)
+    if kind[0] in ("number", "seed"):
+        return strides
     if kind[0] == "full":
-        matrix = tensor.reshape(-1, program.columns)
-        return matrix if matrix.stride(1) == 1 else matrix.contiguous()
-    if kind[0] in ("thin", "factor") and program.sums_both_ways:
-        turned = kind[-1] == "RN"
-        matrix = tensor.t().contiguous() if turned else tensor
+        return strides if sizes[-1] == program.columns and _row_stride(sizes, strides) is not None else dense
+    if kind[0] not in _SMALL or index in _stacked(program):
+        return dense
+    if program.sums_both_ways:
         if kind[1] == 1:
-            matrix = matrix.reshape(-1).contiguous().unsqueeze(1)  # strides of 1 and 1, whatever they were
-        return matrix.t() if turned else matrix
-    return tensor.contiguous() if kind[0] in ("row", "column") else tensor
+            return [1, 1]
+        if kind[-1] == "RN":
+            return strides if strides[0] == 1 else [1, sizes[0]]
+        return strides if strides[1] == 1 else dense
+    return strides
+
+
+def _stacked(program: Program) -> set[int]:
+    """The inputs that are factors side by side."""
+    return {i for s in program.body if s[0] in ("down", "product") and isinstance(s[2], list) for i in s[2]}

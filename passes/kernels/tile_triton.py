@@ -9,14 +9,13 @@ registers (``across`` when walking down, ``down`` when walking along) and writte
 from __future__ import annotations
 
 import functools
-import hashlib
 from typing import Any
 
 import triton
 
 from lora_fx.passes.kernels import dropout
+from lora_fx.passes.kernels.define import define
 from lora_fx.passes.kernels.dropout import MIX, ODD, Steps, threshold
-from lora_fx.passes.kernels.jit import define
 from lora_fx.passes.kernels.tile_arithmetic import constant, operation
 from lora_fx.passes.kernels.tile_names import Names, head, name_of_all
 from lora_fx.passes.kernels.tile_program import OUTPUTS, Program, Statement, numbers, split
@@ -349,5 +348,4 @@ def source(programs: list[Program]) -> str:
 def kernel(text: str) -> Any:
     """The Triton function of the program or programs that ``text`` describes."""
     programs = [program for (program,) in split(text)]
-    code = source(programs)
-    return define(code, name_of_all(programs), f"<lora_fx tile {hashlib.sha256(code.encode()).hexdigest()[:16]}>")
+    return define(source(programs), name_of_all(programs), "tile")

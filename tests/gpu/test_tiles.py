@@ -166,6 +166,17 @@ def test_in_a_compiled_model(name: str, rank: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_launches_are_inductors_own() -> None:
+    """No operator is called for what is a launch."""
+    from torch._inductor.utils import run_and_get_code
+
+    module, x = model("two blocks")
+    _, codes = run_and_get_code(step, lora_fx.compile(module), x)
+    lines = [line for code in codes for line in code.splitlines() if not line.lstrip().startswith("#")]
+    assert any("lora_fx_" in line and ".run(" in line for line in lines)
+    assert not any("lora_fx.tile_" in line or "lora_fx.sum_parts" in line for line in lines)
+
+
 def test_any_number_of_tokens() -> None:
     module, x = model("SwiGLU", rank=16)
     exact = copy.deepcopy(module).double()

@@ -63,6 +63,8 @@ def _move(graph: Graph, device: torch.device) -> None:
     for node in graph.nodes:
         if "device" in node.kwargs:
             node.update_kwarg("device", device)
+        if any(isinstance(argument, torch.device) for argument in node.args):  # seeds
+            node.args = tuple(device if isinstance(a, torch.device) else a for a in node.args)
         for value in torch.utils._pytree.tree_leaves(node.meta.get("val")):
             if isinstance(value, FakeTensor):
                 value.fake_device = device

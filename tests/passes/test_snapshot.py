@@ -82,6 +82,7 @@ WHOLE: list[tuple[Any, str, int]] = [
     (tile_copies, "_copy", 1),
     (tile_pairs, "split", 8),
     (fuse_tiles, "_seeds", 2),
+    (fuse_tiles, "take", 4),
     (fuse_tiles, "_emit", 1),
     (fuse_tiles, "_emit", 4),
     (fuse_tiles, "_erase", 1),
@@ -98,7 +99,6 @@ WHOLE: list[tuple[Any, str, int]] = [
     (tile_joint, "_merge", 1),
     (tile_joint, "_merge", 2),
     (tile_joint, "join", 1),
-    (fuse_tiles, "_prepare", 1),
 ]
 """What fails once it is done, and at which of its calls: something has been replaced by then."""
 

@@ -72,10 +72,40 @@ if not INTERPRETED:
         program = Program(24, "bfloat16", inputs, body, Tile(rows=64, columns=64, step=64, walk="rows"))
         factor = torch.randn((24, rank) if order == "NR" else (rank, 24))
         tensors = [torch.randn(40, 24), factor, torch.randn(40, 3 * rank)[:, rank : 2 * rank]]
-        full, stored, thin, *strides, _ = tile_launch._arguments(program, tensors, []).positional
-        assert torch.equal(stored, factor) and torch.equal(thin, tensors[2]) and full is not None
+        found = tile_launch.launch(program.dumps(), [(t.shape, t.stride()) for t in tensors])
         outer = 1 if rank == 1 else 3 * rank
-        assert strides == [rank, 1, outer, 1]
+        assert [found.numbers[name] for name in ("outer1", "inner1", "outer2", "inner2")] == [rank, 1, outer, 1]
+        for tensor, strides in zip(tensors, found.strides):
+            assert torch.equal(tile_launch.laid_out(tensor, strides), tensor)
+
+    @pytest.mark.parametrize(
+        ("walk", "steps"),
+        [("columns", "range(0, 32 + tl.minimum(M, 0))"), ("rows", "range(0, 64)")],
+        ids=["along", "down"],
+    )
+    def test_the_assembler_cannot_write_out_a_walk_of_short_steps(walk: str, steps: str) -> None:
+        """It would, h of N 4096 and R 16, and take seconds for it; down the rows a walk is longer, or steps are."""
+        body: list[Any] = [["load", 0], ["down", 0, 1]]
+        tile = Tile(rows=64, columns=4096, step=128, walk=walk) if walk == "columns" else Tile(8192, 64, 128, "rows")
+        assert steps in tile_triton.source([Program(4096, "bfloat16", [["full"], ["factor", 16, "RN"]], body, tile)])
+
+    @pytest.mark.parametrize(
+        ("sizes", "strides", "row"),
+        [
+            ((3, 5, 8), (40, 8, 1), 8),
+            ((3, 5, 8), (60, 12, 1), 12),  # columns of something wider
+            ((3, 1, 8), (16, 999, 1), 16),  # what a dimension of one element strides by is nothing
+            ((1, 8), (999, 1), 8),
+            ((3, 5, 8), (8, 24, 1), None),  # transposed
+            ((5, 8), (1, 5), None),
+        ],
+    )
+    def test_rows_that_are_read_where_they_are(sizes: Any, strides: Any, row: int | None) -> None:
+        tile = Tile(rows=64, columns=32, step=32, walk="rows")
+        body: list[Any] = [["load", 0], ["store", 0, "bfloat16"]]
+        found = tile_launch.launch(Program(8, "bfloat16", [["full"]], body, tile).dumps(), [(sizes, strides)])
+        assert found.numbers["stride0"] == (row or 8)
+        assert tuple(found.strides[0]) == (strides if row else (8, 1) if len(sizes) == 2 else (40, 8, 1))
 
     @pytest.mark.slow
     @pytest.mark.parametrize("part", ["program or sums", "pointwise"])

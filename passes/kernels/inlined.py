@@ -1,0 +1,69 @@
+"""Launches of tile programs, and of sums of their parts, as Inductor's own.
+
+Inductor writes the kernels into its code, compiles them in its processes with all others, launches them as it does its
+own, plans the memory of what they write and keeps all of it in its caches. What there is to find out about a launch is
+found out here, once: an operator that it calls takes the CPU 27 us, and a Llama block has 50 launches.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lora_fx.passes import _torch
+from lora_fx.passes.kernels import part_sums, tile_launch, tile_memory, tile_triton
+
+MOST_ARGUMENTS = 100
+"""Of a launch: what Inductor launches its kernels with takes 120 (torch 2.11), some of which are its own."""
+
+_FOR_A_SUM = 5
+
+
+def tile(outputs: list[Any], program: str, inputs: list[Any]) -> Any:
+    """Lower ``tile_``: a launch that writes the memory of ``outputs``, where Inductor has it.
+
+    Not where a kernel may not fit the GPU, which Inductor would find out too late: the operator finds out in time.
+    """
+    if len(outputs) + 3 * len(inputs) > MOST_ARGUMENTS:  # an input and its two strides
+        return NotImplemented
+    itemsizes = [each.get_dtype().itemsize for each in inputs]
+    if (fitted := tile_memory.fitted(program, itemsizes, inputs[0].get_device())) is None:
+        return NotImplemented
+    given = [_torch.in_memory(each) for each in inputs]
+    found = tile_launch.launch(fitted, [_torch.layout(each) for each in given])
+    if found.rows == 0:
+        return None
+    read = [_torch.laid_out(each, strides) for each, strides in zip(given, found.strides, strict=True)]
+    # A copy where Inductor has laid it out in another way, which is copied back.
+    made = [_torch.in_memory(each) for each in outputs]
+    written = [_torch.laid_out(each, tile_launch.contiguous(_torch.layout(each)[0])) for each in made]
+    arguments = {**dict(zip(found.tensors, [*read, *written], strict=True)), **found.numbers}
+    targets = found.tensors[len(inputs) :]
+    _torch.launch(tile_triton.kernel(fitted), arguments, targets, found.grid, found.warps, found.stages)
+    for output, memory in zip(outputs, written):
+        if memory.get_name() != output.get_name():
+            _torch.copy_into(output, memory)
+    return None
+
+
+def sum_parts(parts: list[Any], scales: list[Any], dtype: torch.dtype, stacked: bool = False) -> Any:
+    """Lower ``sum_parts``: a launch that writes fresh memory; several of them where there are many sums."""
+    most = MOST_ARGUMENTS // _FOR_A_SUM
+    if len(parts) > most:
+        if stacked:
+            return NotImplemented
+        chunks = [slice(first, first + most) for first in range(0, len(parts), most)]
+        return [total for chunk in chunks for total in sum_parts(parts[chunk], scales[chunk], dtype)]
+    given = [_torch.in_memory(part) for part in parts]
+    sizes = [_torch.layout(part)[0] for part in given]
+    found = part_sums.launch(sizes, tuple(scale is not None for scale in scales), stacked)
+    outputs = [_torch.memory(size, dtype, parts[0].get_device()) for size in found.outputs]
+    if found.blocks == 0:
+        return outputs
+    whole = [_torch.laid_out(part, tile_launch.contiguous(size)) for part, size in zip(given, sizes)]
+    written = [f"out{i}" for i in range(len(outputs))]
+    arguments = found.arguments(outputs, whole, scales)
+    function = part_sums.kernel(found.scaled, found.ranks)
+    _torch.launch(function, arguments, written, (found.blocks,), warps=4, stages=3)
+    return outputs

@@ -1,0 +1,106 @@
+"""The shared memory that kernels need: bounds hold for what Triton compiles, and decide what is launched."""
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs Triton")
+
+from lora_fx.passes.kernels import tile_memory, tile_triton
+from lora_fx.passes.kernels.tile_choice import choose
+from lora_fx.passes.kernels.tile_names import Names
+from lora_fx.passes.kernels.tile_program import Program, Tile, join, loads, split
+from tests.passes import few_rows_cases
+from tests.passes.high_rank_cases import HIGH_RANKS
+from tests.passes.tile_cases import CASES, Case
+
+LIMITS = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
+"""Bytes of shared memory that a program may have, by compute capability."""
+
+
+def needed(program: Program, capability: int) -> int:
+    """Bytes of shared memory, as compiled for values in bfloat16 and sizes that are multiples of 16."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    names, signature, constants, attributes = Names(program), {}, {}, {}
+    kinds = dict(zip(names.inputs, (kind[0] for kind in program.inputs)))
+    types = {"number": "*fp32", "parts": "*fp32", "seed": "*i64"}
+    stores = dict(zip(names.outputs, program.outputs))
+    for place, name in enumerate(names.all):
+        if name in kinds:
+            signature[name] = types.get(kinds[name], "*bf16")
+        elif name in stores:
+            whole = program.is_whole(stores[name]) and stores[name][-1] != "float32"
+            signature[name] = "*bf16" if whole else "*fp32"
+        elif name in names.constants:
+            signature[name], constants[name] = "constexpr", True if name == "EVEN_ROWS" else program.columns
+        elif "inner" in name:
+            order = program.inputs[int(name.removeprefix("inner"))][-1]
+            signature[name] = "i32" if order == "RN" else "constexpr"
+            constants |= {} if order == "RN" else {name: 1}
+        elif "outer" in name and program.inputs[int(name.removeprefix("outer"))][-1] == "RN":
+            signature[name], constants[name] = "constexpr", 1
+        else:
+            signature[name] = "i32"
+        if signature[name] != "constexpr" and kinds.get(name) != "seed":
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    kernel = tile_triton.kernel(program.dumps())
+    options = {"num_warps": program.tile.warps, "num_stages": program.tile.stages}
+    target = GPUTarget("cuda", capability, 32)
+    return int(
+        compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options).metadata.shared
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("case", [*CASES, *HIGH_RANKS, *few_rows_cases.CASES], ids=str)
+def test_kernels_need_no_more(case: Case, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for rows, columns in ((8192, 14336), (64, 4096)):
+        if (tile := choose(case.inputs, case.body, rows, columns)) is None:
+            continue
+        for stages in {1, tile.stages}:
+            program = case.program(columns, torch.bfloat16, dataclasses.replace(tile, stages=stages))
+            try:
+                bytes_needed = needed(program, capability)
+            except RuntimeError:
+                if capability < 100:
+                    raise
+                continue  # Triton 3.6 does not compile every program for Blackwell
+            assert bytes_needed <= tile_memory.bound(program, (2,) * len(program.inputs), capability // 10)
+
+
+def pair(stages: int = 3) -> Program:
+    """g and dB of dy with N 14336: what comes nearest to the limit of an H100."""
+    body: list[Any] = [["load", 0], ["down", 0, 1], ["across", 0, 2, "NR"]]
+    tile = Tile(rows=1024, columns=512, step=64, walk="rows", strips=4, stages=stages)
+    return Program(14336, "bfloat16", [["full"], ["factor", 16, "NR"], ["thin", 16]], body, tile)
+
+
+@pytest.mark.parametrize(
+    ("capability", "limit", "stages"),
+    [((9, 0), LIMITS[90], 3), ((10, 0), LIMITS[100], 1), ((8, 6), LIMITS[86], None)],
+    ids=["fits", "fits with a shallower pipeline", "may not fit"],
+)
+def test_what_is_launched(capability: Any, limit: int, stages: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SimpleNamespace(major=capability[0], minor=capability[1], shared_memory_per_block_optin=limit)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    text = tile_memory.fitted(pair().dumps(), [2, 2, 2], torch.device("cuda", 0))
+    assert (None if text is None else loads(text).tile.stages) == stages
+    both = tile_memory.fitted(join([pair().dumps()] * 2), [2] * 6, torch.device("cuda", 0))
+    assert (None if both is None else [p.tile.stages for (p,) in split(both)]) == (stages and [stages] * 2)
+
+
+def test_larger_numbers_need_more() -> None:
+    assert tile_memory.bound(pair(), (4, 2, 2), 9) > LIMITS[90] > tile_memory.bound(pair(), (2, 2, 2), 9)
+
+
+def test_elsewhere_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert tile_memory.fitted(pair().dumps(), [2, 2, 2], torch.device("cuda", 0)) is None
