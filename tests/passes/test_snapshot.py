@@ -82,7 +82,6 @@ WHOLE: list[tuple[Any, str, int]] = [
     (tile_copies, "_copy", 1),
     (tile_pairs, "split", 8),
     (fuse_tiles, "_seeds", 2),
-    (fuse_tiles, "take", 4),
     (fuse_tiles, "_emit", 1),
     (fuse_tiles, "_emit", 4),
     (fuse_tiles, "_erase", 1),
@@ -149,7 +148,9 @@ def test_what_was_undone_can_be_cut(module: nn.Module, where: Any, name: str, nt
     assert texts[0] == texts[1] and "tile(" in texts[0]
 
 
-@pytest.mark.parametrize(("name", "nth"), [("separate", 1), ("grow", 1), ("join", 2), ("_finish", 1), ("_finish", 12)])
+@pytest.mark.parametrize(
+    ("name", "nth"), [("separate", 1), ("grow", 1), ("join", 2), ("take", 2), ("_finish", 1), ("_finish", 12)]
+)
 def test_one_region_that_fails_before_anything_of_it_is_replaced(
     module: nn.Module, name: str, nth: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
