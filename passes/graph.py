@@ -187,6 +187,11 @@ _LAYOUT = frozenset(
 )
 
 
+def is_alias(node: Node) -> bool:
+    """Whether a value may be the memory of its operand, seen in another way."""
+    return node.target in VIEWS or node.target in _LAYOUT
+
+
 def stays_in_kernel(node: Node) -> bool:
     """Whether every forward (or every backward) reader of a value is pointwise, so that the value need not be written.
 
@@ -194,10 +199,7 @@ def stays_in_kernel(node: Node) -> bool:
     """
     half = node.meta.get("partitioner_tag")
     readers = [user for user in node.users if half is None or user.meta.get("partitioner_tag", half) == half]
-    return bool(readers) and all(
-        stays_in_kernel(user) if user.target in VIEWS or user.target in _LAYOUT else is_pointwise(user)
-        for user in readers
-    )
+    return bool(readers) and all(stays_in_kernel(user) if is_alias(user) else is_pointwise(user) for user in readers)
 
 
 def is_pointwise(node: Node) -> bool:

@@ -13,7 +13,9 @@ With few rows a kernel is shorter than the pause before it and the time that it 
 
 from __future__ import annotations
 
+import functools
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import Graph, Node
@@ -23,35 +25,70 @@ from lora_fx.passes.graph import is_call, val
 from lora_fx.passes.kernels import operators, tile_choice
 from lora_fx.passes.kernels.tile_program import join as join_texts
 from lora_fx.passes.kernels.tile_program import split
-from lora_fx.passes.tile_copies import descendants
 
 MOST = 4
 """The most programs of a launch."""
 
 
+@dataclass
+class _Launch:
+    """Programs that are one call, among all calls of a graph, each of which is a bit."""
+
+    call: Node
+    alike: Any
+    """What calls must have in common to be joined; None for a call that stays alone."""
+    programs: int
+    own: int
+    before: int
+    """The calls that these wait for."""
+
+
 def join(graph: Graph) -> None:
     """Make one call of those that can run at the same time."""
-    found: list[Node] = []
-    for call in [n for n in graph.nodes if is_call(n, auto_functionalized) and n.args[0] is operators.tile_]:
-        other = next((o for o in reversed(found) if _are_alike(o, call) and call not in descendants(o)), None)
+    launches = _launches(graph)
+    done: list[_Launch] = []
+    for place, launch in enumerate(launches):
+        other = next((each for each in reversed(done) if _can_join(each, launch)), None)
         if other is not None:
-            found.remove(other)
-            call = _merge(other, call)
-            stable_topological_sort(graph)
-        found.append(call)
+            done.remove(other)
+            launch.call = _merge(other.call, launch.call)
+            launch.programs += other.programs
+            launch.own |= other.own
+            launch.before |= other.before
+            for each in (*done, *launches[place + 1 :]):
+                if each.before & launch.own:
+                    each.before |= launch.own | launch.before
+        done.append(launch)
+    if len(done) < len(launches):
+        stable_topological_sort(graph)
 
 
-def _programs(call: Node) -> list[tuple[Any, ...]]:
-    return split(call.kwargs["program"], call.kwargs["inputs"])  # type: ignore[arg-type]  # its schema
+def _launches(graph: Graph) -> list[_Launch]:
+    """The calls of a graph, in its order."""
+    found: list[_Launch] = []
+    behind: dict[Node, int] = {}
+    for node in graph.nodes:
+        before = functools.reduce(operator.or_, (behind[source] for source in node.all_input_nodes), 0)
+        behind[node] = before
+        if is_call(node, auto_functionalized) and node.args[0] is operators.tile_:
+            own = 1 << len(found)
+            behind[node] |= own
+            programs = split(node.kwargs["program"], node.kwargs["inputs"])
+            found.append(_Launch(node, _alike(programs), len(programs), own, before))
+    return found
 
 
-def _are_alike(one: Node, other: Node) -> bool:
-    """Whether two calls are for equally many rows, and few enough."""
-    programs = [*_programs(one), *_programs(other)]
-    rows = [program.row_count([val(each) for each in inputs]) for program, inputs in programs]
-    few = all(isinstance(count, int) and count <= tile_choice.MOST_FOR_LAUNCHES for count in rows)
-    warps = {program.tile.warps for program, _ in programs}
-    return few and len(set(rows)) == 1 and len(warps) == 1 and len(programs) <= MOST
+def _alike(programs: list[tuple[Any, ...]]) -> Any:
+    """How many rows a call has, and warps, if its rows are few enough."""
+    program, inputs = programs[0]
+    rows = program.row_count([val(each) for each in inputs])
+    few = isinstance(rows, int) and rows <= tile_choice.MOST_FOR_LAUNCHES
+    return (rows, program.tile.warps) if few else None
+
+
+def _can_join(one: _Launch, other: _Launch) -> bool:
+    fit = one.alike is not None and one.alike == other.alike and one.programs + other.programs <= MOST
+    return fit and not one.before & other.own and not other.before & one.own
 
 
 def _merge(first: Node, second: Node) -> Node:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 pytest.importorskip("triton", reason="needs Triton")
 pytest.importorskip("triton.backends.nvidia", reason="needs Triton's compiler for NVIDIA's GPUs")
@@ -249,6 +249,55 @@ else:
         assert found.ours and not found.operators
         for one, other in zip((*results, *given), (*expected, *copies), strict=True):
             torch.testing.assert_close(one, other, rtol=4e-3, atol=4e-3)
+
+    class Gate(nn.Module):
+        """Two branches under one gate: each program computes the gate again, of a product that the other reads too."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.a, self.b = (nn.Linear(64, 128, bias=False) for _ in range(3))
+
+        def forward(self, x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+            gate = torch.sigmoid(self.gate(x))
+            return gate * self.a(x), gate * self.b(x)
+
+    class GatedInputs(Gate):
+        """The same in backward, of what forward saved, which Inductor gives to whoever reads it last."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (nn.Linear(128, 96, bias=False) for _ in range(2))
+
+        def forward(self, x: Tensor, *more: Tensor) -> tuple[Tensor, Tensor]:
+            gate, (first, second, third, fourth) = torch.sigmoid(self.gate(x)), more
+            return self.a(gate * (first + 0.5 * second)), self.b(gate * (third + 0.5 * fourth))
+
+    @pytest.mark.parametrize("tokens", [128, 2176], ids=["one launch", "two launches"])
+    @pytest.mark.parametrize("build", [Gate, GatedInputs], ids=lambda build: build.__name__)
+    def test_nothing_is_written_over_that_another_program_reads(build: Any, tokens: int) -> None:
+        torch.manual_seed(0)
+        model = build().half()
+        lora_fx.install(model, lora_fx.LoRAConfig(rank=16, target_modules=["a", "b"]))
+        for linear in (model.a, model.b):
+            nn.init.normal_(linear.lora_b)
+            linear.lora_a.requires_grad_(False)  # dX alone reads what was saved
+        trains = build is GatedInputs
+        inputs = [torch.randn(tokens, n, dtype=torch.float16) for n in (64, 128, 128, 128, 128)]
+
+        def values(function: Any) -> list[Tensor]:
+            given = [inputs[0], *(t.clone().requires_grad_(trains) for t in inputs[1:])]
+            with torch.set_grad_enabled(trains):
+                results = function(*given)
+            if trains:
+                torch.autograd.backward(results, [torch.ones_like(y) for y in results])
+            return [*results, *(t.grad for t in given[1:] if t.grad is not None)]
+
+        expected = values(model)
+        with fake_gpu.recorded("cpu", interpret=True) as (found, backend):
+            results = values(torch.compile(model, backend=backend, fullgraph=True))
+        assert found.ours and not found.operators
+        for one, other in zip(results, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=4e-3, atol=4e-2)
 
     @pytest.mark.parametrize("tokens", [20, 160], ids=str)
     @pytest.mark.parametrize("build", [modules.Residual, modules.Mlp, modules.Block], ids=lambda b: b.__name__)
