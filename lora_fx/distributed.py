@@ -101,13 +101,11 @@ def average_gradients(parameters: Iterable[nn.Parameter], groups: Sequence[Group
         How many all-reduces were done.
     """
     trained = [p for p in parameters if p.requires_grad or p.grad is not None]
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    gradients = [torch.zeros_like(p, dtype=p.grad_dtype) if p.grad is None else p.grad for p in trained]
     terms = [local(gradient) for gradient in gradients]
-    # Float16 holds the average where it may not hold the sum.
-    for term in terms:
-        if term.dtype == torch.float16:
-            term.div_(divisor)
-    kinds = [(term.dtype, term.device) for term in terms]
+    # Float16 may hold the average where it does not hold the sum, nor the terms of a small one once they are divided.
+    sums = [term.float() if term.dtype == torch.float16 else term for term in terms]
+    kinds = [(term.dtype, term.device) for term in sums]
     here = {kind: [p.grad is not None for p, its in zip(trained, kinds) if its == kind] for kind in kinds}
     # How many ranks have each gradient. Where this one has all of them, no number comes from the CPU, nor goes there.
     ranks = {
@@ -116,10 +114,11 @@ def average_gradients(parameters: Iterable[nn.Parameter], groups: Sequence[Group
         else torch.tensor(flags, dtype=dtype, device=device)
         for (dtype, device), flags in here.items()
     }
-    count = _sum_over_groups([(tensor, list(groups)) for tensor in (*terms, *ranks.values())])
-    for term in terms:
-        if term.dtype != torch.float16:
-            term.div_(divisor)
+    count = _sum_over_groups([(tensor, list(groups)) for tensor in (*sums, *ranks.values())])
+    for term, total in zip(terms, sums):
+        total.div_(divisor)
+        if total is not term:
+            term.copy_(total)
     for kind, flags in here.items():
         if not all(flags):
             its = [(p, gradient) for p, gradient, other in zip(trained, gradients, kinds) if other == kind]
@@ -166,13 +165,15 @@ class DeferredReduction:
             raise ValueError("the optimizer holds no adapter of these models: make it of lora_fx.adapter_parameters")
         # By identity and not by a flag: a step may be left out (GradScaler does so), and then no hook is called.
         self._reduced: list[weakref.ref[Tensor]] = []
+        # Factors that had no gradient then; `average_gradients` may give them one, which is a sum already.
+        self._missing: set[int] = set()
         # Before anything with deferred factors is compiled.
         torch.compiler.allow_in_graph(deferred)
         for holder in self._holders():
             holder._lora_deferred = True
         self._hooks = [
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
-            optimizer.register_step_post_hook(lambda *_: self._reduced.clear()),
+            optimizer.register_step_post_hook(lambda *_: self._forget()),
         ]
 
     @torch.no_grad()
@@ -180,8 +181,12 @@ class DeferredReduction:
         """Reduce what is deferred and was not reduced since the last step; returns how many all-reduces it took."""
         done = {id(gradient) for ref in self._reduced if (gradient := ref()) is not None}
         terms = _partial_terms(module.get_parameter(n) for module in self.experts for n in module.lora_parameters)
+        # Of these gradients, or of those of a step that was left out?
+        current = not done or any(id(factor.grad) in done for factor, _ in self._factors)
+        averaged = self._missing if current else set()
+        self._missing = {id(factor) for factor, _ in self._factors if factor.grad is None} | averaged
         for factor, scale in self._factors:
-            if not is_dtensor(scale) or factor.grad is None or id(factor.grad) in done:
+            if not is_dtensor(scale) or factor.grad is None or id(factor.grad) in done or id(factor) in averaged:
                 continue
             if groups := _replica_groups(factor, scale.device_mesh):
                 terms.append((local(factor.grad), groups))
@@ -203,6 +208,10 @@ class DeferredReduction:
 
     def _before_step(self) -> None:
         self.reduce()
+
+    def _forget(self) -> None:
+        self._reduced.clear()
+        self._missing.clear()
 
 
 @torch.no_grad()

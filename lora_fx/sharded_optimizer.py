@@ -19,8 +19,9 @@ class ShardedAdamW(torch.optim.AdamW):
     clipping), the numbers are the same, and ``fused=True`` takes DTensors beside plain tensors, which torch's own does
     not.
 
-    It takes what `torch.optim.AdamW` takes. Gradients that are placed in another way than their parameter are
-    redistributed first, as torch's own does; `DeferredReduction` and `clip_grad_norm` leave none.
+    It takes what `torch.optim.AdamW` takes, but for ``differentiable=True``. Gradients that are placed in another way
+    than their parameter are redistributed first, as torch's own does; `DeferredReduction` and `clip_grad_norm` leave
+    none.
 
     Raises:
         ImportError: this release of torch has no `Adam._init_group`, by which the parameters of a group are collected

@@ -36,7 +36,7 @@ from benchmarks.timing import Device, environment
 
 import lora_fx
 from lora_fx.passes.kernels import operators
-from lora_fx.passes.kernels.tile_program import Program, Tile, loads, row_parts
+from lora_fx.passes.kernels.tile_program import Program, Tile, row_parts, split
 
 
 @dataclass
@@ -81,15 +81,17 @@ class Collect(CustomGraphPass):
         for node in graph.nodes:
             if node.op != "call_function" or node.args[:1] != (operators.tile_,):
                 continue
-            text = str(node.kwargs["program"])
-            if text in self.kernels:
-                self.kernels[text].calls += 1
-                continue
-            given, written = (
-                [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors]
-                for tensors in ([n.meta["val"] for n in node.kwargs[name]] for name in ("inputs", "outputs"))
-            )
-            self.kernels[text] = Kernel(loads(text), given, written)
+            operands = (node.kwargs["inputs"], node.kwargs["outputs"])
+            for program, *each in split(str(node.kwargs["program"]), *operands):  # several may share a launch
+                text = program.dumps()
+                if text in self.kernels:
+                    self.kernels[text].calls += 1
+                    continue
+                given, written = (
+                    [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors]
+                    for tensors in ([n.meta["val"] for n in nodes] for nodes in each)
+                )
+                self.kernels[text] = Kernel(program, given, written)
 
 
 def kernels_of(case: Case, device: Device) -> list[Kernel]:
@@ -156,12 +158,14 @@ def measure(kernel: Kernel, tiles: Sequence[Tile], device: Device) -> None:
     from triton.runtime.errors import OutOfResources  # Triton is there where there is a GPU
     from triton.testing import do_bench
 
+    from lora_fx.passes.kernels.tile_launch import run_kernel
+
     given, written = materialised(kernel, device)
     forms = {tile: with_tile(kernel, tile) for tile in tiles}
     kernel.copy = sum(t.numel() * t.element_size() for t in (*given, *written))
     memory = {tile: [torch.empty_like(o, device=device.name) for o in outputs] for tile, (_, outputs) in forms.items()}
     for tile, (text, _) in forms.items():
-        run = functools.partial(operators.tile_, memory.pop(tile), text, given)
+        run = functools.partial(run_kernel, text, given, memory.pop(tile))
         with contextlib.suppress(OutOfResources):
             kernel.times[tile] = 1e3 * float(do_bench(run, return_mode="median"))
 

@@ -26,7 +26,12 @@ for _schema in (
     "sum_parts(Tensor[] parts, Tensor?[] scales, ScalarType dtype, bool stacked=False) -> Tensor[]",
     "donated(Tensor saved, SymInt[] size) -> Tensor",
 ):
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _tags = [torch.Tag.pt2_compliant_tag]
+    if _schema.startswith(("tile_", "sum_parts")):
+        # As for any operator that Inductor is not told how to lower: what it has laid out in another way than the graph
+        # says is copied, and a copy that is written is copied back, for whoever reads it afterwards.
+        _tags.append(torch.Tag.needs_exact_strides)
+    _library.define(_schema, tags=_tags)
 
 
 def _scaled_mm(a: Tensor, b: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -144,18 +149,18 @@ def teach_inductor() -> None:
     read_from_memory([tile_, accumulate_, scaled_mm, gradient_pair, sum_parts])
 
 
-def _lower_tile(*operands: Any) -> Any:
+def _lower_tile(*operands: Any, **named: Any) -> Any:
     """On a GPU, Inductor's own launch."""
     from lora_fx.passes.kernels.inlined import tile
 
-    return tile(*operands)
+    return tile(*operands, **named)
 
 
-def _lower_sum_parts(*operands: Any) -> Any:
+def _lower_sum_parts(*operands: Any, **named: Any) -> Any:
     """Likewise."""
     from lora_fx.passes.kernels.inlined import sum_parts
 
-    return sum_parts(*operands)
+    return sum_parts(*operands, **named)
 
 
 def _donated(saved: Tensor, size: list[int | torch.SymInt]) -> Tensor:

@@ -63,6 +63,8 @@ from lora_fx.passes.kernels.tile_program import Statement, Tile
 
 # Fewer are written out for Inductor (:mod:`lora_fx.passes.kernels.lowering`).
 FEWEST_ROWS = 9
+# More than a grid has rows of the smallest tiles.
+MOST_ROWS = 65535 * 16
 # Fewer do not keep a GPU busy without programs side by side, and a program that reads a sum of parts makes it itself.
 FEW_ROWS = 256
 # With more, a launch is short beside what kernels do: none is saved for the price of slower ones.
@@ -78,7 +80,7 @@ def choose(kinds: list[list[Any]], body: list[Statement], rows: Any, columns: in
     So do masks, whose bits are held in registers.
     """
     m = rows if isinstance(rows, int) else 1 << 13
-    if m < FEWEST_ROWS:
+    if m < FEWEST_ROWS or m > MOST_ROWS:
         return None
     names = [statement[0] for statement in body]
     rank = max((_rank(kinds, s[2]) for s in body if s[0] in ("product", "down", "across")), default=0)

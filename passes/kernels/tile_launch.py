@@ -83,8 +83,28 @@ def _grid(programs: list[Program], m: Any) -> tuple[Any, ...]:
 def run(text: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
     """Run the kernel of the program that ``text`` describes on ``inputs`` into ``outputs``.
 
-    An output [M, N] may be the memory of an input: a tile is loaded before it is stored, and by nobody else. Kernels
-    write contiguous memory; what is laid out in another way gets a copy.
+    Where that does not fit the device, it runs as ATen, and the log says so.
+    """
+    try:
+        run_kernel(text, inputs, outputs)
+    except OutOfResources as error:
+        programs = split(text, inputs)
+        name = name_of_all([program for program, *_ in programs])
+        _warn_once(f"{name} does not fit this device ({error}): it runs as ATen, which is slower")
+        values = [value for program, given in programs for value in evaluate(program, given)]
+        for output, value in zip(outputs, values, strict=True):
+            output.copy_(value.view_as(output))
+
+
+def run_kernel(text: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    """Run the kernel of the program that ``text`` describes on ``inputs`` into ``outputs``.
+
+    An output [M, N] may be the memory of an input of its program: a tile is loaded before it is stored, and by nobody
+    else (:mod:`lora_fx.passes.tile_outputs`). Kernels write contiguous memory; what is laid out in another way gets a
+    copy.
+
+    Raises:
+        OutOfResources: it does not fit the device.
     """
     found = launch(text, [(t.shape, t.stride()) for t in inputs])
     if not found.rows:
@@ -92,14 +112,7 @@ def run(text: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
     written = [t if t.is_contiguous() else t.new_empty(t.shape) for t in outputs]
     tensors = [*(laid_out(t, strides) for t, strides in zip(inputs, found.strides)), *written]
     arguments = {**dict(zip(found.tensors, tensors, strict=True)), **found.numbers}
-    try:
-        kernel(text)[found.grid](**arguments, num_warps=found.warps, num_stages=found.stages)
-    except OutOfResources as error:
-        programs = split(text, inputs)
-        name = name_of_all([program for program, *_ in programs])
-        _warn_once(f"{name} does not fit this device ({error}): it runs as ATen, which is slower")
-        values = [value for program, given in programs for value in evaluate(program, given)]
-        written = [value.view_as(t) for value, t in zip(values, outputs)]
+    kernel(text)[found.grid](**arguments, num_warps=found.warps, num_stages=found.stages)
     for output, memory in zip(outputs, written):
         if memory is not output:
             output.copy_(memory)
