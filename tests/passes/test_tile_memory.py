@@ -58,13 +58,20 @@ def needed(program: Program, capability: int) -> int:
 
 
 MANY_ROWS, FEW_ROWS = (8192, 14336), (64, 4096)
+PROGRAMS = [
+    *((case, MANY_ROWS) for case in (*CASES, *HIGH_RANKS)),
+    *((case, FEW_ROWS) for case in few_rows_cases.CASES),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize(
-    ("case", "size"),
-    [*((case, MANY_ROWS) for case in (*CASES, *HIGH_RANKS)), *((case, FEW_ROWS) for case in few_rows_cases.CASES)],
+    ("case", "size", "capability"),
+    [
+        *((*program, 90) for program in PROGRAMS),
+        *((*program, 80) for program in PROGRAMS[::2]),
+        *((*program, 100) for program in PROGRAMS[1::2]),
+    ],
     ids=str,
 )
 def test_kernels_need_no_more(
