@@ -139,8 +139,7 @@ def _rows(program: Program, layouts: list[tuple[Sizes, Sizes]]) -> Any:
     """M, as the inputs have it."""
     for kind, (sizes, _) in zip(program.inputs, layouts):
         if kind[0] == "full":
-            whole = sizes[-1] == program.columns
-            return math.prod(sizes[:-1]) if whole else math.prod(sizes) // program.columns
+            return math.prod(sizes[:-1])
         if kind[0] in ("thin", "parts"):
             return sizes[-2]
     raise AssertionError("a program reads something that has rows")
@@ -175,7 +174,7 @@ def _strides(program: Program, index: int, sizes: Sizes, strides: Sizes) -> Size
     if kind[0] in ("number", "seed"):
         return strides
     if kind[0] == "full":
-        return strides if sizes[-1] == program.columns and _row_stride(sizes, strides) is not None else dense
+        return strides if _row_stride(sizes, strides) is not None else dense
     if kind[0] not in _SMALL or index in _stacked(program):
         return dense
     if program.sums_both_ways:

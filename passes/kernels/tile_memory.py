@@ -65,7 +65,7 @@ def _fitted(text: str, itemsizes: tuple[int, ...], major: int, limit: int) -> st
     for program, sizes in split(text, list(itemsizes)):
         tiles = [dataclasses.replace(program.tile, stages=stages) for stages in range(program.tile.stages, 0, -1)]
         forms = (dataclasses.replace(program, tile=tile) for tile in tiles)
-        fit = next((form for form in forms if bound(form, tuple(sizes), major) <= limit), None)
+        fit = next((form for form in forms if bound(form, tuple(sizes), major) < limit), None)
         if fit is None:
             return None
         texts.append(fit.dumps())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import lora_fx
 from lora_fx.passes.kernels.tile_choice import choose
 from lora_fx.passes.kernels.tile_program import Program, Tile
-from tests.passes import few_rows_cases, pointwise_cases, test_part_sums, tile_cases
+from tests.passes import few_rows_cases, pointwise_cases, test_part_sums, tile_checks
 from tests.passes.harness import adapt
 from tests.passes.high_rank_cases import HIGH_RANKS
 from tests.passes.modules import Block, Mlp
@@ -40,13 +40,13 @@ def run(program: Program, inputs: list[Tensor], outputs: list[Tensor]) -> None:
 def test_against_float64(case: Case, tile: Tile, dtype: torch.dtype) -> None:
     """The cases that the interpreter runs, every walk with every size; two runs are equal to the bit."""
     for rows, columns in SIZES:
-        tile_cases.check(case, case.program(columns, dtype, tile), rows, run, "cuda")
-    tile_cases.check(case, case.program(72, dtype, tile), 90, run, "cuda", batch=3)
+        tile_checks.check(case, case.program(columns, dtype, tile), rows, run, "cuda")
+    tile_checks.check(case, case.program(72, dtype, tile), 90, run, "cuda", batch=3)
 
 
 @pytest.mark.parametrize("dtype", [f16, bf16])
 def test_the_largest_of_what_is_not_finite(dtype: torch.dtype) -> None:
-    tile_cases.check_not_finite(run, dtype, "cuda")
+    tile_checks.check_not_finite(run, dtype, "cuda")
 
 
 @pytest.mark.parametrize("dtype", [f16, bf16])
@@ -56,7 +56,7 @@ def test_the_tiles_that_are_chosen(case: Case, rows: int, columns: int, dtype: t
     tile = choose(case.inputs, case.body, rows, columns)
     if tile is None:
         pytest.skip("a kernel would not pay here")
-    tile_cases.check(case, case.program(columns, dtype, tile), rows, run, "cuda")
+    tile_checks.check(case, case.program(columns, dtype, tile), rows, run, "cuda")
 
 
 @pytest.mark.parametrize("dtype", [f16, bf16])
@@ -66,7 +66,7 @@ def test_few_rows(case: Case, rows: int, dtype: torch.dtype) -> None:
     for columns in (1000, 4096):
         tile = choose(case.inputs, case.body, rows, columns)
         if tile is not None:
-            tile_cases.check(case, case.program(columns, dtype, tile), rows, run, "cuda")
+            tile_checks.check(case, case.program(columns, dtype, tile), rows, run, "cuda")
 
 
 @pytest.mark.parametrize("dtype", [f16, bf16])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_fx.passes.kernels.tile_program import Program, Tile, join, row_parts
-from tests.passes import tile_cases
+from tests.passes import tile_checks
 from tests.passes.tile_cases import Case, pair, silu
 
 TILES = [
@@ -134,8 +134,8 @@ def check_joint(
     """
     made = joint(dtype)
     for rows in (9, 64, 131):
-        inputs = [[_guarded(t)[0] for t in tile_cases.operands(program, rows, device)] for program in made]
-        alone = [tile_cases.outputs(program, given, rows) for program, given in zip(made, inputs)]
+        inputs = [[_guarded(t)[0] for t in tile_checks.operands(program, rows, device)] for program in made]
+        alone = [tile_checks.outputs(program, given, rows) for program, given in zip(made, inputs)]
         for program, given, results in zip(made, inputs, alone):
             run(program.dumps(), given, results)
         memory = [[_guarded(t) for t in results] for results in alone]

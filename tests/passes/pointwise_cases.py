@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lora_fx.passes.kernels.tile_program import POINTWISE, Statement, Tile
-from tests.passes.tile_cases import Case, Runner, outputs
+from tests.passes.tile_cases import Case
+from tests.passes.tile_checks import Runner, outputs
 
 
 def every() -> list[Case]:

@@ -4,11 +4,7 @@ The second half runs Inductor's code with all of its kernels in Triton's interpr
 reasons that `tests/passes/test_tile_kernels.py` gives.
 """
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,8 +22,7 @@ from lora_fx.passes.kernels import inlined, operators, part_sums, tile_launch, t
 from lora_fx.passes.kernels.tile_program import Program, Tile
 from tests.passes import fake_gpu, harness, modules
 from tests.passes.fake_gpu import Called, Recorded
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from tests.passes.interpreter import INTERPRETED, run_interpreted
 
 
 def call_operators(patch: pytest.MonkeyPatch) -> None:
@@ -184,14 +179,7 @@ if not INTERPRETED:
 
     @pytest.mark.slow
     def test_in_the_interpreter() -> None:
-        file = Path(__file__).resolve()
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", str(file)]
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        for name in ("PYTEST_XDIST_WORKER", "PYTEST_CURRENT_TEST", "PYTEST_ADDOPTS"):
-            environment.pop(name, None)
-        done = subprocess.run(command, cwd=file.parents[2], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-        assert "passed" in done.stdout and "skipped" not in done.stdout.splitlines()[-1], done.stdout[-2000:]
+        run_interpreted(__file__)
 
 else:
 

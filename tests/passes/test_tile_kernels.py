@@ -7,10 +7,7 @@ Inductor) without: so the tests here run pytest on this very file in a process o
     TRITON_INTERPRET=1 python -m pytest tests/passes/test_tile_kernels.py -k "norm and columns"
 """
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +17,14 @@ from torch import Tensor
 
 from lora_fx.passes.kernels.tile_choice import choose
 from lora_fx.passes.kernels.tile_program import Program, Tile, join
-from tests.passes import few_rows_cases, pointwise_cases, test_part_sums, tile_cases
+from tests.passes import few_rows_cases, pointwise_cases, test_part_sums, tile_checks
 from tests.passes.high_rank_cases import HIGH_RANKS
+from tests.passes.interpreter import INTERPRETED, run_interpreted
 from tests.passes.tile_cases import CASES, SIZES, TILES, Case
 
 tile_launch = pytest.importorskip("lora_fx.passes.kernels.tile_launch", reason="needs Triton", exc_type=ImportError)
 tile_triton = pytest.importorskip("lora_fx.passes.kernels.tile_triton", reason="needs Triton", exc_type=ImportError)
 part_sums = pytest.importorskip("lora_fx.passes.kernels.part_sums", reason="needs Triton", exc_type=ImportError)
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def run(program: Program, inputs: list[Tensor], outputs: list[Tensor]) -> None:
@@ -110,26 +106,7 @@ if not INTERPRETED:
     @pytest.mark.slow
     @pytest.mark.parametrize("part", ["program or sums", "pointwise"])
     def test_in_the_interpreter(part: str) -> None:
-        file = Path(__file__).resolve()
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:xdist",
-            "-p",
-            "no:cacheprovider",
-            str(file),
-            "-k",
-            part,
-        ]
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        for name in ("PYTEST_XDIST_WORKER", "PYTEST_CURRENT_TEST", "PYTEST_ADDOPTS"):
-            environment.pop(name, None)
-        done = subprocess.run(command, cwd=file.parents[2], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-        assert "passed" in done.stdout and "skipped" not in done.stdout.splitlines()[-1], done.stdout[-2000:]
+        run_interpreted(__file__, "-k", part)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("case", [*CASES, *pointwise_cases.every()], ids=str)
@@ -179,7 +156,7 @@ else:
     )
     def test_program(case: Case, tile: Tile, size: tuple[int, int]) -> None:
         rows, columns = size
-        tile_cases.check(case, case.program(columns, torch.float16, tile), rows, run)
+        tile_checks.check(case, case.program(columns, torch.float16, tile), rows, run)
 
     @pytest.mark.parametrize("case", HIGH_RANKS, ids=str)
     def test_program_of_a_high_rank(case: Case) -> None:
@@ -187,11 +164,11 @@ else:
         rows, columns = SIZES[-1]
         tile = choose(case.inputs, case.body, 8192, columns)
         assert tile is not None
-        tile_cases.check(case, case.program(columns, torch.float16, tile), rows, run)
+        tile_checks.check(case, case.program(columns, torch.float16, tile), rows, run)
 
     @pytest.mark.parametrize("case", CASES[::3], ids=str)
     def test_program_with_a_batch(case: Case) -> None:
-        tile_cases.check(case, case.program(72, torch.float16, TILES[0]), 90, run, batch=3)
+        tile_checks.check(case, case.program(72, torch.float16, TILES[0]), 90, run, batch=3)
 
     @pytest.mark.parametrize(
         ("case", "tile", "size"),
@@ -204,10 +181,10 @@ else:
     )
     def test_program_of_few_rows(case: Case, tile: Tile, size: tuple[int, int]) -> None:
         rows, columns = size
-        tile_cases.check(case, case.program(columns, torch.float16, tile), rows, run)
+        tile_checks.check(case, case.program(columns, torch.float16, tile), rows, run)
 
     def test_program_with_the_largest_of_what_is_not_finite() -> None:
-        tile_cases.check_not_finite(run, torch.float16)
+        tile_checks.check_not_finite(run, torch.float16)
 
     def test_programs_that_share_a_launch() -> None:
         few_rows_cases.check_joint(tile_launch.run, torch.float16)

@@ -10,8 +10,8 @@ from lora_fx.passes.graph import aten
 from lora_fx.passes.kernels import operators, tile_program
 from lora_fx.passes.kernels.tile_program import POINTWISE, Program, Tile, evaluate, loads, row_parts
 from lora_fx.passes.tile_nodes import POINTWISE as NAMES
-from tests.passes import few_rows_cases, pointwise_cases, tile_cases
-from tests.passes.tile_cases import CASES, TILES, Case
+from tests.passes import few_rows_cases, pointwise_cases, tile_checks
+from tests.passes.tile_cases import CASES, SIZES, TILES, Case
 
 f16, bf16 = torch.float16, torch.bfloat16
 
@@ -23,16 +23,16 @@ def run(program: Program, inputs: list[Tensor], outputs: list[Tensor]) -> None:
 @pytest.mark.parametrize("dtype", [f16, bf16])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_float64(case: Case, dtype: torch.dtype) -> None:
-    for tile, (rows, columns) in zip(TILES, tile_cases.SIZES):
-        tile_cases.check(case, case.program(columns, dtype, tile), rows, run)
-    tile_cases.check(case, case.program(72, dtype, TILES[0]), 90, run, batch=3)
+    for tile, (rows, columns) in zip(TILES, SIZES):
+        tile_checks.check(case, case.program(columns, dtype, tile), rows, run)
+    tile_checks.check(case, case.program(72, dtype, TILES[0]), 90, run, batch=3)
 
 
 @pytest.mark.parametrize("dtype", [f16, bf16])
 @pytest.mark.parametrize("case", few_rows_cases.CASES, ids=str)
 def test_few_rows_against_float64(case: Case, dtype: torch.dtype) -> None:
     for tile, (rows, columns) in zip(few_rows_cases.TILES, few_rows_cases.SIZES, strict=True):
-        tile_cases.check(case, case.program(columns, dtype, tile), rows, run)
+        tile_checks.check(case, case.program(columns, dtype, tile), rows, run)
 
 
 def test_programs_that_share_a_launch() -> None:
@@ -57,7 +57,7 @@ def test_pointwise(case: Case) -> None:
 
 @pytest.mark.parametrize("dtype", [f16, bf16])
 def test_the_largest_of_what_is_not_finite(dtype: torch.dtype) -> None:
-    tile_cases.check_not_finite(run, dtype)
+    tile_checks.check_not_finite(run, dtype)
 
 
 COMPARISONS = {"gt", "ge", "lt", "le"}
@@ -105,9 +105,9 @@ def test_output_shapes() -> None:
 def test_no_rows(case: Case) -> None:
     program = case.program(72, bf16, TILES[0])
     inputs = [torch.empty(0, *t.shape[1:], dtype=t.dtype) if k[0] in ("full", "row", "thin") else t
-              for k, t in zip(program.inputs, tile_cases.operands(program, 4))]  # fmt: skip
+              for k, t in zip(program.inputs, tile_checks.operands(program, 4))]  # fmt: skip
     results = evaluate(program, inputs)
-    for statement, total in zip(program.outputs, tile_cases.totals(program, results), strict=True):
+    for statement, total in zip(program.outputs, tile_checks.totals(program, results), strict=True):
         if statement[0] == "largest":
             assert total == 0
         elif statement[0] == "across":
@@ -132,8 +132,8 @@ def test_opcheck() -> None:
     """The schema says what is written, and the fake implementation knows operands that are missing."""
     case = CASES[0]
     program = case.program(40, f16, TILES[0])
-    inputs = tile_cases.operands(program, 20)
-    results = tile_cases.outputs(program, inputs, 20)
+    inputs = tile_checks.operands(program, 20)
+    results = tile_checks.outputs(program, inputs, 20)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(operators.tile_, (results, program.dumps(), inputs), test_utils=tests)
     torch.library.opcheck(operators.donated, (inputs[0], [20, 7]), test_utils=("test_schema", "test_faketensor"))

@@ -13,7 +13,8 @@ from lora_fx.passes.kernels.tile_program import OUTPUTS, Program, Statement, Til
 from lora_fx.passes.tile_regions import Region
 from lora_fx.passes.tile_writer import Writer
 from tests.passes.few_rows_cases import CASES as FEW_ROWS
-from tests.passes.tile_cases import CASES, Case, operands
+from tests.passes.tile_cases import CASES, Case
+from tests.passes.tile_checks import operands
 
 TILE = Tile(rows=64, columns=64, step=64, walk="rows")
 COLUMNS, ROWS = 40, 19
