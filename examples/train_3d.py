@@ -164,7 +164,8 @@ class Trainer:
         self.fused = device.type == "cuda"
         kinds: dict[str, Any] = {
             "adamw": functools.partial(ShardedAdamW, fused=self.fused),
-            "sgd": torch.optim.SGD,
+            # One parameter at a time: no kernel of torch's takes shards of experts beside whole adapters.
+            "sgd": functools.partial(torch.optim.SGD, foreach=False),
         }
         # A stage may be without adapters, and torch has no optimizer of nothing.
         self.optimizer: torch.optim.Optimizer | None = None

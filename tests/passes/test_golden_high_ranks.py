@@ -162,21 +162,23 @@ def test_a_stack_accumulates() -> None:
         (bf16[272, 144], bf16[272, 48], bf16[272, 48]))
 %33 = getitem(%32, 1) (bf16[272, 144], bf16[272, 48], bf16[272, 48])
 %34 = getitem(%33, 0) bf16[272, 144]
-%35 = auto_functionalized(lora_fx.accumulate_, base=%34, a=%1, b=%16, scale=None) (None, bf16[272, 144])
+%35 = auto_functionalized(lora_fx.accumulate_, base=%34, a=%1, b=%16, scale=None, beta=2.0) (None, bf16[272, 144])
 %36 = getitem(%35, 1) bf16[272, 144]
 %37 = getitem(%33, 1) bf16[272, 48]
-%38 = auto_functionalized(lora_fx.accumulate_, base=%37, a=%1, b=%26, scale=None) (None, bf16[272, 48])
+%38 = auto_functionalized(lora_fx.accumulate_, base=%37, a=%1, b=%26, scale=None, beta=2.0) (None, bf16[272, 48])
 %39 = getitem(%38, 1) bf16[272, 48]
 %40 = getitem(%33, 2) bf16[272, 48]
-%41 = auto_functionalized(lora_fx.accumulate_, base=%40, a=%1, b=%29, scale=None) (None, bf16[272, 48])
+%41 = auto_functionalized(lora_fx.accumulate_, base=%40, a=%1, b=%29, scale=None, beta=2.0) (None, bf16[272, 48])
 %42 = getitem(%41, 1) bf16[272, 48]
 return %36, %39, %42, %0, %1, %4, %5, %6, %9, %10, %11, %14, %15, %18, %24, %19, %27, %20, %30
 #0: bfloat16, 144 columns; in0 thin 24, in1 factor 24 NR, in2 number
     0: product in0 in1 in2
-    1: store %0 bfloat16
+    1: op mul %0 0.5
+    2: store %1 bfloat16
 #1: bfloat16, 48 columns; in0 thin 24, in1 factor 24 NR, in2 number
     0: product in0 in1 in2
-    1: store %0 bfloat16""",
+    1: op mul %0 0.5
+    2: store %1 bfloat16""",
     )
     assert_expected_inline(
         backward,

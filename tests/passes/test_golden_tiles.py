@@ -32,7 +32,7 @@ def test_one_linear() -> None:
 %14 = tile(outputs=[%13], program=#1, inputs=[%12, %5, %8]) (None, (bf16[160, 264]))
 %15 = getitem(%14, 1) (bf16[160, 264])
 %16 = getitem(%15, 0) bf16[160, 264]
-%17 = auto_functionalized(lora_fx.accumulate_, base=%16, a=%7, b=%6, scale=None) (None, bf16[160, 264])
+%17 = auto_functionalized(lora_fx.accumulate_, base=%16, a=%7, b=%6, scale=None, beta=2.0) (None, bf16[160, 264])
 %18 = getitem(%17, 1) bf16[160, 264]
 %19 = view(%18, [2, 80, 264]) bf16[2, 80, 264]
 return %19, %0, %4, %5, %7, %8, %12
@@ -41,7 +41,8 @@ return %19, %0, %4, %5, %7, %8, %12
     1: down %0 in1
 #1: bfloat16, 264 columns; in0 thin 4, in1 factor 4 NR, in2 number
     0: product in0 in1 in2
-    1: store %0 bfloat16""",
+    1: op mul %0 0.5
+    2: store %1 bfloat16""",
     )
     assert_expected_inline(
         backward,
@@ -70,7 +71,8 @@ return %19, %0, %4, %5, %7, %8, %12
 | %21 = getitem(%20, 1) (f32[1, 4, 136], bf16[160, 136])
 | %22 = getitem(%21, 0) f32[1, 4, 136]
 | %23 = getitem(%21, 1) bf16[160, 136]
-| %24 = auto_functionalized(lora_fx.accumulate_, base=%23, a=%16, b=%18, scale=None) (None, bf16[160, 136])
+| %24 = auto_functionalized(lora_fx.accumulate_, base=%23, a=%16, b=%18, scale=None, beta=2.0) (None, bf16[160,
+        136])
 | %25 = getitem(%24, 1) bf16[160, 136]
 | %26 = view(%25, [2, 80, 136]) bf16[2, 80, 136]
 | %27 = lora_fx.sum_parts([%14, %22], [%4, None], bf16) (bf16[264, 4], bf16[4, 136])
@@ -86,7 +88,8 @@ return None, %26, None, None, %29, %28
     1: across %0 in1 RN
 #2: bfloat16, 136 columns; in0 thin 4, in1 factor 4 RN
     0: product in0 in1
-    1: store %0 bfloat16""",
+    1: op mul %0 0.5
+    2: store %1 bfloat16""",
     )
 
 
@@ -142,7 +145,7 @@ def test_swiglu() -> None:
 %43 = tile(outputs=[%42], program=#2, inputs=[%41, %15, %22]) (None, (bf16[160, 136]))
 %44 = getitem(%43, 1) (bf16[160, 136])
 %45 = getitem(%44, 0) bf16[160, 136]
-%46 = auto_functionalized(lora_fx.accumulate_, base=%45, a=%38, b=%31, scale=None) (None, bf16[160, 136])
+%46 = auto_functionalized(lora_fx.accumulate_, base=%45, a=%38, b=%31, scale=None, beta=2.0) (None, bf16[160, 136])
 %47 = getitem(%46, 1) bf16[160, 136]
 %48 = view(%47, [2, 80, 136]) bf16[2, 80, 136]
 return %48, %0, %4, %5, %6, %9, %10, %11, %14, %15, %17, %18, %20, %27, %29, %21, %30, %22, %41
@@ -164,7 +167,8 @@ return %48, %0, %4, %5, %6, %9, %10, %11, %14, %15, %17, %18, %20, %27, %29, %21
     10: down %8 in8
 #2: bfloat16, 136 columns; in0 thin 4, in1 factor 4 NR, in2 number
     0: product in0 in1 in2
-    1: store %0 bfloat16""",
+    1: op mul %0 0.5
+    2: store %1 bfloat16""",
     )
     assert_expected_inline(
         backward,
@@ -237,7 +241,8 @@ return %48, %0, %4, %5, %6, %9, %10, %11, %14, %15, %17, %18, %20, %27, %29, %21
 | %62 = getitem(%61, 1) (f32[1, 8, 136], bf16[160, 136])
 | %63 = getitem(%62, 0) f32[1, 8, 136]
 | %64 = getitem(%62, 1) bf16[160, 136]
-| %65 = auto_functionalized(lora_fx.accumulate_, base=%64, a=%42, b=%32, scale=None) (None, bf16[160, 136])
+| %65 = auto_functionalized(lora_fx.accumulate_, base=%64, a=%42, b=%32, scale=None, beta=2.0) (None, bf16[160,
+        136])
 | %66 = getitem(%65, 1) bf16[160, 136]
 | %67 = reshape(%66, [2, 80, 136]) bf16[2, 80, 136]
 | %68 = reshape(%59, [2, 80, 136]) bf16[2, 80, 136]
@@ -289,5 +294,6 @@ return None, %69, None, None, %77, %74, None, None, None, %76, %73, None, None, 
     1: across %0 in1 RN
 #4: bfloat16, 136 columns; in0 thin 8, in1 factor 4 RN, in2 factor 4 RN
     0: product in0 in1|in2
-    1: store %0 bfloat16""",
+    1: op mul %0 0.5
+    2: store %1 bfloat16""",
     )

@@ -73,15 +73,15 @@ def test_qkv_of_a_norm_with_dropout() -> None:
         (bf16[320, 136], bf16[320, 136], bf16[320, 136]))
 %49 = getitem(%48, 1) (bf16[320, 136], bf16[320, 136], bf16[320, 136])
 %50 = getitem(%49, 0) bf16[320, 136]
-%51 = auto_functionalized(lora_fx.accumulate_, base=%50, a=%26, b=%25, scale=None) (None, bf16[320, 136])
+%51 = auto_functionalized(lora_fx.accumulate_, base=%50, a=%26, b=%25, scale=None, beta=2.0) (None, bf16[320, 136])
 %52 = getitem(%51, 1) bf16[320, 136]
 %53 = view(%52, [2, 160, 136]) bf16[2, 160, 136]
 %54 = getitem(%49, 1) bf16[320, 136]
-%55 = auto_functionalized(lora_fx.accumulate_, base=%54, a=%26, b=%33, scale=None) (None, bf16[320, 136])
+%55 = auto_functionalized(lora_fx.accumulate_, base=%54, a=%26, b=%33, scale=None, beta=2.0) (None, bf16[320, 136])
 %56 = getitem(%55, 1) bf16[320, 136]
 %57 = view(%56, [2, 160, 136]) bf16[2, 160, 136]
 %58 = getitem(%49, 2) bf16[320, 136]
-%59 = auto_functionalized(lora_fx.accumulate_, base=%58, a=%26, b=%35, scale=None) (None, bf16[320, 136])
+%59 = auto_functionalized(lora_fx.accumulate_, base=%58, a=%26, b=%35, scale=None, beta=2.0) (None, bf16[320, 136])
 %60 = getitem(%59, 1) bf16[320, 136]
 %61 = view(%60, [2, 160, 136]) bf16[2, 160, 136]
 return %53, %57, %61, %0, %1, %2, %5, %6, %7, %10, %11, %12, %15, %16, %21, %28, %32, %42, %29, %34, %44, %30, %36,
@@ -102,7 +102,8 @@ return %53, %57, %61, %0, %1, %2, %5, %6, %7, %10, %11, %12, %15, %16, %21, %28,
     12: down %11 in6
 #1: bfloat16, 136 columns; in0 thin 4, in1 factor 4 NR, in2 number
     0: product in0 in1 in2
-    1: store %0 bfloat16""",
+    1: op mul %0 0.5
+    2: store %1 bfloat16""",
     )
     assert_expected_inline(
         backward,
@@ -177,7 +178,8 @@ return %53, %57, %61, %0, %1, %2, %5, %6, %7, %10, %11, %12, %15, %16, %21, %28,
 | %62 = getitem(%60, 1) f32[1, 4, 136]
 | %63 = getitem(%60, 2) f32[1, 4, 136]
 | %64 = getitem(%60, 3) bf16[320, 136]
-| %65 = auto_functionalized(lora_fx.accumulate_, base=%64, a=%28, b=%30, scale=None) (None, bf16[320, 136])
+| %65 = auto_functionalized(lora_fx.accumulate_, base=%64, a=%28, b=%30, scale=None, beta=2.0) (None, bf16[320,
+        136])
 | %66 = getitem(%65, 1) bf16[320, 136]
 | %67 = reshape(%66, [2, 160, 136]) bf16[2, 160, 136]
 | %68 = reshape(%36, [2, 160, 136]) bf16[2, 160, 136]
@@ -242,5 +244,6 @@ return None, %81, None, None, None, %88, %85, None, None, None, %87, %84, None, 
     11: op mul %9 1.3333333333333333
     12: op mul %10 %11
     13: op add %8 %12
-    14: store %13 bfloat16""",
+    14: op mul %13 0.5
+    15: store %14 bfloat16""",
     )

@@ -62,15 +62,15 @@ def test_qkv_of_a_norm() -> None:
         (bf16[160, 136], bf16[160, 136], bf16[160, 136]))
 %44 = getitem(%43, 1) (bf16[160, 136], bf16[160, 136], bf16[160, 136])
 %45 = getitem(%44, 0) bf16[160, 136]
-%46 = auto_functionalized(lora_fx.accumulate_, base=%45, a=%26, b=%25, scale=None) (None, bf16[160, 136])
+%46 = auto_functionalized(lora_fx.accumulate_, base=%45, a=%26, b=%25, scale=None, beta=2.0) (None, bf16[160, 136])
 %47 = getitem(%46, 1) bf16[160, 136]
 %48 = view(%47, [2, 80, 136]) bf16[2, 80, 136]
 %49 = getitem(%44, 1) bf16[160, 136]
-%50 = auto_functionalized(lora_fx.accumulate_, base=%49, a=%26, b=%37, scale=None) (None, bf16[160, 136])
+%50 = auto_functionalized(lora_fx.accumulate_, base=%49, a=%26, b=%37, scale=None, beta=2.0) (None, bf16[160, 136])
 %51 = getitem(%50, 1) bf16[160, 136]
 %52 = view(%51, [2, 80, 136]) bf16[2, 80, 136]
 %53 = getitem(%44, 2) bf16[160, 136]
-%54 = auto_functionalized(lora_fx.accumulate_, base=%53, a=%26, b=%40, scale=None) (None, bf16[160, 136])
+%54 = auto_functionalized(lora_fx.accumulate_, base=%53, a=%26, b=%40, scale=None, beta=2.0) (None, bf16[160, 136])
 %55 = getitem(%54, 1) bf16[160, 136]
 %56 = view(%55, [2, 80, 136]) bf16[2, 80, 136]
 return %48, %52, %56, %0, %1, %2, %5, %6, %7, %10, %11, %12, %15, %16, %21, %28, %35, %29, %38, %30, %41
@@ -79,7 +79,8 @@ return %48, %52, %56, %0, %1, %2, %5, %6, %7, %10, %11, %12, %15, %16, %21, %28,
     1: down %0 in1|in2|in3
 #1: bfloat16, 136 columns; in0 thin 4, in1 factor 4 NR, in2 number
     0: product in0 in1 in2
-    1: store %0 bfloat16""",
+    1: op mul %0 0.5
+    2: store %1 bfloat16""",
     )
     assert_expected_inline(
         backward,
@@ -143,7 +144,8 @@ return %48, %52, %56, %0, %1, %2, %5, %6, %7, %10, %11, %12, %15, %16, %21, %28,
 | %52 = getitem(%51, 1) (f32[1, 12, 136], bf16[160, 136])
 | %53 = getitem(%52, 0) f32[1, 12, 136]
 | %54 = getitem(%52, 1) bf16[160, 136]
-| %55 = auto_functionalized(lora_fx.accumulate_, base=%54, a=%23, b=%25, scale=None) (None, bf16[160, 136])
+| %55 = auto_functionalized(lora_fx.accumulate_, base=%54, a=%23, b=%25, scale=None, beta=2.0) (None, bf16[160,
+        136])
 | %56 = getitem(%55, 1) bf16[160, 136]
 | %57 = reshape(%56, [2, 80, 136]) bf16[2, 80, 136]
 | %58 = reshape(%31, [2, 80, 136]) bf16[2, 80, 136]
@@ -188,5 +190,6 @@ return None, %76, None, None, None, %84, %80, None, None, None, %83, %79, None, 
     5: across %4 in3 RN
 #2: bfloat16, 136 columns; in0 thin 12, in1 factor 4 RN, in2 factor 4 RN, in3 factor 4 RN
     0: product in0 in1|in2|in3
-    1: store %0 bfloat16""",
+    1: op mul %0 0.5
+    2: store %1 bfloat16""",
     )

@@ -15,6 +15,7 @@ from lora_fx.passes.kernels.tile_choice import choose
 from lora_fx.passes.kernels.tile_program import Program, Tile
 from lora_fx.passes.printer import graph_text
 from lora_fx.passes.tile_nodes import MAX_PRODUCT, MAX_RANK
+from lora_fx.passes.tile_writer import BETA
 from tests.passes import harness, on_gpu
 from tests.passes.harness import Captured, Case, adapt, compare
 from tests.passes.modules import Mlp
@@ -54,6 +55,18 @@ def after(function: Callable[[Tensor, nn.Module], Tensor], dtype: torch.dtype = 
     return adapt(After(function).to(dtype), target_modules=["linear"])
 
 
+def operations(program: Program) -> list[str]:
+    """The pointwise operations of a program, but for the last one where a large product adds to what is stored."""
+    share = [1.0 / BETA]
+    return [s[1] for s in program.body if s[0] == "op" and not (s[1] == "mul" and s[2][1] == share)]
+
+
+def forward_operations(captured: Captured) -> list[list[str]]:
+    """Those of the forward graph's programs with a product."""
+    (forward,) = captured.forward
+    return [operations(program) for program in of(forward.graph, "product")]
+
+
 def compared(build: Callable[[], nn.Module], sites: int, **more: Any) -> Captured:
     """The graphs as on a GPU of a model that is as accurate with its programs as plain torch.compile is."""
     case = Case("", build, sites, {}, **{"dtype": bf16, "shape": (160, K), "seeds": 4, **more})
@@ -69,7 +82,7 @@ def test_a_value_that_leaves_and_comes_back() -> None:
     (forward,) = captured.forward
     (program,) = of(forward.graph, "store", "product")
     # y alone is stored: of what follows, the gate could have joined, but nothing that needs the large product.
-    assert {s[1] for s in program.body if s[0] == "op"} <= {"add", "neg", "exp", "sigmoid", "reciprocal", "identity"}
+    assert set(operations(program)) <= {"add", "neg", "exp", "sigmoid", "reciprocal", "identity"}
     assert "mm(" in graph_text(forward.graph).split("tile_")[-1], "the large product comes after the program"
 
 
@@ -219,7 +232,7 @@ def test_operands_of_all_kinds(function: Callable[[Tensor, nn.Module], Tensor]) 
 def test_how_a_sigmoid_is_written(function: Callable[[Tensor, nn.Module], Tensor], names: list[str]) -> None:
     """Of the same operations in every release of torch."""
     captured = compared(lambda: after(function), 1, grad=torch.no_grad)
-    assert operations(captured) == [["add", *names]]
+    assert forward_operations(captured) == [["add", *names]]
 
 
 def test_numbers_that_the_graph_makes() -> None:
@@ -260,12 +273,6 @@ def test_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
         assert programs(half[0].graph)
 
 
-def operations(captured: Captured) -> list[list[str]]:
-    """The pointwise operations of the forward graph's programs with a product."""
-    (forward,) = captured.forward
-    return [[s[1] for s in p.body if s[0] == "op"] for p in of(forward.graph, "product")]
-
-
 @pytest.mark.parametrize(
     "function",
     [lambda y, other: (y, y.tanh().amax()), lambda y, other: (y, y.tanh().max()), lambda y, other: (y, y.exp().sum(1))],
@@ -274,7 +281,7 @@ def operations(captured: Captured) -> list[list[str]]:
 def test_what_others_compute_from_a_value_that_is_written(function: Callable[[Tensor, nn.Module], Any]) -> None:
     """As a float8 product needs the largest of |y|: f(y) is not written beside y."""
     captured = compared(lambda: after(function), 1)
-    assert not any(set(names) - {"add"} for names in operations(captured))
+    assert not any(set(names) - {"add"} for names in forward_operations(captured))
 
 
 @pytest.mark.parametrize(
@@ -289,7 +296,62 @@ def test_what_others_compute_from_a_value_that_is_written(function: Callable[[Te
 )
 def test_what_a_region_computes_all_the_same(function: Callable[[Tensor, nn.Module], Any]) -> None:
     captured = compared(lambda: after(function), 1)
-    assert any("tanh" in names for names in operations(captured))
+    assert any("tanh" in names for names in forward_operations(captured))
+
+
+# ---- a residual stream -----------------------------------------------------------------------------------------------
+
+
+class Stream(nn.Module):
+    """A linear whose output is added to its input, and what reads the sum."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Any], bias: bool = False) -> None:
+        super().__init__()
+        self.linear = nn.Linear(K, K, bias=bias)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x, self.linear(x))
+
+
+def stream(function: Callable[[Tensor, Tensor], Any], bias: bool = False) -> nn.Module:
+    return adapt(Stream(function, bias).to(bf16))
+
+
+def added(captured: Captured) -> int:
+    """How many large products add to what a program stores."""
+    (forward,) = captured.forward
+    return graph_text(forward.graph).count("accumulate_")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, y: (total := x + y, nn.functional.rms_norm(total, (K,))),
+        lambda x, y: nn.functional.rms_norm(y + x, (K,)),
+        lambda x, y: (total := x + y, nn.functional.layer_norm(total.float(), (K,)).to(bf16)),
+    ],
+    ids=["rms", "rms of the sum alone", "layer"],
+)
+def test_a_sum_that_a_norm_reads_is_the_norms(function: Callable[[Tensor, Tensor], Any]) -> None:
+    """The region ends with the branch, to which the large product adds: the norm's kernel adds the stream."""
+    captured = compared(lambda: stream(function), 1)
+    assert forward_operations(captured) == [[]] and added(captured) == 1
+
+
+@pytest.mark.parametrize(
+    ("function", "bias"),
+    [
+        (lambda x, y: x + y, False),
+        (lambda x, y: (total := x + y, total.float().pow(2).mean(0)), False),
+        (lambda x, y: (total := x + y, nn.functional.rms_norm(total, (K,))), True),
+    ],
+    ids=["no norm", "over tokens", "no large product that can add"],
+)
+def test_a_sum_that_is_the_regions(function: Callable[[Tensor, Tensor], Any], bias: bool) -> None:
+    captured = compared(lambda: stream(function, bias), 1)
+    (names,) = forward_operations(captured)
+    assert names.count("add") == 2 and added(captured) == 0
 
 
 # ---- when it fails ---------------------------------------------------------------------------------------------------

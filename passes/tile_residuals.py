@@ -1,0 +1,70 @@
+"""Leave the sum of a branch's output and a residual stream to the norm that reads it.
+
+A region that takes the sum, written for the norm and for the next residual sum::
+
+    u = stream + (h B^T s + mm(z, W));   r = norm(u)        u is rounded, and then read by the norm
+
+A region that ends before it, where a large product adds to what the region writes::
+
+    y = tile(h, B, s);   y += z W;   r, u = norm(stream + y)        the norm computes from the sum before it is rounded
+
+Errors of a Llama-3-8B block against float64, without gradients, on an H100 (M 8192, R 16): 5.68e-3 with the first,
+5.20e-3 with the second, 5.05e-3 of plain torch.compile, in the same time: the program takes 23 us instead of 62, and
+the norm, which reads the stream's size anyway, 61 instead of 48.
+"""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from lora_fx.passes.graph import MM, is_call, is_pointwise, is_sum, peel_views, readers, shape
+from lora_fx.passes.kernels import operators
+from lora_fx.passes.tile_nodes import is_reduction, makes
+
+
+def is_left_to_norm(total: Node, value: Node) -> bool:
+    """Whether ``total`` is a sum of a stream and the branch's output ``value`` that Inductor computes in a norm.
+
+    Not where no large product can be added to ``value``: then the sum costs its region nothing.
+    """
+    if not (is_sum(total) and _has_large_product(value)):
+        return False
+    other = next((peel_views(a) for a in total.args[:2] if peel_views(a) is not value), None)
+    return other is not None and _products(other) is None and _is_normed(total)
+
+
+def _has_large_product(value: Node) -> bool:
+    return any(not makes(product) for product in _products(value) or ())
+
+
+def _products(value: Node) -> list[Node] | None:
+    """The products that ``value`` is the sum of; None if it is the sum of anything else."""
+    found, pending = [], [value]
+    while pending:
+        node = peel_views(pending.pop())
+        if is_call(node, MM, operators.scaled_mm):
+            found.append(node)
+        elif is_sum(node):
+            pending += node.args[:2]
+        else:
+            return None
+    return found
+
+
+def _is_normed(value: Node) -> bool:
+    """Whether pointwise operations lead from ``value`` to a sum over the elements of its rows."""
+    pending, seen = [value], {value}
+    while pending:
+        for reader in readers(pending.pop()):
+            if is_reduction(reader) and _reduces_rows(reader):
+                return True
+            if reader not in seen and is_pointwise(reader):
+                seen.add(reader)
+                pending.append(reader)
+    return False
+
+
+def _reduces_rows(node: Node) -> bool:
+    source, dims = (*node.args, ())[:2]
+    last = len(shape(source)) - 1  # type: ignore[arg-type]  # its schema
+    return isinstance(dims, (list, tuple)) and [int(dim) % (last + 1) for dim in dims] == [last]
