@@ -19,7 +19,7 @@ _library = torch.library.Library("lora_fx", "DEF")
 for _schema in (
     "scaled_mm(Tensor a, Tensor b, Tensor? scale=None, Tensor? bias=None) -> Tensor",
     "accumulate(Tensor base, Tensor a, Tensor b, Tensor? scale=None) -> Tensor",
-    "accumulate_(Tensor(a!) base, Tensor a, Tensor b, Tensor? scale=None, float beta=1.0) -> ()",
+    "accumulate_(Tensor(a!) base, Tensor a, Tensor b, Tensor? scale=None, float beta=1.0, float alpha=1.0) -> ()",
     "gradient_pair(Tensor dy, Tensor b, Tensor h, Tensor? scale=None) -> (Tensor, Tensor)",
     "keep(Tensor seed, SymInt[] size, float p) -> Tensor",
     "tile_(Tensor(a!)[] outputs, str program, Tensor[] inputs) -> ()",
@@ -47,12 +47,14 @@ def _accumulate(base: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None)
     return torch.addmm(base, a, b) if scale is None else base + (a @ b) * scale
 
 
-def _accumulate_(base: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None, beta: float = 1.0) -> None:
-    """``base = base * beta + a @ b * scale``, rounded once."""
+def _accumulate_(
+    base: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0
+) -> None:
+    """``base = base * beta + a @ b * scale * alpha``, rounded once."""
     # The scale goes to the smaller operand: nothing of the size of base is made.
     if scale is not None:
         a, b = (a * scale, b) if a.numel() < b.numel() else (a, b * scale)
-    base.addmm_(a, b, beta=beta)
+    base.addmm_(a, b, beta=beta, alpha=alpha)
 
 
 def _gradient_pair(dy: Tensor, b: Tensor, h: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -81,8 +83,10 @@ def _accumulate_cpu(base: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = N
     return out
 
 
-def _accumulate_cpu_(base: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None, beta: float = 1.0) -> None:
-    alpha = 1.0 if scale is None else scale.item()
+def _accumulate_cpu_(
+    base: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0
+) -> None:
+    alpha = alpha if scale is None else alpha * scale.item()
     if not (beta == 1.0 and native.accumulate(base, a, b, alpha)):
         base.addmm_(a, b, beta=beta, alpha=alpha)
 
@@ -231,7 +235,9 @@ def _accumulate_fake(base: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = 
 
 
 @torch.library.register_fake("lora_fx::accumulate_", lib=_library)
-def _accumulate_fake_(base: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None, beta: float = 1.0) -> None:
+def _accumulate_fake_(
+    base: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0
+) -> None:
     _check_product(a, b)
 
 

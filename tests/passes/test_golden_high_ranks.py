@@ -231,20 +231,26 @@ return %36, %39, %42, %0, %1, %4, %5, %6, %9, %10, %11, %14, %15, %18, %24, %19,
 | %42 = slice(%40, 0, 24, 48) bf16[24, 144]
 | %43 = slice(%40, 0, 0, 24) bf16[24, 144]
 %44 = cat([%2, %5, %8], 0) bf16[72, 144]
-| %45 = mm(%38, %44) bf16[272, 144]
-%46 = permute(%0, [1, 0]) bf16[144, 144]
-| %47 = permute(%46, [1, 0]) bf16[144, 144]
-| %48 = auto_functionalized(lora_fx.accumulate_, base=%45, a=%16, b=%47, scale=None) (None, bf16[272, 144])
-| %49 = getitem(%48, 1) bf16[272, 144]
-| %50 = auto_functionalized(lora_fx.accumulate_, base=%49, a=%17, b=%26, scale=None) (None, bf16[272, 144])
+%45 = empty([272, 144], dtype=bf16, device=cpu) bf16[272, 144]
+| %46 = auto_functionalized(lora_fx.accumulate_, base=%45, a=%38, b=%44, scale=None, beta=0.0, alpha=0.125) (None,
+        bf16[272, 144])
+| %47 = getitem(%46, 1) bf16[272, 144]
+%48 = permute(%0, [1, 0]) bf16[144, 144]
+| %49 = permute(%48, [1, 0]) bf16[144, 144]
+| %50 = auto_functionalized(lora_fx.accumulate_, base=%47, a=%16, b=%49, scale=None, beta=2.0, alpha=0.25) (None,
+        bf16[272, 144])
 | %51 = getitem(%50, 1) bf16[272, 144]
-| %52 = auto_functionalized(lora_fx.accumulate_, base=%51, a=%18, b=%22, scale=None) (None, bf16[272, 144])
+| %52 = auto_functionalized(lora_fx.accumulate_, base=%51, a=%17, b=%26, scale=None, beta=2.0, alpha=0.5) (None,
+        bf16[272, 144])
 | %53 = getitem(%52, 1) bf16[272, 144]
-| %54 = lora_fx.sum_parts([%32, %34, %36], [%14, %12, %10], bf16) (bf16[48, 24], bf16[48, 24], bf16[144, 24])
-| %55 = getitem(%54, 0) bf16[48, 24]
-| %56 = getitem(%54, 1) bf16[48, 24]
-| %57 = getitem(%54, 2) bf16[144, 24]
-return None, %53, None, None, %43, %57, None, None, None, %42, %56, None, None, None, %41, %55
+| %54 = auto_functionalized(lora_fx.accumulate_, base=%53, a=%18, b=%22, scale=None, beta=2.0, alpha=1.0) (None,
+        bf16[272, 144])
+| %55 = getitem(%54, 1) bf16[272, 144]
+| %56 = lora_fx.sum_parts([%32, %34, %36], [%14, %12, %10], bf16) (bf16[48, 24], bf16[48, 24], bf16[144, 24])
+| %57 = getitem(%56, 0) bf16[48, 24]
+| %58 = getitem(%56, 1) bf16[48, 24]
+| %59 = getitem(%56, 2) bf16[144, 24]
+return None, %55, None, None, %43, %59, None, None, None, %42, %58, None, None, None, %41, %57
 #0: bfloat16, 48 columns; in0 full, in1 factor 24 NR, in2 thin 24
     0: load in0
     1: down %0 in1

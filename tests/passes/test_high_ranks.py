@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -56,14 +57,15 @@ def mlp(width: int = 80, hidden: int = 160, **config: Any) -> nn.Module:
     return adapt(Mlp(width, hidden).to(bf16), **config)
 
 
+def adds(node: Node) -> bool:
+    """Whether a product accumulates into what another one made."""
+    return node.op == "call_function" and node.args[:1] == (operators.accumulate_,) and node.kwargs["beta"] != 0.0
+
+
 def accumulated(captured: Captured) -> list[list[tuple[int, ...]]]:
     """Of both graphs, the shapes of the left factors of what accumulates."""
     return [
-        [
-            tuple(node.kwargs["a"].meta["val"].shape)
-            for node in half[0].graph.nodes
-            if node.op == "call_function" and node.args[:1] == (operators.accumulate_,)
-        ]
+        [tuple(node.kwargs["a"].meta["val"].shape) for node in half[0].graph.nodes if adds(node)]
         for half in (captured.forward, captured.backward)
     ]
 
@@ -226,7 +228,7 @@ def stack(step: Step, rows: int = M, rank: int = 72, dtype: torch.dtype = bf16, 
         tile_stacks.accumulate(module.graph)
     module.graph.lint()
     module.recompile()
-    count = sum(node.args[:1] == (operators.accumulate_,) for node in module.graph.nodes)
+    count = sum(adds(node) for node in module.graph.nodes)
     assert count or graph_text(module.graph) == before
     for found, expected in zip(pytree.tree_leaves(module(*inputs)), exact, strict=True):
         assert (found.double() - expected).norm() <= 2**-8 * expected.norm()
