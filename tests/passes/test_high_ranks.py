@@ -59,7 +59,8 @@ def mlp(width: int = 80, hidden: int = 160, **config: Any) -> nn.Module:
 
 def adds(node: Node) -> bool:
     """Whether a product accumulates into what another one made."""
-    return node.op == "call_function" and node.args[:1] == (operators.accumulate_,) and node.kwargs["beta"] != 0.0
+    accumulates = node.op == "call_function" and node.args[:1] == (operators.accumulate_,)
+    return accumulates and bool(node.kwargs["beta"])
 
 
 def accumulated(captured: Captured) -> list[list[tuple[int, ...]]]:
