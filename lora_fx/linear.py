@@ -19,7 +19,7 @@ from lora_fx.inits import ChangedBase, decomposed, put_back, put_residual, reset
 from lora_fx.packed import check_not_quantised, is_activation_dtype
 from lora_fx.passes.graph import REPLICATED
 from lora_fx.passes.low_rank import low_rank, low_rank_rows
-from lora_fx.placements import deferred, is_dtensor, placed, replica_groups
+from lora_fx.placements import deferred, is_dtensor, placed, replica_ranks
 from lora_fx.stored import (
     OWN_ATTRIBUTES,
     StoredAdapter,
@@ -67,7 +67,7 @@ class LoRAModule(Adapted, nn.Linear):
     _lora_rank: int
     _lora_base: ChangedBase | None
     _lora_stack: Any  # a lora_fx.rows.Stack, or None
-    _lora_replicated: tuple[str, ...] = ()  # the process groups, by name, on whose ranks lora_a is the same
+    _lora_replicated: tuple[tuple[int, ...], ...] = ()  # ranks of each process group on which lora_a is the same
 
     # The parameter is called `input` because `nn.Linear.forward`'s is, and callers may name it.
     def forward(self, input: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class LoRAModule(Adapted, nn.Linear):
                 for stored in self.stored_adapters().values():
                     stored.follow(param)
         if name in ("weight", "lora_a") and self._lora_replicated != (
-            now := replica_groups(self._parameters.get("lora_a"))
+            now := replica_ranks(self._parameters.get("lora_a"))
         ):
             self._lora_replicated = now
 

@@ -68,13 +68,17 @@ def placed(name: str, parameter: nn.Parameter, weight: object) -> nn.Parameter:
     return nn.Parameter(moved, requires_grad=parameter.requires_grad)
 
 
-def replica_groups(tensor: object) -> tuple[str, ...]:
-    """The names of the process groups whose ranks all have the same values in `tensor`; none for a plain one."""
+def replica_ranks(tensor: object) -> tuple[tuple[int, ...], ...]:
+    """The ranks of each process group that all have the same values in `tensor`; none for a plain one.
+
+    Not the groups' names: equal meshes have groups of their own, and DTensor takes either mesh for the other.
+    """
     if not is_dtensor(tensor):
         return ()
     theirs: Any = tensor
     mesh = theirs.device_mesh
-    return tuple(mesh.get_group(dim).group_name for dim, p in enumerate(theirs.placements) if p.is_replicate())
+    groups = (mesh.get_group(dim) for dim, p in enumerate(theirs.placements) if p.is_replicate())
+    return tuple(tuple(torch.distributed.get_process_group_ranks(group)) for group in groups)
 
 
 def expert_placements(weight: Sequence[Any], *, transposed: bool = False) -> dict[str, tuple[Any, ...]]:

@@ -128,6 +128,12 @@ def inductor_config() -> Any:
     return importlib.import_module("torch._inductor.config")
 
 
+def group_ranks(name: str) -> tuple[int, ...]:
+    """The ranks of the process group that has this name in a graph."""
+    group = _private("torch.distributed.distributed_c10d:_resolve_process_group")(name)
+    return tuple(torch.distributed.get_process_group_ranks(group))
+
+
 def pipelines_collectives(group: Any) -> bool:
     """Whether Inductor will pipeline matrix products with the collectives of a process group (by its name)."""
     distributed = torch.distributed

@@ -277,7 +277,7 @@ PARAMETER = "lora_fx_parameter"
 """In the ``custom`` metadata of a branch's nodes: which parameter of its module it adapts, where there are several."""
 
 REPLICATED = "lora_fx_replicated"
-"""In the ``custom`` metadata of a branch's nodes: the process groups, by name, on whose ranks A is the same."""
+"""In the ``custom`` metadata of a branch's nodes: the ranks of each process group on which A is the same."""
 
 _STACKS = ("nn_module_stack", "fwd_nn_module_stack")
 
@@ -297,8 +297,8 @@ def parameter_of(node: Node) -> str:
     return str((node.meta.get("custom") or {}).get(PARAMETER, ""))
 
 
-def replicated_over(node: Node) -> tuple[str, ...]:
-    """The groups on whose ranks the A of the branch is the same that ``node`` belongs to, as far as that was noted."""
+def replicated_over(node: Node) -> tuple[tuple[int, ...], ...]:
+    """The ranks of each group on which the A of the branch is the same that ``node`` belongs to, as far as noted."""
     return tuple((node.meta.get("custom") or {}).get(REPLICATED, ()))
 
 

@@ -16,7 +16,7 @@ size of x_mine, and would have to gather it again; now dA, too, is left with x_m
 (:mod:`lora_fx.passes.recompute_input`), and with a T-th of the work. There are as many collectives as before, and they
 carry R more numbers a token.
 
-A must be the same on all these ranks, which a graph does not show: whoever knows the placements notes the groups
+A must be the same on all these ranks, which a graph does not show: whoever knows the placements notes the ranks
 (:data:`lora_fx.passes.graph.REPLICATED`). By DTensor's placements dA is then a term of a sum, as dX is, and whoever has
 it adds up the ranks' terms. g is summed in the dtype of dX, which it travels with. Left alone where Inductor pipelines
 the collective with its product (async tensor parallelism), which it would no longer find, and where the dimension that
@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from lora_fx.passes._torch import pipelines_collectives, statically_known_true
+from lora_fx.passes._torch import group_ranks, pipelines_collectives, statically_known_true
 from lora_fx.passes.graph import (
     CONVERT,
     MM,
@@ -59,11 +59,14 @@ _TOGETHER = torch.ops._c10d_functional.reduce_scatter_tensor_coalesced.default
 
 @dataclass(frozen=True)
 class _Shared:
-    """How the ranks of a group share a tensor: each has its piece along ``dim``, which is 0 where they lie in a row."""
+    """How ranks share a tensor: each has its piece along ``dim``, which is 0 where they lie in a row.
+
+    Ranks tell groups apart, and names do not: of two equal meshes each has its own groups, and DTensor may take one for
+    a gather and the other for the scatter of its gradient.
+    """
 
     dim: int
-    ranks: int
-    group: str
+    ranks: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -137,8 +140,9 @@ def _is_replicated(site: Site) -> bool:
     gathered = None if product is None else _gathered(product.args[1])
     if gathered is None:
         return False
-    group = gathered[-1].group
-    return group in replicated_over(site.down) and not pipelines_collectives(group)
+    mine, _, shared = gathered
+    groups = {user.args[2] for user in mine.users if is_call(user, _GATHER)}
+    return shared.ranks in replicated_over(site.down) and not any(map(pipelines_collectives, groups))
 
 
 def _by_product(sites: list[Site]) -> dict[Node, _Found]:
@@ -180,10 +184,11 @@ def _gathered(x: Any) -> tuple[Node, Node, _Shared] | None:
         source = _cut(pieces, 0)
     if not (is_call(source, WAIT) and is_call(source.args[0], _GATHER)):
         return None
-    mine, ranks, group = source.args[0].args[:3]
-    if whole is not source and len(whole.args[0]) != ranks:
+    mine, _, group = source.args[0].args[:3]
+    ranks = group_ranks(group)
+    if whole is not source and len(whole.args[0]) != len(ranks):
         return None
-    return mine, whole, _Shared(_along(whole, dim), ranks, group)
+    return mine, whole, _Shared(_along(whole, dim), ranks)
 
 
 def _along(node: Node, dim: int) -> int:
@@ -199,22 +204,23 @@ def _same_rows(a: Node, b: Node, dim: int) -> bool:
 def _scattered(total: Node, chain: list[Node]) -> _Shared | None:
     """How ``total`` is shared after its chain, if that sums the ranks' terms and puts pieces in the ranks' order."""
     *moves, scatter, _ = chain
-    theirs, reduction, ranks, group = scatter.args[:4]
+    theirs, reduction, _, group = scatter.args[:4]
     if reduction != "sum":
         return None
+    ranks = group_ranks(str(group))
     if not moves:
-        return _Shared(0, ranks, group) if theirs is total else None  # type: ignore[arg-type]  # its schema
+        return _Shared(0, ranks) if theirs is total else None
     if not is_call(theirs, aten.cat.default):
         return None
     pieces, *dims = theirs.args  # type: ignore[union-attr]  # a node, as is_call saw
     first: Any = pieces[0] if pieces else None  # type: ignore[index]  # a list of nodes
-    if (dims and dims[0] != 0) or not is_call(first, operator.getitem) or len(pieces) != ranks:  # type: ignore[arg-type]
+    if (dims and dims[0] != 0) or not is_call(first, operator.getitem) or len(pieces) != len(ranks):  # type: ignore[arg-type]
         return None
     cut = first.args[0]
     dim = cut.args[2] if len(cut.args) > 2 else cut.kwargs.get("dim", 0)
     if _cut(pieces, dim) is not total:
         return None
-    return _Shared(_along(total, dim), ranks, group)  # type: ignore[arg-type]  # its schema
+    return _Shared(_along(total, dim), ranks)
 
 
 def _cut(pieces: Any, dim: int) -> Any:

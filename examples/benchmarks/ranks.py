@@ -36,6 +36,7 @@ from benchmarks.common import compiling, format_table, write_json
 from benchmarks.runner import free
 from benchmarks.timing import Device, environment
 from torch.autograd import DeviceType
+from torch.distributed.device_mesh import DeviceMesh
 from torch.profiler import ProfilerActivity, profile
 
 from corpus import library_sources
@@ -152,11 +153,9 @@ def shake(adapters: Mapping[str, torch.nn.Parameter]) -> None:
 # ---- one rank of one mesh
 
 
-def measure(settings: Settings, form: str, device: Device) -> Row:
+def measure(settings: Settings, form: str, mesh: DeviceMesh, place: torch.device, device: Device) -> Row:
     """Train one form for its steps; all ranks call it. The first, the second and the third step are not timed."""
     settings, start = dataclasses.replace(settings, form=form), time.perf_counter()
-    place = torch.device(device.name, torch.cuda.current_device()) if device.cuda else torch.device("cpu")
-    mesh = settings.degrees.mesh(place)
     trainer = Trainer(settings, mesh, place)
     shake(trainer.adapters)
     manual_seed(settings.seed, mesh)
@@ -223,10 +222,12 @@ def work(arguments: Sequence[str], forms: Sequence[str], file: Path) -> None:
     settings = parse_job(arguments)
     join(int(os.environ["LOCAL_RANK"]))
     device = Device("cuda" if torch.cuda.is_available() else "cpu")
+    place = torch.device(device.name, torch.cuda.current_device()) if device.cuda else torch.device("cpu")
+    mesh = settings.degrees.mesh(place)
     rows = []
     for form in forms:
         with compiling():
-            rows.append(measure(settings, form, device))
+            rows.append(measure(settings, form, mesh, place, device))
         free(device)
         if torch.distributed.get_rank() == 0:
             print(f"{LABELS[form]}: {rows[-1].milliseconds:.1f} ms", file=sys.stderr, flush=True)

@@ -84,6 +84,18 @@ def test_where_ranks_share_tokens(dim, size):
     assert not gathered & {*saved(ours)}
 
 
+def test_a_second_mesh_like_the_first():
+    """DTensor takes the groups of one for those of the other: equal ranks, but other names."""
+    plan = {"up": ColwiseParallel(input_layouts=Shard(0)), "down": RowwiseParallel(output_layouts=Shard(0))}
+    with fake_world(4):
+        for _ in range(2):
+            mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))["tp"]
+            model = adapt(Narrow(), rank=3)
+            parallelize_module(model, mesh, plan)
+            result = capture(lora_fx.freeze(model), torch.randn(10, 16, requires_grad=True), backward=True)
+            assert result.count("backward")["scatter g"] == 1
+
+
 def test_siblings_share_one_collective():
     with fake_world(2):
         frozen, ours = captured(False, True), captured(True, True)
@@ -153,7 +165,7 @@ def by_hand(x: torch.Tensor, average: bool) -> Any:
         def backward(ctx: Any, dx: torch.Tensor) -> torch.Tensor:
             return reduce_scatter_tensor(dx, "avg" if average else "sum", 0, group)
 
-    noted = mock.patch.object(scatter_gradient, "replicated_over", lambda node: (group.group_name,))
+    noted = mock.patch.object(scatter_gradient, "replicated_over", lambda node: ((0, 1),))
     if not average:
         return capture(lambda x: linear["up"](Gathered.apply(x)), x, backward=True)
     with noted:
@@ -163,7 +175,7 @@ def by_hand(x: torch.Tensor, average: bool) -> Any:
 def test_by_hand_is_what_it_looks_like():
     """The one above is left alone for the reason that it names: with the placements noted it is rewritten."""
     x = torch.randn(2, 4, 16, requires_grad=True)
-    with fake_world(2), mock.patch.object(scatter_gradient, "replicated_over", lambda node: ("0", "1", "2")):
+    with fake_world(2), mock.patch.object(scatter_gradient, "replicated_over", lambda node: ((0,), (0, 1))):
         result = by_hand(x, average=False)
     assert result.count("backward")["scatter g"] == 1
 
@@ -174,11 +186,11 @@ def test_groups_follow_the_placements():
         model: Any = adapt(nn.ModuleDict({"up": nn.Linear(16, 12), "down": nn.Linear(16, 12)}), rank=2)
         assert model["up"]._lora_replicated == () and "_lora_replicated" not in model["up"].__dict__
         parallelize_module(model, mesh["b"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
-        assert model["up"]._lora_replicated == (mesh["b"].get_group().group_name,)
+        assert model["up"]._lora_replicated == ((0, 1),)
         assert model["down"]._lora_replicated == ()
         weight = distribute_tensor(torch.randn(12, 16), mesh, [Replicate(), Shard(0)])
         model["up"].register_parameter("lora_a", nn.Parameter(distribute_tensor(torch.randn(2, 16), mesh)))
-        assert model["up"]._lora_replicated == tuple(mesh.get_group(dim).group_name for dim in range(2))
+        assert model["up"]._lora_replicated == ((0, 2), (0, 1))
         del weight
         lora_fx.remove(model)
         assert not hasattr(model["up"], "_lora_replicated")
