@@ -28,6 +28,7 @@ from lora_fx.passes.branch import Branch, Declined, NotASite
 from lora_fx.passes.graph import (
     CONVERT,
     COPIES,
+    VIEWS,
     Values,
     aten,
     backward_nodes,
@@ -69,6 +70,8 @@ def find_grouped_sites(graph: Graph) -> tuple[list[GroupedSite], list[Declined]]
             continue
         factors = [stack_of(node.args[1]) for node in (down, up)]
         if None in factors:
+            if parameter_of(up):  # whoever noted that knows it for a branch
+                declined.append(_computed(up, down))
             continue
         rank = min(shape(factor)[dim] for factor in factors for dim in (1, 2))  # type: ignore[arg-type]  # not None
         sizes = rank, shape(down.args[0])[1], shape(up)[1]
@@ -86,6 +89,12 @@ def find_grouped_sites(graph: Graph) -> tuple[list[GroupedSite], list[Declined]]
     return sites, declined
 
 
+def _computed(up: Node, down: Node) -> Declined:
+    """A branch whose factors are computed by the graph."""
+    r, k, n = (size if isinstance(size, int) else 0 for size in (shape(down)[1], shape(down.args[0])[1], shape(up)[1]))  # type: ignore[arg-type]  # products of nodes
+    return Declined(_path(up), r, k, n, "its factors are no inputs of the graph", module_id(up))
+
+
 def _path(up: Node) -> str:
     return ".".join(filter(None, (module_path(up), parameter_of(up))))
 
@@ -100,7 +109,7 @@ def _is_product(node: Any) -> bool:
 
 def stack_of(node: Any) -> Node | None:
     """The input of the graph that a stack of factors is, under transposes, casts and padding; None if it is none."""
-    while is_swap(node) or is_call(node, *COPIES, CONVERT, aten.constant_pad_nd.default):
+    while is_swap(node) or _is_whole_view(node) or is_call(node, *COPIES, CONVERT, aten.constant_pad_nd.default):
         node = node.args[0]
     return node if isinstance(node, Node) and node.op in ("placeholder", "get_attr") and len(shape(node)) == 3 else None
 
@@ -108,7 +117,7 @@ def stack_of(node: Any) -> Node | None:
 def made_of_stack(node: Any) -> list[Node]:
     """What stands between a stack of factors and the input of the graph that it is, and is not a view."""
     found = []
-    while is_swap(node) or is_call(node, *COPIES, CONVERT, aten.constant_pad_nd.default):
+    while is_swap(node) or _is_whole_view(node) or is_call(node, *COPIES, CONVERT, aten.constant_pad_nd.default):
         found += [node] if is_call(node, CONVERT, aten.constant_pad_nd.default) else []
         node = node.args[0]
     return found
@@ -119,10 +128,15 @@ def is_swap(node: Any) -> bool:
     return is_call(node, aten.permute.default) and [d % 3 for d in node.args[1]] == [0, 2, 1] and len(shape(node)) == 3
 
 
+def _is_whole_view(node: Any) -> bool:
+    """Whether ``node`` is a tensor once more, as DTensor's ``to_local`` leaves this rank's experts in a graph."""
+    return is_call(node, *VIEWS) and same_shape(node, node.args[0])
+
+
 def matrices(node: Any) -> tuple[Any, bool]:
     """The stack under transposes and copies, and whether its matrices are transposed."""
     swapped = False
-    while is_swap(node) or is_call(node, *COPIES):
+    while is_swap(node) or _is_whole_view(node) or is_call(node, *COPIES):
         swapped ^= is_swap(node)
         node = node.args[0]
     return node, swapped

@@ -177,9 +177,10 @@ class MixtureOfExperts(nn.Module):
         ends = (own == torch.arange(held, device=own.device)[:, None]).sum(-1).cumsum(0).to(torch.int32)
         sources = order // experts.shape[1]
         mine = (own[order] < held)[:, None]
-        # Both ways: what a grouped product leaves in the rows of nobody, and in their gradients, is unspecified.
+        # Both ways: what a grouped product leaves in the rows of nobody, and in their gradients, is unspecified. Before
+        # it is weighted, or the gradient of the weights has a zero times whatever that is.
         rows = torch.where(mine, tokens[sources], 0.0)
-        outputs = torch.where(mine, self.experts(rows, ends) * weights.flatten()[order, None], 0.0)
+        outputs = torch.where(mine, self.experts(rows, ends), 0.0) * weights.flatten()[order, None]
         return torch.zeros_like(tokens).index_add(0, sources, outputs)
 
     def init_weights(self, output_std: float) -> None:

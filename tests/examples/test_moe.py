@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import llama3.moe
 import lora_fx
 from llama3 import CONFIGS, Llama, LlamaConfig, MixtureOfExperts
 from llama3.moe import grouped_product
@@ -69,6 +70,42 @@ def test_grouped_products_of_all_dtypes_agree():
     torch.testing.assert_close(grouped_product(x, weight, ends)[:8], expected)
     half = grouped_product(x.bfloat16(), weight.bfloat16(), ends)[:8]
     torch.testing.assert_close(half.float(), expected, rtol=0.02, atol=0.1)
+
+
+class OnAGpu(torch.autograd.Function):
+    """What a GPU's grouped product leaves in the rows of nobody: anything, in its output or in its input's gradient."""
+
+    @staticmethod
+    def forward(ctx, rows, nobody, output):
+        ctx.save_for_backward(nobody)
+        ctx.output = output
+        return torch.where(nobody, torch.nan, rows) if output else rows.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (nobody,) = ctx.saved_tensors
+        return torch.where(nobody, 0.0 if ctx.output else torch.nan, gradient), None, None
+
+
+def test_rows_of_nobody_have_no_part_in_anything(monkeypatch):
+    """As on a rank that holds the last two of four experts."""
+
+    def product(x, weight, ends):
+        nobody = (torch.arange(len(x)) >= ends[-1])[:, None]
+        return OnAGpu.apply(grouped_product(OnAGpu.apply(x, nobody, False), weight, ends), nobody, True)
+
+    module = moe().double()
+    tokens = torch.randn(12, CONFIG.dim, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(12, CONFIG.experts_per_token, dtype=torch.float64, requires_grad=True)
+    experts = torch.stack([torch.randperm(4)[: CONFIG.experts_per_token] for _ in range(12)])
+    leaves = [tokens, weights, *module.experts.parameters()]
+    found = []
+    for _ in range(2):
+        y = module._own(tokens, weights, experts, 2)
+        found.append([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))])
+        monkeypatch.setattr(llama3.moe, "grouped_product", product)
+    for plain, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain)
 
 
 def test_a_token_cannot_be_sent_to_more_experts_than_there_are():

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_fx
+from lora_fx._torch import annotate
+from lora_fx.passes.graph import PARAMETER
 from lora_fx.passes.printer import graph_text
 from tests.passes import on_gpu
 from tests.passes.harness import Case, adapt, by_graphs, by_kernels, capture, check_case, compare
@@ -282,6 +284,33 @@ def test_a_branch_written_by_hand_is_found():
     assert captured.count("backward") == {"scale": 1, "pair": 1, "accumulate": 1}
     captured = capture(Form(lambda m, x: mul(x, m.w, m.ends) + branch(m, x)), x)
     assert captured.count("backward") == {"pair": 1, "accumulate": 1}
+
+
+def test_stacks_that_are_viewed_as_what_they_are():
+    """As DTensor's `to_local` leaves this rank's experts in a graph."""
+    x = torch.randn(64, 32, dtype=bf16, requires_grad=True)
+
+    def whole(t: Tensor) -> Tensor:
+        return t.view(t.shape)
+
+    def viewed(m, x):
+        h = mul(x, whole(m.a), m.ends)
+        return mul(x, whole(m.w), m.ends) + mul(h, whole(m.b), m.ends) * 2.0
+
+    captured = capture(Form(viewed), x)
+    assert captured.count("forward") == {"scale": 1, "accumulate": 1}
+    assert captured.count("backward") == {"scale": 1, "pair": 1, "accumulate": 1}
+
+
+def test_computed_factors_of_what_is_known_for_a_branch():
+    def noted(m, x):
+        with annotate({PARAMETER: "w"}):
+            h = mul(x, m.a.exp(), m.ends)
+            return mul(x, m.w, m.ends) + mul(h, m.b, m.ends)
+
+    captured = capture(Form(noted), torch.randn(64, 32, dtype=bf16, requires_grad=True))
+    assert captured.rewrite.after == captured.rewrite.before
+    assert captured.reasons == ["its factors are no inputs of the graph"]
 
 
 ALONE = {
