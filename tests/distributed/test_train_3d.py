@@ -139,6 +139,34 @@ def test_adapted_experts_on_several_ranks(degrees, tmp_path):
     check(["--model", "tiny-moe", "--layers", "1", "--adapt-experts", *degrees], tmp_path, timeout=600)
 
 
+def check_in_bfloat16(arguments: list[str], folder: Path, timeout: float, *, backend: str = "gloo") -> None:
+    """Of experts on ranks, compiled, with grouped products: losses about those of one process in float32."""
+    arguments = ["--model", "tiny-moe", "--layers", "2", "--adapt-experts", "--compile", "block", *arguments]
+    arguments = [*SGD, "--checkpoints", str(folder / "checkpoints"), *arguments]
+    settings = options_3d.parse(arguments)
+    model = plain(settings)
+    adapter_checkpoint.save(folder / "checkpoints", 0, adapters_of(model))
+    losses, norms = alone(settings, model)
+    found = run_ranks(
+        training,
+        settings.degrees.world,
+        folder / "ranks",
+        timeout=timeout,
+        backend=backend,
+        arguments=[*arguments, "--dtype", "bfloat16"],
+    )
+    for seen in found:
+        torch.testing.assert_close(seen["losses"], losses, rtol=0.01, atol=0)
+        torch.testing.assert_close(seen["norms"], norms, rtol=0.1, atol=0)
+        assert all(rewritten == branches == 2 * 10 for rewritten, branches in seen["sites"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_experts_in_bfloat16(tmp_path):
+    check_in_bfloat16(["--dp", "2", "--ep", "2"], tmp_path, timeout=600)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("degrees", [["--pp", "2", "--dp", "2"], ["--tp", "2"]], ids=["pp-dp", "tp"])

@@ -29,7 +29,7 @@ from lora_fx.placements import local
 from parallel import tensor_parallel_plan
 from ring_attention import attention_over, sequences_over
 from tests.distributed.processes import ROOT, run_ranks
-from tests.distributed.test_train_3d import ADAPTERS_OF_A_LAYER, check
+from tests.distributed.test_train_3d import ADAPTERS_OF_A_LAYER, check, check_in_bfloat16
 from tests.toy_models import shake
 from train_3d import next_token_loss
 
@@ -73,6 +73,12 @@ def test_two_ranks_over_nccl(arguments, compiled, tmp_path):
     for seen in check(arguments, tmp_path, 600, backend="nccl", looser=LOOSER):
         assert len(seen["sites"]) == (2 if compiled == "block" else 0)
         assert all(rewritten == branches > 0 for rewritten, branches in seen["sites"])
+
+
+@pytest.mark.skipif(GPUS < 2, reason="needs two CUDA devices")
+def test_experts_in_bfloat16_over_nccl(tmp_path):
+    """Grouped products, which leave anything in the rows of nobody on a GPU."""
+    check_in_bfloat16(["--dp", "2", "--ep", "2", *LONG], tmp_path, 600, backend="nccl")
 
 
 @pytest.mark.skipif(GPUS < 8, reason="needs eight CUDA devices")
