@@ -15,6 +15,7 @@ losses are compared with those of one GPU that has the same batch.
 import argparse
 import dataclasses
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -180,6 +181,8 @@ def measure(settings: Settings, form: str, mesh: DeviceMesh, place: torch.device
             collect(step)
             losses.append(loss)
             norms += [norm] if norm is not None and trainer.adapters else []
+            if not all(map(math.isfinite, (*losses[-1:], *norms[-1:]))):
+                raise ArithmeticError(f"{form}: losses {losses}, norms of gradients {norms}")
     slowest = torch.tensor(seconds, dtype=torch.float64, device=place)
     torch.distributed.all_reduce(slowest, op=torch.distributed.ReduceOp.MAX)
     peak = torch.tensor(torch.cuda.max_memory_allocated() if device.cuda else 0, device=place)
