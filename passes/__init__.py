@@ -28,11 +28,12 @@ that have ``grouped`` in their names; ``branch`` is what both find. ``rewriter``
 graph, ``snapshot`` the way back for those of a GPU; ``pipeline`` holds the order, the hooks in Inductor and the cache
 identity; ``printer`` and ``report`` say what happened; ``kernels`` holds the operators and their lowerings;
 ``low_rank`` is the expression that all of this rewrites.
-``tile_regions`` says what ``fuse_tiles`` cuts out of a GPU's forward and backward graphs, ``tile_nodes`` what a node is
-to it, ``tile_copies`` what is computed twice for it, ``tile_siblings`` what is read once, ``tile_pairs`` and
+``tile_regions`` says what ``fuse_tiles`` cuts out of a GPU's forward and backward graphs, ``tile_nodes`` what a node
+is to it, ``tile_copies`` what is computed twice for it, ``tile_siblings`` what is read once, ``tile_pairs`` and
 ``tile_stacks`` what is left to the matrix library at high ranks, ``tile_residuals`` what is left to a norm,
-``tile_largest`` what a float8 base wants to know of a value; ``tile_writer`` writes a region's program, ``tile_sums`` adds up what programs leave in parts, ``tile_outputs``
-gives them memory that nobody else reads, ``tile_joint`` gives several of them one launch.
+``tile_largest`` what a float8 base wants to know of a value; ``tile_writer`` writes a region's program, ``tile_sums``
+adds up what programs leave in parts, ``tile_outputs`` gives them memory that nobody else reads, ``tile_joint`` gives
+several of them one launch.
 ``kernels.tile_program`` says what a program means, ``kernels.tile_triton`` writes its kernel, ``kernels.tile_launch``
 says with what to launch it, ``kernels.tile_memory`` whether it fits a GPU, and ``kernels.inlined`` has Inductor launch
 it among its own. The entry points are :func:`lora_fx.passes.pipeline.hooks` and
