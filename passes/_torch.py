@@ -128,10 +128,13 @@ def inductor_config() -> Any:
     return importlib.import_module("torch._inductor.config")
 
 
-def group_ranks(name: str) -> tuple[int, ...]:
-    """The ranks of the process group that has this name in a graph."""
-    group = _private("torch.distributed.distributed_c10d:_resolve_process_group")(name)
-    return tuple(torch.distributed.get_process_group_ranks(group))
+def group_ranks(name: str) -> tuple[int, ...] | None:
+    """The ranks of the process group that has this name in a graph; None where this process does not know it."""
+    resolve = _private("torch.distributed.distributed_c10d:_resolve_process_group")
+    try:
+        return tuple(torch.distributed.get_process_group_ranks(resolve(name)))
+    except (LookupError, RuntimeError, ValueError):  # by release, and by who made the group
+        return None
 
 
 def pipelines_collectives(group: Any) -> bool:

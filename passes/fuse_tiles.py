@@ -31,7 +31,7 @@ from lora_fx.passes.tile_largest import take
 from lora_fx.passes.tile_nodes import columns_of, largest_of, reads, value_of
 from lora_fx.passes.tile_regions import Region, grow
 from lora_fx.passes.tile_siblings import join
-from lora_fx.passes.tile_writer import BETA, Writer, is_read_last_in
+from lora_fx.passes.tile_writer import Writer, is_read_last_in
 
 Choose = Callable[[list[list[Any]], list[Statement], Any, int], Tile | None]
 
@@ -168,11 +168,11 @@ def _emit(region: Region, graph: Graph, choose: Choose) -> bool:
 
 
 def _accumulate(like: Node, base: Node, product: Node) -> Node:
-    """`BETA` times ``base`` with a large product added to it, in place if Inductor agrees."""
+    """``base``, times what `beta_for` says, with a large product added to it, in place if Inductor agrees."""
     with detect_fake_mode([val(base)]):
         value = torch.empty_like(val(base))
     a, b = product.args[:2]
-    operands = {"base": base, "a": a, "b": b, "scale": None, "beta": BETA}
+    operands = {"base": base, "a": a, "b": b, "scale": None, "beta": operators.beta_for(value.dtype)}
     wrapper = _call(like, auto_functionalized, (operators.accumulate_,), (None, value), operands)
     return _call(like, operator.getitem, (wrapper, 1), value)
 

@@ -71,7 +71,7 @@ def find_grouped_sites(graph: Graph) -> tuple[list[GroupedSite], list[Declined]]
         factors = [stack_of(node.args[1]) for node in (down, up)]
         if None in factors:
             if parameter_of(up):  # whoever noted that knows it for a branch
-                declined.append(_computed(up, down))
+                declined += _computed(up, down)
             continue
         rank = min(shape(factor)[dim] for factor in factors for dim in (1, 2))  # type: ignore[arg-type]  # not None
         sizes = rank, shape(down.args[0])[1], shape(up)[1]
@@ -89,10 +89,13 @@ def find_grouped_sites(graph: Graph) -> tuple[list[GroupedSite], list[Declined]]
     return sites, declined
 
 
-def _computed(up: Node, down: Node) -> Declined:
-    """A branch whose factors are computed by the graph."""
-    r, k, n = (size if isinstance(size, int) else 0 for size in (shape(down)[1], shape(down.args[0])[1], shape(up)[1]))  # type: ignore[arg-type]  # products of nodes
-    return Declined(_path(up), r, k, n, "its factors are no inputs of the graph", module_id(up))
+def _computed(up: Node, down: Node) -> list[Declined]:
+    """A branch whose factors are computed by the graph, if its sizes are known."""
+    sizes = shape(down)[1], shape(down.args[0])[1], shape(up)[1]  # type: ignore[arg-type]  # products of nodes
+    if not all(isinstance(size, int) for size in sizes):
+        return []
+    r, k, n = map(int, sizes)
+    return [Declined(_path(up), r, k, n, "its factors are no inputs of the graph", module_id(up))]
 
 
 def _path(up: Node) -> str:

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -67,6 +67,7 @@ class _Shared:
 
     dim: int
     ranks: tuple[int, ...]
+    group: str = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def find(sites: list[Site]) -> Iterator[list[Site]]:
         product = _product(site)
         if product in found:
             groups.setdefault(found[product].chain[-1], []).append(site)
-    return (group for group in groups.values() if all(map(_is_replicated, group)))
+    return (group for group in groups.values() if all(_is_replicated(site, found) for site in group))
 
 
 def rewrite(group: list[Site], rewriter: Rewriter) -> None:
@@ -134,15 +135,15 @@ def _moved(rows: Node, total: Node, moves: list[Node], last: Node, rewriter: Rew
     return made[last]
 
 
-def _is_replicated(site: Site) -> bool:
-    """Whether A is the same on all ranks that share the input, and Inductor is not to pipeline their collective."""
+def _is_replicated(site: Site, found: dict[Node, _Found]) -> bool:
+    """Whether A is the same on all ranks that share the input, and Inductor is not to pipeline their collectives."""
     product = _product(site)
     gathered = None if product is None else _gathered(product.args[1])
-    if gathered is None:
+    if product is None or gathered is None:
         return False
-    mine, _, shared = gathered
-    groups = {user.args[2] for user in mine.users if is_call(user, _GATHER)}
-    return shared.ranks in replicated_over(site.down) and not any(map(pipelines_collectives, groups))
+    shared, scatter = gathered[-1], found[product].chain[-2]
+    pipelined = any(map(pipelines_collectives, (shared.group, str(scatter.args[3]))))
+    return shared.ranks in replicated_over(site.down) and not pipelined
 
 
 def _by_product(sites: list[Site]) -> dict[Node, _Found]:
@@ -186,9 +187,9 @@ def _gathered(x: Any) -> tuple[Node, Node, _Shared] | None:
         return None
     mine, _, group = source.args[0].args[:3]
     ranks = group_ranks(group)
-    if whole is not source and len(whole.args[0]) != len(ranks):
+    if ranks is None or (whole is not source and len(whole.args[0]) != len(ranks)):
         return None
-    return mine, whole, _Shared(_along(whole, dim), ranks)
+    return mine, whole, _Shared(_along(whole, dim), ranks, group)
 
 
 def _along(node: Node, dim: int) -> int:
@@ -204,12 +205,13 @@ def _same_rows(a: Node, b: Node, dim: int) -> bool:
 def _scattered(total: Node, chain: list[Node]) -> _Shared | None:
     """How ``total`` is shared after its chain, if that sums the ranks' terms and puts pieces in the ranks' order."""
     *moves, scatter, _ = chain
-    theirs, reduction, _, group = scatter.args[:4]
-    if reduction != "sum":
+    theirs, reduction, _, name = scatter.args[:4]
+    group = str(name)
+    ranks = group_ranks(group)
+    if ranks is None or reduction != "sum":
         return None
-    ranks = group_ranks(str(group))
     if not moves:
-        return _Shared(0, ranks) if theirs is total else None
+        return _Shared(0, ranks, group) if theirs is total else None
     if not is_call(theirs, aten.cat.default):
         return None
     pieces, *dims = theirs.args  # type: ignore[union-attr]  # a node, as is_call saw
@@ -220,7 +222,7 @@ def _scattered(total: Node, chain: list[Node]) -> _Shared | None:
     dim = cut.args[2] if len(cut.args) > 2 else cut.kwargs.get("dim", 0)
     if _cut(pieces, dim) is not total:
         return None
-    return _Shared(_along(total, dim), ranks)
+    return _Shared(_along(total, dim), ranks, group)
 
 
 def _cut(pieces: Any, dim: int) -> Any:

@@ -15,9 +15,12 @@ the norm, which reads the stream's size anyway, 61 instead of 48.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.fx import Node
 
-from lora_fx.passes.graph import MM, is_call, is_pointwise, is_sum, peel_views, readers, shape
+from lora_fx.passes._torch import inductor_config
+from lora_fx.passes.graph import MM, is_call, is_pointwise, is_sum, peel_views, readers, shape, val
 from lora_fx.passes.kernels import operators
 from lora_fx.passes.tile_nodes import is_reduction, makes
 
@@ -27,22 +30,29 @@ def is_left_to_norm(total: Node, value: Node) -> bool:
 
     Not where no large product can be added to ``value``: then the sum costs its region nothing.
     """
-    if not (is_sum(total) and _has_large_product(value)):
+    if not (is_sum(total) and _can_accumulate(value)):
         return False
     other = next((peel_views(a) for a in total.args[:2] if peel_views(a) is not value), None)
     return other is not None and _products(other) is None and _is_normed(total)
 
 
-def _has_large_product(value: Node) -> bool:
-    return any(not makes(product) for product in _products(value) or ())
+def _can_accumulate(value: Node) -> bool:
+    """Whether a large product may add to the rest of what ``value`` is the sum of, which nobody else reads."""
+    large = [product for product in _products(value) or () if not makes(product)]
+    return bool(large) and all(
+        len(list(readers(n))) == 1 and val(n).dtype == val(value).dtype and not inductor_config()._micro_pipeline_tp
+        for n in large
+    )
 
 
 def _products(value: Node) -> list[Node] | None:
     """The products that ``value`` is the sum of; None if it is the sum of anything else."""
     found, pending = [], [value]
     while pending:
-        node = peel_views(pending.pop())
-        if is_call(node, MM, operators.scaled_mm):
+        node: Any = peel_views(pending.pop())
+        if is_call(node, operators.accumulate):
+            pending.append(node.args[0])
+        elif is_call(node, MM, operators.scaled_mm):
             found.append(node)
         elif is_sum(node):
             pending += node.args[:2]

@@ -9,7 +9,7 @@ After::
     u  = accumulate_(empty, g, A, beta=0, alpha=1/8)
     dX = accumulate_(accumulate_(accumulate_(u, dq, W_q, alpha=1/4), dk, W_k, alpha=1/2), dv, W_v)
 
-where each accumulates into twice what it is given, for the reason that :data:`lora_fx.passes.tile_writer.BETA` has.
+where each accumulates into twice what it is given, in bfloat16 (:func:`lora_fx.passes.kernels.operators.beta_for`).
 
 A norm's backward that reads four terms costs more than a term: Inductor writes their sum in float32 between its two
 passes. On an H100 (M 8192, N 4096) it took 233 us, and 163 with three terms. For cuBLAS to accumulate costs 3 us of 393
@@ -43,7 +43,6 @@ from lora_fx.passes.kernels import operators
 from lora_fx.passes.kernels.tile_choice import FEW_ROWS
 from lora_fx.passes.site import MARK
 from lora_fx.passes.tile_nodes import HALF, MAX_RANK
-from lora_fx.passes.tile_writer import BETA
 
 
 def accumulate(graph: Graph) -> None:
@@ -56,12 +55,12 @@ def accumulate(graph: Graph) -> None:
         if _is_small(node) and node.args[3:] in ((), (None,)) and _is_large(peel_views(node.args[0]), node):
             _expand(node)
     for product in [node for node in graph.find_nodes(op="call_function", target=MM) if _is_small(node)]:
-        larges = _large_terms(product)
-        if larges:
-            product = _share(product, BETA ** -len(larges))
-            changed = True
+        larges, beta = _large_terms(product), operators.beta_for(val(product).dtype)
+        if larges and beta != 1.0:
+            product = _share(product, beta ** -len(larges))
         for place, large in enumerate(larges, 1):
-            product = _rewrite(product, large, BETA ** (place - len(larges)))
+            product = _rewrite(product, large, beta, beta ** (place - len(larges)))
+            changed = True
     if changed:
         stable_topological_sort(graph)
 
@@ -168,8 +167,8 @@ def _accumulate(base: Node, a: Any, b: Any, *, beta: float, alpha: float, like: 
     return result
 
 
-def _rewrite(product: Node, large: Node, alpha: float) -> Node:
-    """``alpha`` times ``large`` accumulates into ``product``, whose place in the sum falls away; gives the result."""
+def _rewrite(product: Node, large: Node, beta: float, alpha: float) -> Node:
+    """``alpha * large`` accumulates into ``beta * product``, whose place in the sum falls away; gives the result."""
     graph = product.graph
     leaf = product
     while is_row_view(user := next(iter(leaf.users))):
@@ -177,7 +176,7 @@ def _rewrite(product: Node, large: Node, alpha: float) -> Node:
     (total,) = leaf.users
     a, b = large.args[:2]
     with graph.inserting_before(large):
-        result = _accumulate(product, a, b, beta=BETA, alpha=alpha, like=large)
+        result = _accumulate(product, a, b, beta=beta, alpha=alpha, like=large)
     large.replace_all_uses_with(result)
     graph.erase_node(large)
     rest = total.args[1] if total.args[0] is leaf else total.args[0]

@@ -11,6 +11,7 @@ from torch.fx import Node
 from lora_fx.passes._torch import inductor_config
 from lora_fx.passes.graph import MM, aten, is_call, is_tangent, is_tensor, is_transpose, peel_views, readers, shape, val
 from lora_fx.passes.kernels import operators, tile_choice
+from lora_fx.passes.kernels.operators import beta_for
 from lora_fx.passes.kernels.tile_program import OUTPUTS, Statement
 from lora_fx.passes.tile_copies import descendants
 from lora_fx.passes.tile_nodes import (
@@ -26,13 +27,6 @@ from lora_fx.passes.tile_nodes import (
     value_of,
 )
 from lora_fx.passes.tile_regions import Region
-
-BETA = 2.0
-"""What a large product multiplies the result by that it is added to, of which a program stores that much less.
-
-cuBLAS rounds a product before it adds it where it multiplies by 1 (13.0, on an H100): the sum then errs by 2.35e-3 of
-its size in bfloat16, as if it had been added by another kernel, and else by 1.66e-3, for 0 to 3% more of its time.
-"""
 
 
 class Writer:
@@ -99,8 +93,8 @@ class Writer:
             and any(reader not in self.region.nodes for reader in readers(member))
         ):
             place = self.places[member]
-            if self.accumulated:
-                place = self._append(["op", "mul", [place, [1.0 / BETA]]])
+            if self.accumulated and (beta := beta_for(val(member).dtype)) != 1.0:
+                place = self._append(["op", "mul", [place, [1.0 / beta]]])
             dtype = str(val(member).dtype).removeprefix("torch.")
             self._append(["store", place, dtype])
             self.outputs.append((member, 0))
@@ -311,9 +305,22 @@ def _accumulated(region: Region, members: list[Node]) -> list[Node]:
     terms = [n for n in found if n not in region.nodes]
     dtype = val(results[0]).dtype
     # All of them or none: a sum of the branch with a residual stream would be rounded twice at its full size.
-    if all(is_call(n, MM) and _dies_in(n, region) and val(n).dtype == dtype for n in terms):
-        return sorted(terms, key=_inner, reverse=True)
-    return []
+    if not all(is_call(n, MM) and _dies_in(n, region) and val(n).dtype == dtype for n in terms):
+        return []
+    return sorted(terms, key=_inner, reverse=True) if _are_terms(terms, members, set(sums), region) else []
+
+
+def _are_terms(products: list[Node], members: list[Node], sums: set[Node], region: Region) -> bool:
+    """Whether each product is added to the result as it is and once: whatever holds one on the way is added alone."""
+    holding = set(products)
+    for node in members:
+        read = sources(node, region.columns)
+        if holding.isdisjoint(read):
+            continue
+        if not (node in sums or node.target is operators.accumulate) or len(set(read)) < len(read):
+            return False  # scaled, gated, or counted twice
+        holding.add(node)
+    return True
 
 
 def _inner(product: Node) -> int:

@@ -99,7 +99,7 @@ def choose(kinds: list[list[Any]], body: list[Statement], rows: Any, columns: in
         return None  # cuBLAS writes it, and a large product accumulates into it: tile_stacks
     if rank > 32 and names.count("product") > 1 and "keep" not in names:
         # One step a program where a step's operands fill shared memory.
-        height = 64 if rank > 64 and names.count("product") > 2 else _shrunk(1024, 64, m, columns, 64, 2 * _busy(m))
+        height = 64 if rank > 64 and names.count("product") > 2 else _shrunk(1024, 64, m, columns, 64, 2 * _enough(m))
         return Tile(rows=height, columns=64, step=64, walk="rows")
     if "load" in names and rank <= 16 and "keep" not in names:
         return Tile(rows=32, columns=128, step=32, walk="rows", stages=3)
@@ -127,24 +127,24 @@ def _is_unscaled(body: list[Statement]) -> bool:
 def _across(names: list[str], rank: int, m: int, columns: int) -> Tile:
     """For sums over rows, which are kept in registers while a program walks down."""
     if "product" in names:
-        height = _shrunk(512 if rank <= 32 else 1024, 64, m, columns, 64, 2 * _busy(m))
+        height = _shrunk(512 if rank <= 32 else 1024, 64, m, columns, 64, 2 * _enough(m))
         # With the bits of a mask, registers for half as many rows at a time let four programs share a multiprocessor.
         step = 16 if "keep" in names and rank <= 32 else 32
         return Tile(rows=height, columns=64, step=step, walk="rows", stages=3 if rank <= 64 else 2)
     if "down" in names and rank <= 64:
         # Parts are fewer where they are longest.
         width, strips = (512, 4) if columns > 8192 and rank <= 32 else (256, 2)
-        height = _shrunk(1024, width, m, columns, 64, _busy(m))
+        height = _shrunk(1024, width, m, columns, 64, _enough(m))
         return Tile(rows=height, columns=width, step=64, walk="rows", strips=strips, stages=3)
     if "down" in names:
-        height = _shrunk(1024, 64, m, columns, 64, 2 * _busy(m))
+        height = _shrunk(1024, 64, m, columns, 64, 2 * _enough(m))
         return Tile(rows=height, columns=64, step=64, walk="rows", stages=2)
     if rank > 32 and "keep" not in names:
-        height = _shrunk(1024, 64, m, columns, 64, 2 * _busy(m))
+        height = _shrunk(1024, 64, m, columns, 64, 2 * _enough(m))
         return Tile(rows=height, columns=64, step=64, walk="rows", stages=3)
     width = 128 if rank <= 32 else 64
     masked = "keep" in names
-    height = _shrunk(512 if masked else 1024, width, m, columns, 64, 2 * _busy(m))
+    height = _shrunk(512 if masked else 1024, width, m, columns, 64, 2 * _enough(m))
     # Several sums of masked values would not fit into registers together: half of the columns after the other half.
     strips = 2 if masked and names.count("across") > 1 and width == 128 else 1
     return Tile(rows=height, columns=width, step=32, walk="rows", strips=strips, stages=3 if masked else 4)
@@ -153,19 +153,22 @@ def _across(names: list[str], rank: int, m: int, columns: int) -> Tile:
 def _down(names: list[str], rank: int, m: int, columns: int) -> Tile:
     """For sums over columns, which are kept in registers while a program walks along."""
     heavy = "product" in names and rank > 32
-    if heavy and rank <= 64 and m >= 64 * _busy(m):
+    if heavy and rank <= 64 and m >= 64 * 128:
         return Tile(rows=64, columns=-(-columns // 64) * 64, step=64, walk="columns", stages=4)
     if "product" in names or "keep" in names:
-        width = _shrunk(1024, 64, columns, m, 128, 2 * _busy(m))
+        width = _shrunk(1024, 64, columns, m, 128, 2 * _enough(m))
         step = 64 if heavy or names.count("keep") > 1 else 128
         return Tile(rows=64, columns=width, step=step, walk="columns", stages=2 if heavy and rank > 64 else 3)
-    width = _shrunk(4096, 64, columns, m, 128, _busy(m))
+    width = _shrunk(4096, 64, columns, m, 128, _enough(m))
     # All columns in one part need no other kernel, and a deeper pipeline, as there are no more programs.
     return Tile(rows=64, columns=width, step=128, walk="columns", stages=5 if width >= columns and rank <= 48 else 3)
 
 
-def _busy(m: int) -> int:
-    """How many programs keep a large GPU (132 multiprocessors) busy: nearly one on each, where a step loads much."""
+def _enough(m: int) -> int:
+    """How many programs a launch needs on a large GPU (132 multiprocessors) where a step loads much; else twice that.
+
+    Nearly one on each, or half of that for a short input (512 rows were tried, and 2048, for which it is no gain).
+    """
     return 64 if m <= SHORT else 128
 
 

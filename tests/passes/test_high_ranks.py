@@ -182,6 +182,24 @@ def test_a_stack_that_tiles_take_accumulates_one_product() -> None:
     assert [len(found) for found in accumulated(capture(qkv(rank=24), x(144), step=lower))] == [3, 3]
 
 
+def test_a_stack_for_any_number_of_rows() -> None:
+    """The first product is written into memory of a size that the graph asks for."""
+    shapes = ((272, 144), (300, 144))
+    case = Case("", lambda: qkv(rank=24), 3, {}, dtype=bf16, shape=shapes[0], shapes=shapes, dynamic=True, seeds=2)
+    result = compare(case, by_graphs)
+    result.assert_as_accurate()
+    assert len(accumulated(result.captured)[1]) == 3
+
+
+def test_half_precision_keeps_small_gradients() -> None:
+    """A share of one would have lost its last bits: in float16 products are added to the whole."""
+    model = adapt(QKV(144, 48).half(), rank=24)
+    captured = capture(model, x(144).half().detach().requires_grad_(), step=lower)
+    nodes = [node for half in (captured.forward, captured.backward) for node in half[0].graph.nodes]
+    betas = [node.kwargs["beta"] for node in nodes if adds(node)]
+    assert set(betas) == {1.0} and len(betas) == 6
+
+
 def test_where_products_overlap_with_collectives() -> None:
     """Inductor has to find them as they are."""
     with inductor_config().patch(_micro_pipeline_tp=True):

@@ -11,11 +11,11 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_fx.passes import fuse_tiles, pipeline
 from lora_fx.passes.kernels import lowering
+from lora_fx.passes.kernels.operators import beta_for
 from lora_fx.passes.kernels.tile_choice import choose
 from lora_fx.passes.kernels.tile_program import Program, Tile
 from lora_fx.passes.printer import graph_text
 from lora_fx.passes.tile_nodes import MAX_PRODUCT, MAX_RANK
-from lora_fx.passes.tile_writer import BETA
 from tests.passes import harness, on_gpu
 from tests.passes.harness import Captured, Case, adapt, compare
 from tests.passes.modules import Mlp
@@ -56,9 +56,14 @@ def after(function: Callable[[Tensor, nn.Module], Tensor], dtype: torch.dtype = 
 
 
 def operations(program: Program) -> list[str]:
-    """The pointwise operations of a program, but for the last one where a large product adds to what is stored."""
-    share = [1.0 / BETA]
-    return [s[1] for s in program.body if s[0] == "op" and not (s[1] == "mul" and s[2][1] == share)]
+    """The pointwise operations of a program, but for the share that it stores of what a large product adds to."""
+    share = [1.0 / beta_for(bf16)]
+    stored = {s[1] for s in program.body if s[0] == "store"}
+    return [
+        s[1]
+        for place, s in enumerate(program.body)
+        if s[0] == "op" and not (place in stored and s[1] == "mul" and s[2][1] == share)
+    ]
 
 
 def forward_operations(captured: Captured) -> list[list[str]]:
@@ -297,6 +302,59 @@ def test_what_others_compute_from_a_value_that_is_written(function: Callable[[Te
 def test_what_a_region_computes_all_the_same(function: Callable[[Tensor, nn.Module], Any]) -> None:
     captured = compared(lambda: after(function), 1)
     assert any("tanh" in names for names in forward_operations(captured))
+
+
+# ---- large products in sums ------------------------------------------------------------------------------------------
+
+
+class Pair(nn.Module):
+    """Two linears with one input, the first with an adapter, and what reads both outputs."""
+
+    def __init__(self, function: Callable[[Any, Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(K, N, bias=False)
+        self.other = nn.Linear(K, N, bias=False)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.linear, self.other, x)
+
+
+@pytest.mark.parametrize(
+    ("function", "adding"),
+    [
+        (lambda f, g, x: f(x) + g(x), 1),
+        (lambda f, g, x: g(x) + f(x) + g(x + 1), 1),
+        (lambda f, g, x: f(x) * 0.5 + g(x), 0),
+        (lambda f, g, x: g(x) + (-f(x)), 0),
+        (lambda f, g, x: g(x) - f(x), 0),
+        (lambda f, g, x: f(x) * x[:, :1] + g(x), 0),
+        (lambda f, g, x: (f(x) + g(x)) * 0.25 + g(x + 1), 0),
+        (lambda f, g, x: f(x) + f(x), 0),
+        (lambda f, g, x: torch.tanh(f(x)) + g(x), 0),
+        (lambda f, g, x: f(x * 0.5) + g(x), 1),
+        (lambda f, g, x: f(x + x).tanh(), 0),
+    ],
+    ids=[
+        "two",
+        "three",
+        "scaled",
+        "negated",
+        "subtracted",
+        "gated",
+        "a scaled sum",
+        "twice",
+        "tanh",
+        "of a scaled input",
+        "of an input twice",
+    ],
+)
+def test_a_large_product_is_added_as_it_is_and_once(
+    function: Callable[[Any, Any, Tensor], Tensor], adding: int
+) -> None:
+    """Or it is left to the program, which loads it: gradients of the input are such sums as well."""
+    captured = compared(lambda: adapt(Pair(function).to(bf16), target_modules=["linear"]), 1, grad=torch.enable_grad)
+    assert added(captured) == adding
 
 
 # ---- a residual stream -----------------------------------------------------------------------------------------------
