@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import lora_fx
@@ -81,6 +82,13 @@ def case(name, build, sites=1, **values) -> Case:
     return Case(name, build, sites, **values)
 
 
+def is_known_to_have_gaps() -> bool:
+    """Whether torch says in a graph that rows of 44 elements are 48 apart, as they are; 2.13 does not."""
+    with FakeTensorMode():
+        x, w = torch.empty(64, 32, dtype=bf16), torch.empty(4, 32, 44, dtype=bf16)
+        return not F.grouped_mm(x, w, offs=torch.empty(4, dtype=torch.int32)).is_contiguous()
+
+
 WRITTEN = {"scale": 1, "accumulate": 1}
 CASES = [
     case("training", lambda: adapted(Stack()), forward=WRITTEN, backward={"scale": 1, "pair": 1, "accumulate": 1}),
@@ -103,7 +111,7 @@ CASES = [
     case(
         "rows with gaps between them",
         lambda: adapted(Stack(n=44)),
-        forward=WRITTEN,
+        forward={"scale": 1} if is_known_to_have_gaps() else WRITTEN,
         grad=torch.no_grad,  # of which torch has no gradient
     ),
     case(
