@@ -99,6 +99,8 @@ def find_sites(graph: Graph) -> tuple[list[Site], list[Declined]]:
         down = peel(chosen_from)
         if not (is_call(down, MM) and _is_parameter(down.args[1]) and _is_parameter(up.args[1])):
             continue
+        if root(down.args[1]) is root(up.args[1]):
+            continue  # a linear that is applied to its own output
         sizes = shape(down)[1], shape(down.args[0])[1], shape(up)[1]
         if not all(isinstance(size, int) for size in sizes):
             continue

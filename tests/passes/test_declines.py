@@ -140,6 +140,14 @@ def test_two_linears_in_a_row_are_not_reported() -> None:
     assert rewrite.report.sites == []
 
 
+def test_one_linear_twice_in_a_row_is_not_reported() -> None:
+    """Its products are of one module, but no branch has one matrix for both factors."""
+    linear = nn.Linear(48, 48, bias=False)
+    rewrite = capture(lambda x: x + linear(linear(x)), torch.randn(24, 48, requires_grad=True)).rewrite
+    assert rewrite.after == rewrite.before
+    assert rewrite.report.sites == []
+
+
 @pytest.mark.parametrize("x_grad", [True, False])
 def test_gradients_of_the_input_are_no_site(x_grad: bool) -> None:
     """dX = dX_base + mm(mm(dy, B), A) has the form of a LoRA branch, and its factors are parameters."""
