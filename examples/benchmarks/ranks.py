@@ -182,7 +182,9 @@ def measure(settings: Settings, form: str, mesh: DeviceMesh, place: torch.device
             losses.append(loss)
             norms += [norm] if norm is not None and trainer.adapters else []
             if not all(map(math.isfinite, (*losses[-1:], *norms[-1:]))):
-                raise ArithmeticError(f"{form}: losses {losses}, norms of gradients {norms}")
+                raise ArithmeticError(
+                    f"{LABELS[form]} does not train, its times would mean nothing: losses {losses}, norms {norms}"
+                )
     slowest = torch.tensor(seconds, dtype=torch.float64, device=place)
     torch.distributed.all_reduce(slowest, op=torch.distributed.ReduceOp.MAX)
     peak = torch.tensor(torch.cuda.max_memory_allocated() if device.cuda else 0, device=place)

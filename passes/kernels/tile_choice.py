@@ -54,8 +54,8 @@ gate and up, silu(gate) * up with h of down, down) in a CUDA graph, factors not 
 16 x 512 takes 9.3, 7.3 and 24.4 of 16 rows. cuBLAS takes 15.5, 11.2 and 33.9 for 16 rows, 16.7, 13.9 and 61.7 for 255.
 Products are fastest in 16 x 128 (of 16 to 64 x 64 to 256).
 
-Programs of a block of 512 tokens on an H100 (R 16, CUDA graphs): 998 us with as many as keep the GPU busy, 973 with
-half as many, 994 with a quarter; of 2048 tokens, 3645 and 3651.
+A block of 512 tokens on an H100 (R 16, CUDA graphs, rounds in turn) took 993 us with as many programs as keep the GPU
+busy, 975 with half as many, 994 with a quarter; one of 2048 tokens 3645 and, with half as many, 3651.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def _across(names: list[str], rank: int, m: int, columns: int) -> Tile:
 def _down(names: list[str], rank: int, m: int, columns: int) -> Tile:
     """For sums over columns, which are kept in registers while a program walks along."""
     heavy = "product" in names and rank > 32
-    if heavy and rank <= 64 and m >= 64 * 128:
+    if heavy and rank <= 64 and m >= 64 * 128:  # all columns in one part, and still a program for each multiprocessor
         return Tile(rows=64, columns=-(-columns // 64) * 64, step=64, walk="columns", stages=4)
     if "product" in names or "keep" in names:
         width = _shrunk(1024, 64, columns, m, 128, 2 * _enough(m))
