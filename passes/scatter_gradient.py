@@ -81,6 +81,10 @@ class _Found:
     """The sum that is the gradient of x."""
     chain: list[Node]
     """From the readers of that to its piece."""
+    ranks: tuple[int, ...]
+    """Those that share x."""
+    groups: tuple[str, str]
+    """Of the gather and of the scatter, by name."""
 
 
 def find(sites: list[Site]) -> Iterator[list[Site]]:
@@ -138,12 +142,9 @@ def _moved(rows: Node, total: Node, moves: list[Node], last: Node, rewriter: Rew
 def _is_replicated(site: Site, found: dict[Node, _Found]) -> bool:
     """Whether A is the same on all ranks that share the input, and Inductor is not to pipeline their collectives."""
     product = _product(site)
-    gathered = None if product is None else _gathered(product.args[1])
-    if product is None or gathered is None:
-        return False
-    shared, scatter = gathered[-1], found[product].chain[-2]
-    pipelined = any(map(pipelines_collectives, (shared.group, str(scatter.args[3]))))
-    return shared.ranks in replicated_over(site.down) and not pipelined
+    assert product is not None  # it was found
+    its = found[product]
+    return its.ranks in replicated_over(site.down) and not any(map(pipelines_collectives, its.groups))
 
 
 def _by_product(sites: list[Site]) -> dict[Node, _Found]:
@@ -167,8 +168,11 @@ def _found(site: Site) -> _Found | None:
     node = site.grad_x
     while node is not None:
         chain = chain_to_scatter(node)
-        if chain is not None and _scattered(node, chain) == shared and _same_rows(node, whole, shared.dim):
-            return _Found(product, mine, node, chain) if val(node).dtype == val(product).dtype else None
+        after = None if chain is None else _scattered(node, chain)
+        if chain is not None and after is not None and after == shared and _same_rows(node, whole, shared.dim):
+            groups = shared.group, after.group
+            found = _Found(product, mine, node, chain, shared.ranks, groups)
+            return found if val(node).dtype == val(product).dtype else None
         users = list(node.users)
         follows = len(users) == 1 and (is_sum(users[0]) or is_row_view(users[0]) or is_call(users[0], CONVERT))
         node = users[0] if follows else None

@@ -70,10 +70,13 @@ def adapters_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(lora_fx.named_adapter_parameters(model)), **numbers}
 
 
-def check(
-    arguments: list[str], folder: Path, timeout: float, *, backend: str = "gloo", looser: float = 1.0
-) -> list[dict[str, Any]]:
-    """Run on as many ranks as the arguments ask for, and compare with one process, on the CPU."""
+def against_one(
+    arguments: list[str], folder: Path, timeout: float, backend: str, *more: str
+) -> tuple[list[dict[str, Any]], list[float], list[float], nn.Module]:
+    """Run on as many ranks as the arguments ask for (with `more` of them), and in one process, on the CPU.
+
+    What was found on each rank; losses, norms and the model of the one process.
+    """
     arguments = [*SGD, "--checkpoints", str(folder / "checkpoints"), *arguments]
     settings = options_3d.parse(arguments)
     model = plain(settings)
@@ -85,8 +88,16 @@ def check(
         folder / "ranks",
         timeout=timeout,
         backend=backend,
-        arguments=arguments,
+        arguments=[*arguments, *more],
     )
+    return found, losses, norms, model
+
+
+def check(
+    arguments: list[str], folder: Path, timeout: float, *, backend: str = "gloo", looser: float = 1.0
+) -> list[dict[str, Any]]:
+    """Run on as many ranks as the arguments ask for, and compare with one process, on the CPU."""
+    found, losses, norms, model = against_one(arguments, folder, timeout, backend)
     for seen in found:
         torch.testing.assert_close(seen["losses"], losses, rtol=0, atol=1e-5 * looser)
         torch.testing.assert_close(seen["norms"], norms, rtol=1e-4 * looser, atol=0)
@@ -142,19 +153,7 @@ def test_adapted_experts_on_several_ranks(degrees, tmp_path):
 def check_in_bfloat16(arguments: list[str], folder: Path, timeout: float, *, backend: str = "gloo") -> None:
     """Of experts on ranks, compiled, with grouped products: losses about those of one process in float32."""
     arguments = ["--model", "tiny-moe", "--layers", "2", "--adapt-experts", "--compile", "block", *arguments]
-    arguments = [*SGD, "--checkpoints", str(folder / "checkpoints"), *arguments]
-    settings = options_3d.parse(arguments)
-    model = plain(settings)
-    adapter_checkpoint.save(folder / "checkpoints", 0, adapters_of(model))
-    losses, norms = alone(settings, model)
-    found = run_ranks(
-        training,
-        settings.degrees.world,
-        folder / "ranks",
-        timeout=timeout,
-        backend=backend,
-        arguments=[*arguments, "--dtype", "bfloat16"],
-    )
+    found, losses, norms, _ = against_one(arguments, folder, timeout, backend, "--dtype", "bfloat16")
     for seen in found:
         torch.testing.assert_close(seen["losses"], losses, rtol=0.01, atol=0)
         torch.testing.assert_close(seen["norms"], norms, rtol=0.1, atol=0)

@@ -20,6 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import lora_fx
 from lora_fx.distributed import reduce_gradients
 from lora_fx.passes import pipeline, scatter_gradient, stack_siblings
+from lora_fx.passes._torch import group_ranks
 from tests.distributed.processes import run_ranks
 from tests.distributed.simulated import fake_world, whole
 from tests.distributed.test_graphs import Gated, captured, collectives, parallel
@@ -150,7 +151,7 @@ def test_what_is_left_alone(why):
     assert result.sites >= 1 and "scatter g" not in result.count("backward")
 
 
-def by_hand(x: torch.Tensor, average: bool) -> Any:
+def by_hand(x: torch.Tensor, average: bool, scatters: Any = None) -> Any:
     """Gathered and scattered by functions, without DTensor: A could be another one on each rank."""
     torch.manual_seed(0)
     linear: Any = adapt(nn.ModuleDict({"up": nn.Linear(16, 12, bias=False)}), rank=2)
@@ -163,7 +164,7 @@ def by_hand(x: torch.Tensor, average: bool) -> Any:
 
         @staticmethod
         def backward(ctx: Any, dx: torch.Tensor) -> torch.Tensor:
-            return reduce_scatter_tensor(dx, "avg" if average else "sum", 0, group)
+            return reduce_scatter_tensor(dx, "avg" if average else "sum", 0, scatters or group)
 
     noted = mock.patch.object(scatter_gradient, "replicated_over", lambda node: ((0, 1),))
     if not average:
@@ -178,6 +179,26 @@ def test_by_hand_is_what_it_looks_like():
     with fake_world(2), mock.patch.object(scatter_gradient, "replicated_over", lambda node: ((0,), (0, 1))):
         result = by_hand(x, average=False)
     assert result.count("backward")["scatter g"] == 1
+
+
+@pytest.mark.parametrize("pipelined", ["neither", "gather", "scatter"])
+def test_two_groups_of_the_same_ranks(pipelined):
+    """They are as one, and neither is to be pipelined."""
+    x = torch.randn(2, 4, 16, requires_grad=True)
+    with fake_world(2):
+        names = dict(zip(("gather", "scatter"), (torch.distributed.group.WORLD, torch.distributed.new_group([0, 1]))))
+        chosen = names[pipelined].group_name if pipelined in names else None
+        noted = mock.patch.object(scatter_gradient, "replicated_over", lambda node: ((0, 1),))
+        asked = mock.patch.object(scatter_gradient, "pipelines_collectives", lambda name: name == chosen)
+        with noted, asked:
+            result = by_hand(x, average=False, scatters=names["scatter"])
+    assert names["gather"].group_name != names["scatter"].group_name
+    assert result.count("backward").get("scatter g", 0) == (pipelined == "neither")
+
+
+def test_a_group_that_nobody_knows():
+    with fake_world(2):
+        assert group_ranks("0") == (0, 1) and group_ranks("no such group") is None
 
 
 def test_groups_follow_the_placements():
