@@ -14,7 +14,7 @@ from tests.passes import on_gpu
 from tests.passes.harness import adapt
 from tests.passes.modules import Mlp
 from tests.passes.on_gpu import programs
-from tests.passes.test_tile_regions import after, compared
+from tests.passes.regions import after, compared
 
 bf16 = torch.bfloat16
 

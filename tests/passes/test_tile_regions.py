@@ -11,18 +11,15 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_fx.passes import fuse_tiles, pipeline
 from lora_fx.passes.kernels import lowering
-from lora_fx.passes.kernels.operators import beta_for
 from lora_fx.passes.kernels.tile_choice import choose
-from lora_fx.passes.kernels.tile_program import Program, Tile
+from lora_fx.passes.kernels.tile_program import Tile
 from lora_fx.passes.printer import graph_text
 from lora_fx.passes.tile_nodes import MAX_PRODUCT, MAX_RANK
 from tests.passes import harness, on_gpu
-from tests.passes.harness import Captured, Case, adapt, compare
+from tests.passes.harness import adapt
 from tests.passes.modules import Mlp
 from tests.passes.on_gpu import capture, lower, one_tile, programs
-
-bf16 = torch.bfloat16
-K, N = 136, 264
+from tests.passes.regions import K, N, after, bf16, compared, forward_operations, of, operations
 
 
 def x(dtype: torch.dtype = bf16, tokens: int = 160, width: int = K) -> Tensor:
@@ -31,54 +28,6 @@ def x(dtype: torch.dtype = bf16, tokens: int = 160, width: int = K) -> Tensor:
 
 def mlp(dtype: torch.dtype = bf16, **config: Any) -> nn.Module:
     return adapt(Mlp(K, N).to(dtype), **config)
-
-
-def of(graph: Graph, *names: str) -> list[Program]:
-    """The programs with all of these statements or operations."""
-    return [p for p in programs(graph) if set(names) <= {s[0] for s in p.body} | {s[1] for s in p.body if s[0] == "op"}]
-
-
-class After(nn.Module):
-    """A linear and what reads its output."""
-
-    def __init__(self, function: Callable[[Tensor, nn.Module], Tensor], width: int = N) -> None:
-        super().__init__()
-        self.linear = nn.Linear(K, width, bias=False)
-        self.other = nn.Linear(width, width, bias=False)
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self.linear(x), self.other)
-
-
-def after(function: Callable[[Tensor, nn.Module], Tensor], dtype: torch.dtype = bf16) -> nn.Module:
-    return adapt(After(function).to(dtype), target_modules=["linear"])
-
-
-def operations(program: Program) -> list[str]:
-    """The pointwise operations of a program, but for the share that it stores of what a large product adds to."""
-    share = [1.0 / beta_for(bf16)]
-    stored = {s[1] for s in program.body if s[0] == "store"}
-    return [
-        s[1]
-        for place, s in enumerate(program.body)
-        if s[0] == "op" and not (place in stored and s[1] == "mul" and s[2][1] == share)
-    ]
-
-
-def forward_operations(captured: Captured) -> list[list[str]]:
-    """Those of the forward graph's programs with a product."""
-    (forward,) = captured.forward
-    return [operations(program) for program in of(forward.graph, "product")]
-
-
-def compared(build: Callable[[], nn.Module], sites: int, **more: Any) -> Captured:
-    """The graphs as on a GPU of a model that is as accurate with its programs as plain torch.compile is."""
-    case = Case("", build, sites, {}, **{"dtype": bf16, "shape": (160, K), "seeds": 4, **more})
-    result = compare(case, on_gpu.by_graphs)
-    result.assert_as_accurate()
-    assert result.captured.reasons == []
-    return result.captured
 
 
 def test_a_value_that_leaves_and_comes_back() -> None:
@@ -302,114 +251,6 @@ def test_what_others_compute_from_a_value_that_is_written(function: Callable[[Te
 def test_what_a_region_computes_all_the_same(function: Callable[[Tensor, nn.Module], Any]) -> None:
     captured = compared(lambda: after(function), 1)
     assert any("tanh" in names for names in forward_operations(captured))
-
-
-# ---- large products in sums ------------------------------------------------------------------------------------------
-
-
-class Pair(nn.Module):
-    """Two linears with one input, the first with an adapter, and what reads both outputs."""
-
-    def __init__(self, function: Callable[[Any, Any, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.linear = nn.Linear(K, N, bias=False)
-        self.other = nn.Linear(K, N, bias=False)
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self.linear, self.other, x)
-
-
-@pytest.mark.parametrize(
-    ("function", "adding"),
-    [
-        (lambda f, g, x: f(x) + g(x), 1),
-        (lambda f, g, x: g(x) + f(x) + g(x + 1), 1),
-        (lambda f, g, x: f(x) * 0.5 + g(x), 0),
-        (lambda f, g, x: g(x) + (-f(x)), 0),
-        (lambda f, g, x: g(x) - f(x), 0),
-        (lambda f, g, x: f(x) * x[:, :1] + g(x), 0),
-        (lambda f, g, x: (f(x) + g(x)) * 0.25 + g(x + 1), 0),
-        (lambda f, g, x: f(x) + f(x), 0),
-        (lambda f, g, x: torch.tanh(f(x)) + g(x), 0),
-        (lambda f, g, x: f(x * 0.5) + g(x), 1),
-        (lambda f, g, x: f(x + x).tanh(), 0),
-    ],
-    ids=[
-        "two",
-        "three",
-        "scaled",
-        "negated",
-        "subtracted",
-        "gated",
-        "a scaled sum",
-        "twice",
-        "tanh",
-        "of a scaled input",
-        "of an input twice",
-    ],
-)
-def test_a_large_product_is_added_as_it_is_and_once(
-    function: Callable[[Any, Any, Tensor], Tensor], adding: int
-) -> None:
-    """Or it is left to the program, which loads it: gradients of the input are such sums as well."""
-    captured = compared(lambda: adapt(Pair(function).to(bf16), target_modules=["linear"]), 1, grad=torch.enable_grad)
-    assert added(captured) == adding
-
-
-# ---- a residual stream -----------------------------------------------------------------------------------------------
-
-
-class Stream(nn.Module):
-    """A linear whose output is added to its input, and what reads the sum."""
-
-    def __init__(self, function: Callable[[Tensor, Tensor], Any], bias: bool = False) -> None:
-        super().__init__()
-        self.linear = nn.Linear(K, K, bias=bias)
-        self.function = function
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(x, self.linear(x))
-
-
-def stream(function: Callable[[Tensor, Tensor], Any], bias: bool = False) -> nn.Module:
-    return adapt(Stream(function, bias).to(bf16))
-
-
-def added(captured: Captured) -> int:
-    """How many large products add to what a program stores."""
-    (forward,) = captured.forward
-    return graph_text(forward.graph).count("accumulate_")
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda x, y: (total := x + y, nn.functional.rms_norm(total, (K,))),
-        lambda x, y: nn.functional.rms_norm(y + x, (K,)),
-        lambda x, y: (total := x + y, nn.functional.layer_norm(total.float(), (K,)).to(bf16)),
-    ],
-    ids=["rms", "rms of the sum alone", "layer"],
-)
-def test_a_sum_that_a_norm_reads_is_the_norms(function: Callable[[Tensor, Tensor], Any]) -> None:
-    """The region ends with the branch, to which the large product adds: the norm's kernel adds the stream."""
-    captured = compared(lambda: stream(function), 1)
-    assert forward_operations(captured) == [[]] and added(captured) == 1
-
-
-@pytest.mark.parametrize(
-    ("function", "bias"),
-    [
-        (lambda x, y: x + y, False),
-        (lambda x, y: (total := x + y, total.float().pow(2).mean(0)), False),
-        (lambda x, y: (total := x + y, nn.functional.rms_norm(total, (K,))), True),
-    ],
-    ids=["no norm", "over tokens", "no large product that can add"],
-)
-def test_a_sum_that_is_the_regions(function: Callable[[Tensor, Tensor], Any], bias: bool) -> None:
-    captured = compared(lambda: stream(function, bias), 1)
-    (names,) = forward_operations(captured)
-    assert names.count("add") == 2 and added(captured) == 0
 
 
 # ---- when it fails ---------------------------------------------------------------------------------------------------
