@@ -178,21 +178,26 @@ class _Writer:
         return self._small(index, name, "m", self._fixed(True), columns)
 
     def _sum(self, index: int, name: str, columns: tuple[int, int] | None) -> str:
-        """[rows, R] that comes in parts, added up in the order of :mod:`lora_fx.passes.kernels.part_sums`."""
+        """[rows, R] that comes in parts, added up in a fixed order, several parts at a time.
+
+        They are loaded as one block. Triton (3.6) would bring each of separate ones into the layout of a product's
+        operand before it adds it, through shared memory, and one after the other.
+        """
         _, whole_rank, count, start, whole = self.program.inputs[index]
         first, rank = columns or (0, whole_rank)
-        r, part, where = f"r{name}", f"part{name}", self._fixed(True)
-        mask = self._mask("m[:, None]", None, (f"{r}[None, :]", rank))
+        rows, wide = self._tile_shape()[0], padded(rank)
+        at_once = max(2, min(8, 4096 // (rows * wide)))
+        r, q, block, where = f"r{name}", f"q{name}", f"block{name}", self._fixed(True)
         lines = [
-            f"{r} = tl.arange(0, {padded(rank)})",
-            f"{part} = in{index} + (m[:, None] * {whole} + ({start + first} + {r})[None, :])",
-            f"{name} = tl.zeros(({self._tile_shape()[0]}, {padded(rank)}), tl.float32)",
+            f"{r}, {q} = tl.arange(0, {wide}), tl.arange(0, {at_once})",
+            f"{block} = in{index} + (m[:, None] * {whole} + ({start + first} + {r})[None, :])[None, :, :]",
+            f"{block} += {q}[:, None, None] * ({whole} * M)",
+            f"{name} = tl.zeros(({rows}, {wide}), tl.float32)",
         ]
-        for group in range(0, count, 8):
-            places = range(group, min(group + 8, count))
-            v = [*(self._load(f"{part} + {p} * {whole} * M", mask) for p in places), *["0.0"] * (8 - len(places))]
-            total = " + ".join(f"(({v[k]} + {v[k + 1]}) + ({v[k + 2]} + {v[k + 3]}))" for k in (0, 4))
-            lines.append(f"{name} += {total}")
+        for group in range(0, count, at_once):
+            mask = self._mask("m[None, :, None]", None, (f"{r}[None, None, :]", rank))
+            mask += f" & ({q}[:, None, None] < {count - group})" if group + at_once > count else ""
+            lines.append(f"{name} += tl.sum({self._load(f'{block} + {group} * {whole} * M', mask)}, axis=0)")
         return self._define(name, where, [*lines, f"{name} = {name}.to({_TYPES[self.program.dtype]})"])
 
     def _factor(self, index: int) -> str:
