@@ -22,7 +22,7 @@ It runs on the forward and the backward graph of a GPU, once they are apart; on 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,12 +65,12 @@ def grow(seed: Node, graph: Graph) -> Region:
         node = pending.pop(0)
         for neighbours in _neighbours(node, region):
             new = neighbours - region.nodes
-            if new and fits(new, region, order):
+            staying = _staying(new, region, order)
+            # A copy stays in the graph, and would read what leaves it.
+            if any(reader in region.copies for node in new - staying for reader in readers(node)):
+                continue
+            if new and fits(new, region, order, staying):
                 region.nodes |= new
-                staying = _staying(new, region, order)
-                if any(reader in region.copies for node in new - staying for reader in readers(node)):
-                    region.nodes -= new  # a copy stays in the graph, and would read what leaves it
-                    continue
                 region.copies |= staying
                 pending += sorted(new, key=order.__getitem__)
     _prune(region)
@@ -145,13 +145,14 @@ def _staying(new: set[Node], region: Region, order: dict[Node, int]) -> set[Node
     What such a node is computed from stays with it; where that is in memory, or a product, the region computes both.
     """
     found: set[Node] = set()
+    members = region.nodes | new
     for node in sorted(new, key=order.__getitem__, reverse=True):
-        if node in found or not any(is_pointwise(r) or is_reduction(r) for r in readers(node) if r not in region.nodes):
+        if node in found or not any(is_pointwise(r) or is_reduction(r) for r in readers(node) if r not in members):
             continue
         pending, needed = [node], {node}
         while pending:
             for source in sources(pending.pop(), region.columns):
-                if source in region.nodes and source not in region.copies and source not in needed:
+                if source in members and source not in region.copies and source not in needed:
                     needed.add(source)
                     pending.append(source)
         if not any(makes(each) or is_written(each) for each in needed):
@@ -171,13 +172,17 @@ def order_of(graph: Graph) -> dict[Node, int]:
     return {node: i for i, node in enumerate(graph.nodes)}
 
 
-def fits(new: set[Node], region: Region, order: dict[Node, int]) -> bool:
-    """Whether no path leaves the region with its new members and comes back, and no member needs a sum of another's."""
+def fits(new: set[Node], region: Region, order: dict[Node, int], copies: Collection[Node] = ()) -> bool:
+    """Whether no path leaves the region with its new members and comes back, and no member needs a sum of another's.
+
+    ``copies`` are the new ones that others compute for themselves, so that what these lead to may come back.
+    """
     members = region.nodes | new
     if any(n in members and value_of(n) is None for member in members for n in member.all_input_nodes):
         return False
     last = max(order[member] for member in members)
-    pending = [r for member in members - region.copies for r in readers(member) if r not in members]
+    computed = members - region.copies - set(copies)
+    pending = [r for member in computed for r in readers(member) if r not in members]
     seen = set(pending)
     while pending:
         for user in pending.pop().users:

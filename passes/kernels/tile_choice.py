@@ -99,7 +99,7 @@ def choose(kinds: list[list[Any]], body: list[Statement], rows: Any, columns: in
         return None  # cuBLAS writes it, and a large product accumulates into it: tile_stacks
     if rank > 32 and names.count("product") > 1 and "keep" not in names:
         # One step a program where a step's operands fill shared memory.
-        height = 64 if rank > 64 and names.count("product") > 2 else _shrunk(1024, 64, m, columns, 64, 2 * _enough(m))
+        height = 64 if rank > 64 else _shrunk(1024, 64, m, columns, 64, 2 * _enough(m))
         return Tile(rows=height, columns=64, step=64, walk="rows")
     if "load" in names and rank <= 16 and "keep" not in names:
         return Tile(rows=32, columns=128, step=32, walk="rows", stages=3)
@@ -128,8 +128,8 @@ def _across(names: list[str], rank: int, m: int, columns: int) -> Tile:
     """For sums over rows, which are kept in registers while a program walks down."""
     if "product" in names:
         height = _shrunk(512 if rank <= 32 else 1024, 64, m, columns, 64, 2 * _enough(m))
-        # With the bits of a mask, registers for half as many rows at a time let four programs share a multiprocessor.
-        step = 16 if "keep" in names and rank <= 32 else 32
+        # Half as many rows at a time take registers of which more programs share a multiprocessor.
+        step = 16 if rank <= 32 and ("keep" in names or m > SHORT) else 32
         return Tile(rows=height, columns=64, step=step, walk="rows", stages=3 if rank <= 64 else 2)
     if "down" in names and rank <= 64:
         # Parts are fewer where they are longest.
@@ -156,8 +156,9 @@ def _down(names: list[str], rank: int, m: int, columns: int) -> Tile:
     if heavy and rank <= 64 and m >= 64 * 128:  # all columns in one part, and still a program for each multiprocessor
         return Tile(rows=64, columns=-(-columns // 64) * 64, step=64, walk="columns", stages=4)
     if "product" in names or "keep" in names:
-        width = _shrunk(1024, 64, columns, m, 128, 2 * _enough(m))
-        step = 64 if heavy or names.count("keep") > 1 else 128
+        light = "product" in names and rank <= 32 and "keep" not in names
+        width = _shrunk(512 if light else 1024, 64, columns, m, 128, 2 * _enough(m))
+        step = 64 if light or heavy or names.count("keep") > 1 else 128
         return Tile(rows=64, columns=width, step=step, walk="columns", stages=2 if heavy and rank > 64 else 3)
     width = _shrunk(4096, 64, columns, m, 128, _enough(m))
     # All columns in one part need no other kernel, and a deeper pipeline, as there are no more programs.

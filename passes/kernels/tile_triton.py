@@ -17,6 +17,7 @@ from lora_fx.passes.kernels import dropout
 from lora_fx.passes.kernels.define import define
 from lora_fx.passes.kernels.dropout import MIX, ODD, Steps, threshold
 from lora_fx.passes.kernels.tile_arithmetic import constant, operation
+from lora_fx.passes.kernels.tile_factors import factored, idle
 from lora_fx.passes.kernels.tile_names import Names, head, name_of_all
 from lora_fx.passes.kernels.tile_program import OUTPUTS, Program, Statement, numbers, split
 
@@ -38,6 +39,7 @@ class _Writer:
         self.after: list[str] = []
         self.loaded: set[str] = set()
         self.strip = 0
+        self.idle = idle(program)
         self.rounded = {s[1] for s in program.outputs if s[0] != "store" or s[2] == program.dtype}
 
     def source(self) -> str:
@@ -58,20 +60,18 @@ class _Writer:
             self._fixed(False).append(f"{self._n} = column{self.strip} + j")
             for outputs in (False, True):
                 for index, statement in enumerate(program.body):
-                    if (statement[0] in OUTPUTS) == outputs:
+                    if (statement[0] in OUTPUTS) == outputs and index not in self.idle:
                         self._statement(index, statement)
-        if self.name:  # each has a pipeline of its own
+        if self.name:
             begin = ["@triton.jit", f"def {self.name}({', '.join(('pn', 'pm', *Names(program).typed))}):"]
-            walk = f"tl.range(0, {self._steps()}, num_stages={tile.stages})"
         else:
             begin = head([program], [Names(program)])
             begin.append("    pn, pm = tl.program_id(0), tl.program_id(1)")
-            walk = f"range(0, {self._steps()})"
         lines = [
             *begin,
             f"    i, j = tl.arange(0, {rows}), tl.arange(0, {width})",
             *(f"    {line}" for line in self.before),
-            f"    for step in {walk}:",
+            f"    for step in tl.range(0, {self._steps()}, num_stages={tile.stages}):",
             *(f"        {line}" for line in self.inside),
             *(f"    {line}" for line in self.after),
         ]
@@ -320,14 +320,20 @@ class _Writer:
     def _across(self, out: int, statement: Statement) -> None:
         n, a = self._n, f"a{out}_{self.strip}"
         rank, total = self.program.rank(statement[2]), self.program.columns
-        value, thin = self._for_product(statement[1]), self._thin(statement[2])
+        form = factored(self.program, statement)
+        value, thin = self._for_product(form.matrix if form else statement[1]), self._thin(statement[2])
+        if form and form.rows:
+            scaled = " * ".join([f"{thin}.to(tl.float32)", *map(self._value, form.rows)])
+            thin = f"s{out}"
+            self._define(thin, self._fixed(True), [f"{thin} = ({scaled}).to({_TYPES[self.program.dtype]})"])
         zero = f"{a} = tl.zeros(({self._tile_shape()[1]}, {padded(rank)}), tl.float32)"
         self._define(a, self.before if self.down_rows else self.inside, [zero])
         self.inside.append(f"{a} = tl.dot(tl.trans({value}), {thin}, {a})")
         k, last = f"k{out}[None, :]", self.after if self.down_rows else self.inside
         place = f"{n}[:, None] * {rank} + {k}" if statement[3] == "NR" else f"{k} * {total} + {n}[:, None]"
         pointer = f"out{out} + pm.to(tl.int64) * {total * rank} + {place}"
-        write = self._write(pointer, a, self._mask(None, f"{n}[:, None]", (k, rank)))
+        columns = [f"tl.trans({self._value(index)})" for index in form.columns] if form else []
+        write = self._write(pointer, " * ".join([a, *columns]), self._mask(None, f"{n}[:, None]", (k, rank)))
         last += [f"k{out} = tl.arange(0, {padded(rank)})", write]
 
 

@@ -76,7 +76,7 @@ if not INTERPRETED:
 
     @pytest.mark.parametrize(
         ("walk", "steps"),
-        [("columns", "range(0, 32 + tl.minimum(M, 0))"), ("rows", "range(0, 64)")],
+        [("columns", "range(0, 32 + tl.minimum(M, 0),"), ("rows", "range(0, 64,")],
         ids=["along", "down"],
     )
     def test_the_assembler_cannot_write_out_a_walk_of_short_steps(walk: str, steps: str) -> None:
