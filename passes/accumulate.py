@@ -17,7 +17,9 @@ A y that only pointwise operations read is better left as a sum, which becomes p
 with another branch): the sum becomes part of its kernel, where the base is not rounded first. Except on a CPU, for a
 product that leaves the cache: fresh memory for it costs more than to read and write a base again (SwiGLU, M 2048,
 K 1024, N 2816, bfloat16: half of plain torch.compile's overhead becomes a third). In 16 bits this is done for input
-gradients only; outputs that are rounded before a SwiGLU make the gradients after it err 1.18 times as much.
+gradients only; outputs that are rounded before a SwiGLU make the gradients after it err 1.18 times as much. And except
+on a GPU, for a rank that no kernel of ours takes: the base accumulates into the product (``tile_stacks``), which
+is computed once, and autograd keeps y in the place of the base.
 
 Nor is anything done where Inductor makes the large product accumulate into the small one, which rounds the small one
 instead of the large one and so halves the squared error: for plain matrices (no view between product and sum) in 16
@@ -46,6 +48,7 @@ from lora_fx.passes.graph import (
 from lora_fx.passes.kernels import operators
 from lora_fx.passes.rewriter import Rewriter
 from lora_fx.passes.site import Site
+from lora_fx.passes.tile_nodes import is_left_to_cublas
 
 
 def find(sites: list[Site]) -> Iterator[list[Site]]:
@@ -80,9 +83,10 @@ def rewrite(group: list[Site], rewriter: Rewriter) -> None:
 
 def _is_written(site: Site) -> bool:
     """Whether both the base and its sum with the branch are written to memory."""
+    written = not stays_in_kernel(site.add) or (leaves_cache(val(site.up)) and val(site.up).dtype.itemsize >= 4)
     return (
         not is_pointwise(peel_views(site.base))
-        and (not stays_in_kernel(site.add) or (leaves_cache(val(site.up)) and val(site.up).dtype.itemsize >= 4))
+        and (written or is_left_to_cublas(site.up))
         and not _becomes_addmm(site.add, site.base, site.scaled)
     )
 

@@ -28,9 +28,8 @@ from typing import Any, cast
 from torch.fx import Graph, Node
 
 from lora_fx.passes._torch import CheckpointPolicy, detect_fake_mode
-from lora_fx.passes.graph import CONVERT, COPIES, MM, VIEWS, aten, is_call, is_row_view, prims, shape, val
+from lora_fx.passes.graph import CONVERT, COPIES, MM, VIEWS, aten, is_call, is_row_view, prims, val
 from lora_fx.passes.kernels import operators
-from lora_fx.passes.kernels.tile_choice import FEWEST_ROWS
 from lora_fx.passes.recompute_branch import REGION
 from lora_fx.passes.tile_nodes import columns_of
 
@@ -62,9 +61,7 @@ def tag(graph: Graph) -> list[Node]:
 
 def has_kernels(down: Node) -> bool:
     """Whether the products with x of a branch will be kernels of ours, which can draw a mask themselves."""
-    rows = shape(down)[0]
-    few = isinstance(rows, int) and rows < FEWEST_ROWS
-    return val(down).device.type == "cuda" and columns_of(down) is not None and not few
+    return val(down).device.type == "cuda" and columns_of(down) is not None
 
 
 def _with_cheap_mask(chain: list[Node]) -> list[Node]:

@@ -25,11 +25,12 @@ from typing import Any
 from torch.fx import Node
 
 from lora_fx.passes._torch import CheckpointPolicy
-from lora_fx.passes.graph import CONVERT, COPIES, MM, aten, is_call, is_row_view, is_sum, is_transpose, root, val
+from lora_fx.passes.graph import CONVERT, COPIES, MM, aten, is_call, is_row_view, is_sum, is_transpose, root, shape, val
 from lora_fx.passes.kernels.lowering import has_few_rows
 from lora_fx.passes.recompute_branch import REGION
 from lora_fx.passes.rewriter import Rewriter
 from lora_fx.passes.site import Site
+from lora_fx.passes.tile_nodes import MAX_RANK, is_half
 
 
 def find(sites: list[Site]) -> Iterator[list[Site]]:
@@ -40,7 +41,7 @@ def find(sites: list[Site]) -> Iterator[list[Site]]:
     """
     groups: dict[Any, list[Site]] = {}
     for site in sites:
-        if has_few_rows(site.down):
+        if has_few_rows(site.down) and not (is_half(site.down) and shape(site.down)[1] <= MAX_RANK):
             continue
         meta = site.down.meta
         region = (meta.get("recompute"), meta.get("ac_graph_id"))

@@ -40,9 +40,8 @@ from lora_fx.passes.graph import (
     val,
 )
 from lora_fx.passes.kernels import operators
-from lora_fx.passes.kernels.tile_choice import FEW_ROWS
 from lora_fx.passes.site import MARK
-from lora_fx.passes.tile_nodes import HALF, MAX_RANK
+from lora_fx.passes.tile_nodes import is_left_to_cublas
 
 
 def accumulate(graph: Graph) -> None:
@@ -52,7 +51,7 @@ def accumulate(graph: Graph) -> None:
         return
     changed = False
     for node in graph.find_nodes(op="call_function", target=operators.accumulate):
-        if _is_small(node) and node.args[3:] in ((), (None,)) and _is_large(peel_views(node.args[0]), node):
+        if _is_small(node) and _is_large(peel_views(node.args[0]), node):
             _expand(node)
     for product in [node for node in graph.find_nodes(op="call_function", target=MM) if _is_small(node)]:
         larges, beta = _large_terms(product), operators.beta_for(val(product).dtype)
@@ -67,21 +66,18 @@ def accumulate(graph: Graph) -> None:
 
 def _is_small(node: Node) -> bool:
     """Whether a product of a branch makes a matrix [M, N] out of a rank that no kernel of ours takes."""
-    left = node.args[1 if node.target is operators.accumulate else 0]
-    marked = node.target is operators.accumulate or node.meta.get(MARK)
-    if not marked or is_transpose(left) or val(node).device.type != "cuda":
-        return False
-    rows, rank, columns = shape(node)[0], shape(left)[1], shape(node)[1]  # type: ignore[arg-type]  # its schema
-    if not all(isinstance(size, int) for size in (rank, columns)) or val(node).dtype not in HALF:
-        return False
-    many = not isinstance(rows, int) or rows >= FEW_ROWS
-    return many and MAX_RANK < rank <= columns // 2
+    if node.target is operators.accumulate:
+        return is_left_to_cublas(node)
+    return bool(node.meta.get(MARK)) and not is_transpose(node.args[0]) and is_left_to_cublas(node)
 
 
 def _expand(node: Node) -> None:
-    """A product, and a sum of it and its base."""
-    base, a, b = node.args[:3]
+    """A product, of scaled h where it is scaled, and a sum of it and its base."""
+    base, a, b, scale = (*node.args, None)[:4]
     with node.graph.inserting_before(node):
+        if scale is not None:
+            a, like = node.graph.call_function(aten.mul.Tensor, (a, scale)), a
+            a.meta.update(like.meta)
         product = node.graph.call_function(MM, (a, b))
         total = node.graph.call_function(aten.add.Tensor, (base, product))
     for new in (product, total):

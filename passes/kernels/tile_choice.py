@@ -64,8 +64,6 @@ from typing import Any
 
 from lora_fx.passes.kernels.tile_program import Statement, Tile
 
-# Fewer are written out for Inductor (:mod:`lora_fx.passes.kernels.lowering`).
-FEWEST_ROWS = 9
 # More than a grid has rows of the smallest tiles.
 MOST_ROWS = 65535 * 16
 # Fewer do not keep a GPU busy without programs side by side, and a program that reads a sum of parts makes it itself.
@@ -83,23 +81,19 @@ def choose(kinds: list[list[Any]], body: list[Statement], rows: Any, columns: in
     So do masks, whose bits are held in registers.
     """
     m = rows if isinstance(rows, int) else 1 << 13
-    if m < FEWEST_ROWS or m > MOST_ROWS:
+    if m > MOST_ROWS:
         return None
     names = [statement[0] for statement in body]
     rank = max((_rank(kinds, s[2]) for s in body if s[0] in ("product", "down", "across")), default=0)
-    if m < FEW_ROWS and rank > 64:
-        return None  # cuBLAS has enough to do, as it has with more rows
     if m < FEW_ROWS and "across" not in names:
         return _few(names, rank, m)
     if "across" in names:
         return _across(names, rank, m, columns)
     if "down" in names:
         return _down(names, rank, m, columns)
-    if rank > 64 and names.count("product") == 1 and "load" not in names and _is_unscaled(body):
-        return None  # cuBLAS writes it, and a large product accumulates into it: tile_stacks
     if rank > 32 and names.count("product") > 1 and "keep" not in names:
         # One step a program where a step's operands fill shared memory.
-        height = 64 if rank > 64 else _shrunk(1024, 64, m, columns, 64, 2 * _enough(m))
+        height = _shrunk(1024, 64, m, columns, 64, 2 * _enough(m))
         return Tile(rows=height, columns=64, step=64, walk="rows")
     if "load" in names and rank <= 16 and "keep" not in names:
         return Tile(rows=32, columns=128, step=32, walk="rows", stages=3)
@@ -112,16 +106,13 @@ def _rank(kinds: list[list[Any]], factor: int | list[int]) -> int:
 
 
 def _few(names: list[str], rank: int, m: int) -> Tile:
-    """For a few rows: parts of 512 columns, which every program that needs their sum can add up."""
+    """For a few rows: parts, which every program that needs their sum can add up."""
     if "down" not in names:
-        return Tile(rows=16, columns=128, step=16, walk="rows")
-    low = m <= (128 if "product" in names else 32)
-    narrow = rank > 32 or "keep" in names or ("product" in names and low)
-    return Tile(rows=16 if low else 64, columns=512, step=64 if narrow else 128, walk="columns", stages=3)
-
-
-def _is_unscaled(body: list[Statement]) -> bool:
-    return all(statement[3] is None for statement in body if statement[0] == "product")
+        return Tile(rows=16, columns=128, step=16, walk="rows", warps=8)
+    width = 512 if "product" in names and m > 16 else 256
+    narrow = rank > 32 or "keep" in names or "product" in names
+    stages = 5 if "product" in names else 3
+    return Tile(rows=16 if m <= 64 else 64, columns=width, step=64 if narrow else 128, walk="columns", stages=stages)
 
 
 def _across(names: list[str], rank: int, m: int, columns: int) -> Tile:
@@ -130,15 +121,12 @@ def _across(names: list[str], rank: int, m: int, columns: int) -> Tile:
         height = _shrunk(512 if rank <= 32 else 1024, 64, m, columns, 64, 2 * _enough(m))
         # Half as many rows at a time take registers of which more programs share a multiprocessor.
         step = 16 if rank <= 32 and ("keep" in names or m > SHORT) else 32
-        return Tile(rows=height, columns=64, step=step, walk="rows", stages=3 if rank <= 64 else 2)
-    if "down" in names and rank <= 64:
+        return Tile(rows=height, columns=64, step=step, walk="rows", stages=3)
+    if "down" in names:
         # Parts are fewer where they are longest.
         width, strips = (512, 4) if columns > 8192 and rank <= 32 else (256, 2)
         height = _shrunk(1024, width, m, columns, 64, _enough(m))
         return Tile(rows=height, columns=width, step=64, walk="rows", strips=strips, stages=3)
-    if "down" in names:
-        height = _shrunk(1024, 64, m, columns, 64, 2 * _enough(m))
-        return Tile(rows=height, columns=64, step=64, walk="rows", stages=2)
     if rank > 32 and "keep" not in names:
         height = _shrunk(1024, 64, m, columns, 64, 2 * _enough(m))
         return Tile(rows=height, columns=64, step=64, walk="rows", stages=3)
@@ -153,13 +141,13 @@ def _across(names: list[str], rank: int, m: int, columns: int) -> Tile:
 def _down(names: list[str], rank: int, m: int, columns: int) -> Tile:
     """For sums over columns, which are kept in registers while a program walks along."""
     heavy = "product" in names and rank > 32
-    if heavy and rank <= 64 and m >= 64 * 128:  # all columns in one part, and still a program for each multiprocessor
+    if heavy and m >= 64 * 128:  # all columns in one part, and still a program for each multiprocessor
         return Tile(rows=64, columns=-(-columns // 64) * 64, step=64, walk="columns", stages=4)
     if "product" in names or "keep" in names:
         light = "product" in names and rank <= 32 and "keep" not in names
         width = _shrunk(512 if light else 1024, 64, columns, m, 128, 2 * _enough(m))
         step = 64 if light or heavy or names.count("keep") > 1 else 128
-        return Tile(rows=64, columns=width, step=step, walk="columns", stages=2 if heavy and rank > 64 else 3)
+        return Tile(rows=64, columns=width, step=step, walk="columns", stages=3)
     width = _shrunk(4096, 64, columns, m, 128, _enough(m))
     # All columns in one part need no other kernel, and a deeper pipeline, as there are no more programs.
     return Tile(rows=64, columns=width, step=128, walk="columns", stages=5 if width >= columns and rank <= 48 else 3)

@@ -1,15 +1,19 @@
 """Sums over rows of a matrix times rows and columns, as a sum of the matrix alone.
 
-dA of a linear behind a norm, ``((x * rstd) * weight)^T g``, is ``(x^T (rstd * g)) * weight``: the tensor cores take ``x``
-as it is in memory, nothing is computed for each of its elements, and Triton (3.6) keeps a pipeline of it in shared memory.
-What it computes with first it keeps in registers, and moves along at every step, which waits for the latest load.
+dA of a linear behind a norm, ``((x * rstd) * weight)^T g``, is ``(x^T (rstd * g)) * weight``: the tensor cores take
+``x`` as it is in memory, nothing is computed for each of its elements, and Triton (3.6) keeps a pipeline of it in
+shared memory. What it computes with first it keeps in registers, and moves along at every step, which waits for the
+latest load.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from lora_fx.passes.kernels.tile_program import OUTPUTS, Program, Statement
+
+DTYPES = ("bfloat16",)
 
 
 @dataclass(frozen=True)
@@ -25,11 +29,14 @@ class Factored:
 
 
 def factored(program: Program, output: Statement) -> Factored | None:
-    """The value that ``output`` sums over rows in that form; None if it sums another way, or the value has no such form.
+    """The value that ``output`` sums over rows, in that form; None if it is no such sum, or of no such value.
 
-    In bfloat16 alone: float16 has not the range for ``x`` or for ``rstd * g``, where their product fits.
+    In bfloat16 alone: float16 has not the range for ``x`` or for ``rstd * g``, where their product fits. And not where
+    something else needs the value, so that it is computed anyway.
     """
-    if output[0] != "across" or program.dtype != "bfloat16":
+    if output[0] != "across" or program.dtype not in DTYPES:
+        return None
+    if any(output[1] in _reads(statement) for statement in program.body if statement[0] != "across"):
         return None
     place, found = output[1], Factored(-1, [], [])
     while (statement := program.body[place])[:2] == ["op", "mul"]:
@@ -43,6 +50,13 @@ def factored(program: Program, output: Statement) -> Factored | None:
     return Factored(place, found.rows, found.columns) if is_there else None
 
 
+def _reads(statement: Statement) -> list[Any]:
+    """The values that a statement reads."""
+    if statement[0] == "op":
+        return list(statement[2])
+    return [statement[1]] if statement[0] in OUTPUTS else []
+
+
 def _kind(program: Program, place: int) -> str | None:
     """What kind of input a value is, or None where it is computed."""
     statement = program.body[place]
@@ -52,10 +66,10 @@ def _kind(program: Program, place: int) -> str | None:
 def idle(program: Program) -> set[int]:
     """The places of what need not be computed, as all that reads it are sums of that form."""
     needed: set[int] = set()
-    for place, (kind, *rest) in reversed(list(enumerate(program.body))):
-        if kind in OUTPUTS:
-            form = factored(program, program.body[place])
-            needed.add(rest[0] if form is None else form.matrix)
-        elif kind == "op" and place in needed:
-            needed |= {each for each in rest[1] if isinstance(each, int)}
+    for place, statement in reversed(list(enumerate(program.body))):
+        if statement[0] in OUTPUTS:
+            form = factored(program, statement)
+            needed.add(statement[1] if form is None else form.matrix)
+        elif place in needed:
+            needed |= {each for each in _reads(statement) if isinstance(each, int)}
     return {place for place, statement in enumerate(program.body) if statement[0] not in OUTPUTS} - needed

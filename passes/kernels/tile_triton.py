@@ -21,6 +21,7 @@ from lora_fx.passes.kernels.tile_factors import factored, idle
 from lora_fx.passes.kernels.tile_names import Names, head, name_of_all
 from lora_fx.passes.kernels.tile_program import OUTPUTS, Program, Statement, numbers, split
 
+_ROWS = "m = row + i"
 _TYPES = {"bfloat16": "tl.bfloat16", "float16": "tl.float16", "float32": "tl.float32"}
 
 
@@ -53,15 +54,13 @@ class _Writer:
         rows, width = self._tile_shape()
         row = f"pm * {tile.rows} + step * {tile.step}" if self.down_rows else f"pm * {tile.rows}"
         self._fixed(True).append(f"row = {row}")
-        self._fixed(True).append("m = row + i")
+        self._fixed(True).append(_ROWS)
         for self.strip in range(tile.strips):
             column = f"pn * {tile.columns} + " + (f"{self.strip * width}" if self.down_rows else f"step * {tile.step}")
             self._fixed(False).append(f"column{self.strip} = {column}")
             self._fixed(False).append(f"{self._n} = column{self.strip} + j")
-            for outputs in (False, True):
-                for index, statement in enumerate(program.body):
-                    if (statement[0] in OUTPUTS) == outputs and index not in self.idle:
-                        self._statement(index, statement)
+            for index in sorted(set(range(len(program.body))) - self.idle, key=self._turn):
+                self._statement(index, program.body[index])
         if self.name:
             begin = ["@triton.jit", f"def {self.name}({', '.join(('pn', 'pm', *Names(program).typed))}):"]
         else:
@@ -76,6 +75,12 @@ class _Writer:
             *(f"    {line}" for line in self.after),
         ]
         return "\n".join(lines) + "\n"
+
+    def _turn(self, index: int) -> tuple[int, int]:
+        """When a statement is written: in a walk of one step, of which there is no pipeline, all is loaded at first."""
+        kind, tile = self.program.body[index][0], self.program.tile
+        early = kind == "load" and tile.step == (tile.rows if self.down_rows else tile.columns)
+        return (-1 if early else int(kind in OUTPUTS)), index
 
     def _steps(self) -> str:
         """How many steps the walk has.
@@ -181,24 +186,31 @@ class _Writer:
         """[rows, R] that comes in parts, added up in a fixed order, several parts at a time.
 
         They are loaded as one block. Triton (3.6) would bring each of separate ones into the layout of a product's
-        operand before it adds it, through shared memory, and one after the other.
+        operand before it adds it, through shared memory, and one after the other. And all blocks are loaded before
+        anything waits for one, as far as registers hold them.
         """
         _, whole_rank, count, start, whole = self.program.inputs[index]
         first, rank = columns or (0, whole_rank)
         rows, wide = self._tile_shape()[0], padded(rank)
         at_once = max(2, min(8, 4096 // (rows * wide)))
         r, q, block, where = f"r{name}", f"q{name}", f"block{name}", self._fixed(True)
-        lines = [
+        loads = [
             f"{r}, {q} = tl.arange(0, {wide}), tl.arange(0, {at_once})",
             f"{block} = in{index} + (m[:, None] * {whole} + ({start + first} + {r})[None, :])[None, :, :]",
             f"{block} += {q}[:, None, None] * ({whole} * M)",
-            f"{name} = tl.zeros(({rows}, {wide}), tl.float32)",
         ]
+        sums = [f"{name} = tl.zeros(({rows}, {wide}), tl.float32)"]
+        early = count * rows * wide <= 96 * 32 * self.program.tile.warps
         for group in range(0, count, at_once):
             mask = self._mask("m[None, :, None]", None, (f"{r}[None, None, :]", rank))
             mask += f" & ({q}[:, None, None] < {count - group})" if group + at_once > count else ""
-            lines.append(f"{name} += tl.sum({self._load(f'{block} + {group} * {whole} * M', mask)}, axis=0)")
-        return self._define(name, where, [*lines, f"{name} = {name}.to({_TYPES[self.program.dtype]})"])
+            load = f"{block}_{group} = {self._load(f'{block} + {group} * {whole} * M', mask)}"
+            (loads if early else sums).append(load)
+            sums.append(f"{name} += tl.sum({block}_{group}, axis=0)")
+        if name not in self.loaded:
+            place = where.index(_ROWS) + 1
+            where[place:place] = loads
+        return self._define(name, where, [*sums, f"{name} = {name}.to({_TYPES[self.program.dtype]})"])
 
     def _factor(self, index: int) -> str:
         """[columns, R]."""

@@ -45,7 +45,7 @@ def _product_of_a_stack(*ranks: int) -> Case:
     )
 
 
-def _parts(r: int, count: int, start: int, whole: int) -> Case:
+def parts(r: int, count: int, start: int, whole: int) -> Case:
     """y = base + h B^T, of columns of h that come in parts."""
     return Case(
         f"product of {count} parts, rank {r} from {start} of {whole}",
@@ -104,9 +104,9 @@ CASES = [
     _stack(4, 16),
     _product_of_a_stack(16, 16),
     _product_of_a_stack(3, 5, 16),
-    _parts(16, 8, 16, 48),
-    _parts(5, 11, 3, 8),
-    _parts(1, 1, 0, 1),
+    parts(16, 8, 16, 48),
+    parts(5, 11, 3, 8),
+    parts(1, 1, 0, 1),
     _parts_of_a_stack(4, 12),
     _swiglu_of_parts(16, 8),
     _swiglu_of_parts(3, 16),
@@ -119,7 +119,7 @@ SIZES = [(9, 136), (64, 128), (131, 1000)]
 def joint(dtype: torch.dtype) -> list[Program]:
     """Programs of different tiles and N; the last sums over rows and over columns."""
     return [
-        _parts(16, 8, 16, 48).program(136, dtype, TILES[0]),
+        parts(16, 8, 16, 48).program(136, dtype, TILES[0]),
         _stack(16, 4).program(1000, dtype, TILES[1]),
         pair(16, "NR").program(72, dtype, Tile(rows=32, columns=64, step=32, walk="rows", warps=4)),
     ]

@@ -106,7 +106,9 @@ def test_a_mask_that_no_kernel_draws_is_fused_by_inductor() -> None:
         assert half[0].graph.find_nodes(op="call_function", target=torch.ops.aten.bitwise_xor.Tensor)
 
 
-def test_few_tokens_keep_inductors_masks() -> None:
-    captured = on_gpu.capture(linear(dropout=P), torch.randn(2, 4, K, dtype=bf16, requires_grad=True))
+def test_what_no_kernel_computes_keeps_inductors_masks() -> None:
+    """A rank that is the matrix library's."""
+    module = adapt(nn.Linear(320, 304, bias=False, dtype=bf16), rank=72, dropout=P)
+    captured = on_gpu.capture(module, torch.randn(2, 160, 320, dtype=bf16, requires_grad=True))
     graph = captured.forward[0].graph
     assert graph.find_nodes(op="call_function", target=torch.ops.prims.inductor_random.default)

@@ -179,7 +179,7 @@ def test_what_is_in_memory_is_not_added_up_again() -> None:
 
 
 def test_choices_for_few_rows() -> None:
-    """Measured on an H100 (the table in `tile_choice`)."""
+    """Measured on an H200 (what `tile_choice` says)."""
     full, thin, factor = ["full"], ["thin", 16], ["factor", 16, "RN"]
     down: list[Any] = [["load", 0], ["down", 0, 1]]
     product: list[Any] = [["product", 0, 1, None], ["store", 0, "bfloat16"]]
@@ -190,14 +190,11 @@ def test_choices_for_few_rows() -> None:
         assert tile is not None
         return tile.rows, tile.columns, tile.step
 
-    for rows in (9, 64, 255):
+    for rows in (1, 64, 255):
         assert found([thin, factor], product, rows) == (16, 128, 16)
-    assert [found([full, factor], down, m) for m in (16, 64, 255)] == [(16, 512, 128), (64, 512, 128), (64, 512, 128)]
-    for rows, expected in ((16, (16, 512, 64)), (128, (16, 512, 64)), (255, (64, 512, 128))):
+    assert [found([full, factor], down, m) for m in (1, 64, 255)] == [(16, 256, 128), (16, 256, 128), (64, 256, 128)]
+    for rows, expected in ((1, (16, 256, 64)), (64, (16, 512, 64)), (128, (64, 512, 64))):
         assert found([full, thin, factor, factor], both, rows) == expected
-    assert tile_choice.choose([full, factor], down, 8, 14336) is None
-    high = ["factor", 128, "RN"]
-    assert tile_choice.choose([["thin", 128], high], product, 64, 14336) is None
 
 
 def test_the_rank_of_a_stack_is_that_of_its_factors_together() -> None:

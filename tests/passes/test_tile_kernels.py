@@ -15,12 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from lora_fx.passes.kernels import tile_factors
 from lora_fx.passes.kernels.tile_choice import choose
 from lora_fx.passes.kernels.tile_program import Program, Tile, join
 from tests.passes import few_rows_cases, pointwise_cases, test_part_sums, tile_checks
 from tests.passes.high_rank_cases import HIGH_RANKS
 from tests.passes.interpreter import INTERPRETED, run_interpreted
-from tests.passes.tile_cases import CASES, SIZES, TILES, Case
+from tests.passes.tile_cases import CASES, SIZES, TILES, Case, norm
 
 tile_launch = pytest.importorskip("lora_fx.passes.kernels.tile_launch", reason="needs Triton", exc_type=ImportError)
 tile_triton = pytest.importorskip("lora_fx.passes.kernels.tile_triton", reason="needs Triton", exc_type=ImportError)
@@ -73,6 +74,27 @@ if not INTERPRETED:
         assert [found.numbers[name] for name in ("outer1", "inner1", "outer2", "inner2")] == [rank, 1, outer, 1]
         for tensor, strides in zip(tensors, found.strides):
             assert torch.equal(tile_launch.laid_out(tensor, strides), tensor)
+
+    @pytest.mark.parametrize("tile", [*TILES, *few_rows_cases.TILES], ids=str)
+    def test_every_load_of_a_walk_is_pipelined(tile: Tile) -> None:
+        """Without a number of stages Triton pipelines loads that lead to products, and waits for each of the others."""
+        for case in CASES:
+            walk = re.findall(r"for step in (.*):", tile_triton.source([case.program(136, torch.bfloat16, tile)]))
+            assert len(walk) == 1 and walk[0].endswith(f", num_stages={tile.stages})")
+
+    @pytest.mark.parametrize(
+        ("count", "early"), [(28, True), (64, False)], ids=["all fit into registers", "one after the other"]
+    )
+    def test_parts_are_loaded_before_they_are_added_up(count: int, early: bool) -> None:
+        case = few_rows_cases.parts(16, count, 0, 16)
+        tile = Tile(rows=16, columns=128, step=16, walk="rows")
+        lines = tile_triton.source([case.program(128, torch.bfloat16, tile)]).splitlines()
+        loads = [i for i, line in enumerate(lines) if "= tl.load(block" in line]
+        sums = [i for i, line in enumerate(lines) if "tl.sum(block" in line]
+        assert len(loads) == len(sums) == count // 8 + bool(count % 8)
+        assert (max(loads) < min(sums)) == early
+        if early:
+            assert all(i < min(sums) for i, line in enumerate(lines) if "tl.load(" in line)
 
     @pytest.mark.parametrize(
         ("walk", "steps"),
@@ -157,6 +179,18 @@ else:
     def test_program(case: Case, tile: Tile, size: tuple[int, int]) -> None:
         rows, columns = size
         tile_checks.check(case, case.program(columns, torch.float16, tile), rows, run)
+
+    @pytest.mark.parametrize("tile", TILES, ids=str)
+    @pytest.mark.parametrize("rank", [5, 16])
+    def test_program_of_a_matrix_times_rows_and_columns(rank: int, tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Which bfloat16 alone has, and the interpreter has not."""
+        monkeypatch.setattr(tile_factors, "DTYPES", ("float16",))
+        tile_triton.kernel.cache_clear()
+        case = norm(rank).only(("across",))
+        program = case.program(136, torch.float16, tile)
+        assert "v4" not in tile_triton.source([program])
+        tile_checks.check(case, program, 131, run)
+        tile_triton.kernel.cache_clear()
 
     @pytest.mark.parametrize("case", HIGH_RANKS, ids=str)
     def test_program_of_a_high_rank(case: Case) -> None:

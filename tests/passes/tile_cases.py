@@ -283,6 +283,8 @@ CASES = [
     swiglu_backward(16),
     norm(16),
     norm(20),
+    norm(16).only(("across",)),
+    norm(20).only(("across",)),
     _infinite(4),
     _mask(8),
     largest(4),
