@@ -11,7 +11,7 @@
 Every time is the GPU's, of steps that are queued back to back, in turns, and every ratio is to the same block frozen,
 under torch.compile, in the same round. "Activation" is the peak of a step over what lives between steps. "Error" is the
 worst of the output and all gradients against float64, relative to that tensor's norm. "Compile" is the first step, from
-empty compile caches.
+empty compile caches (of the frozen block, which cases share, in the first of them alone).
 """
 
 import argparse

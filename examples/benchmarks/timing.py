@@ -167,10 +167,9 @@ def kernels(step: Step, device: Device, steps: int = 10) -> list[Kernel]:
 
 @contextmanager
 def compile_caches() -> Iterator[Callable[[str], None]]:
-    """Empty compile caches for this run, one for each kind of form, so that compile times can be compared.
+    """Empty compile caches for this run, so that compile times can be compared.
 
-    Yields a function that turns to the cache of a name. Forms of one name share a cache over all cases of the run: the
-    frozen block of three ranks is compiled once.
+    Yields a function that turns to the cache of a name. What is compiled under one name shares a cache over the run.
     """
     variables = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
     before = {variable: os.environ.get(variable) for variable in variables}

@@ -1,9 +1,9 @@
 """How a tile program walks, chosen by what it does and how large it is.
 
-The tiles are the best of 26 to 145 that a search tried on an H200 for the programs of a Llama-3-8B block (M 8192, R 16,
-bfloat16; of 11 for those with masks), and on an H100 where the last column says so. Microseconds with a cold cache, and
-what moving the program's bytes takes at the rate of a copy. ``examples/benchmarks/tiles.py`` prints both for what is
-chosen, and with ``--tune`` for tiles near it.
+The tiles are the best of 6 to 145 that a search tried on an H200 for the programs of a Llama-3-8B block (M 8192, R 16,
+bfloat16), and on an H100 where the last column says so. Microseconds with a cold cache, or right after a large product
+(*), when clocks are lower, and what moving the program's bytes takes at the rate of a copy.
+``examples/benchmarks/tiles.py`` prints both for what is chosen, and with ``--tune`` for tiles near it.
 
     ===========================================  ======  ====  ====================================================
     program                                          us  copy  others that were tried
@@ -14,45 +14,35 @@ chosen, and with ``--tune`` for tiles near it.
     dA = g^T x, N 4096, R 16 to 32                 25.6    17  27.4 with steps of 64
     g, dB of dy, N 4096                            27.8    20  32.9 with 256 rows, which are more parts
     g, dB of dy, N 14336                           74.0    62  85.5 with 512 rows and steps of 32
-    silu(gate) * up and h of its result           185.3   167  198 in one part
-    SwiGLU backward and dA                        348.2   279  363 with 1024 rows
+    silu(gate) * up and h of its result *         185.1   167  192.3 in parts of 1024 columns, 202.7 in steps of 128
+    SwiGLU backward and dA *                      310.9   279  318.7 with steps of 32, 333 with 1024 rows, 414 with
+                                                               2 stages; M 2048: 97.7, 98.7; M 512: 32.3 with 32
+    SwiGLU backward and dA under a mask *         324.6   279  319.1 with steps of 32, 400 with 2 stages
+    SwiGLU backward, dA and both dB, R 64 *       538.5   292  624 with 512 rows, 580 with products [N, R] x [R, M]
+    silu(gate) * up and h of its result, R 64 *   297.4   175  288 in parts of 3584 columns, which another kernel sums
     h of q, k and v under a mask each              66.6    17  89.5 with steps of 128
     dX of q, k and v under a mask each             61.3    16  68.8 with 32 rows
     dA of q, k and v under a mask each             66.0    27  72.4 in one strip (H100)
     dA of gate and up under a mask each            49.3    25  56.2 in one strip (H100)
-    SwiGLU backward and dA under a mask           449.5   395  498.0 with steps of 32 (H100)
-    SwiGLU backward and dA, R 64                  503.7   292  643.6 with 512 rows and 2 stages
-    silu(gate) * up and h of its result, R 64     252.4   175  295.2 in parts of 1024 columns
     g, dB of dy, N 14336, R 64                    118.4   118  144.5 in parts of 128 columns
+    silu(gate) * up, R 64                         338.8   237  353 by columns (H100)
+    dA = g^T x, N 4096, R 64                       37.4    22  39.1 with 512 rows and steps of 32 (H100)
+    h = x A^T, N 4096, R 64                        39.3    22  42.7 with steps of 64 (H100)
     ===========================================  ======  ====  ====================================================
 
-And of the 2 to 10 that were tried for each program on an H100, at the ranks where cuBLAS does a part of the work::
-
-    SwiGLU backward and dA, R 64                  544.3   395  586 with steps of 64
-    SwiGLU backward, dA and both dB, R 64         579.3   395  665 with steps of 64, 872 with 8 warps
-    silu(gate) * up, R 64                         338.8   237  353 by columns
-    silu(gate) * up and h of its result, R 64     279.3   238  281 in two parts
-    dA = g^T x, N 4096, R 64                       37.4    22  39.1 with 512 rows and steps of 32, which are more parts
-    h = x A^T, N 4096, R 64                        39.3    22  42.7 with steps of 64
-    SwiGLU backward, R 128                        672.4   398  700 with 1024 rows and steps of 32, 831 by columns
-    silu(gate) * up, R 128                        419.2   239  431 by columns
-    y = base + h B^T, and a residual, R 128        81.9    46  91 by columns
-
 With few rows what counts is the chain of launches that a branch needs, pauses included, and that each of its readers
-adds up h. Microseconds of the chains of a Llama-3-8B block on an H100 (R 16; h of q, k, v and their products; of o; of
-gate and up, silu(gate) * up with h of down, down) in a CUDA graph, factors not in the cache, x in it::
+adds up h. Microseconds of a Llama-3-8B block without gradients on an H200 (R 16, CUDA graphs, rounds in turn; the
+frozen block takes 162 to 171 for 64 tokens, 146 to 152 for one), by the rows and columns of a program that makes h of
+x, and of one that makes silu(gate) * up and h of it::
 
-    ====  ==============  ==============  ========================================================
-       M  h of 64 x 512   h of 16 x 256   silu(gate) * up: 16 x 512 in steps of 64, of 128; 64 x 512
-    ====  ==============  ==============  ========================================================
-      16                  9.5, 8.2, 23.2  20.8, 23.2
-      64  8.6, 7.5, 23.5  10.1, 8.4, 23.7  21.2, 23.7; 24.5
-     128  8.8, 7.6, 27.0  10.8, 8.8, 26.9  24.5, 26.9; 25.1
-     255  9.8, 8.3, 36.2  11.7, 9.9, 37.3  35.9, 37.3; 27.1
-    ====  ==============  ==============  ========================================================
+    64 tokens   64 x 512, 16 x 512: 203.1;  16 x 256, 16 x 256: 203.1;  32 x 256, 32 x 256: 200.5
+                64 x 512, 16 x 512: 195.5;  16 x 256, 16 x 512: 194.9;  16 x 256, 16 x 1024: 199.1     (another run)
+                of these, with 8 warps for products: 190.4 of 194.6;  with 5 stages: 193.2             (another run)
+    one token   16 x 512, 16 x 512: 179.4;  16 x 256, 16 x 256: 173.0;  as sums that Inductor fuses: 178.8
+                16 x 256, 16 x 512: 167.0;  16 x 256, 16 x 256: 165.7;  as sums that Inductor fuses: 167.0  (another)
 
-16 x 512 takes 9.3, 7.3 and 24.4 of 16 rows. cuBLAS takes 15.5, 11.2 and 33.9 for 16 rows, 16.7, 13.9 and 61.7 for 255.
-Products are fastest in 16 x 128 (of 16 to 64 x 64 to 256).
+A forward and backward of 128 tokens took 467.4 with 64 x 512 and 16 x 512, 465.4 with 16 x 256 and 16 x 512, 460.2 with
+64 x 256 and 64 x 512. Products are fastest in 16 x 128 (of 16 to 64 x 64 to 256).
 
 A block of 512 tokens on an H100 (R 16, CUDA graphs, rounds in turn) took 993 us with as many programs as keep the GPU
 busy, 975 with half as many, 994 with a quarter; one of 2048 tokens 3645 and, with half as many, 3651.
@@ -144,9 +134,9 @@ def _down(names: list[str], rank: int, m: int, columns: int) -> Tile:
     if heavy and m >= 64 * 128:  # all columns in one part, and still a program for each multiprocessor
         return Tile(rows=64, columns=-(-columns // 64) * 64, step=64, walk="columns", stages=4)
     if "product" in names or "keep" in names:
-        light = "product" in names and rank <= 32 and "keep" not in names
-        width = _shrunk(512 if light else 1024, 64, columns, m, 128, 2 * _enough(m))
-        step = 64 if light or heavy or names.count("keep") > 1 else 128
+        most = 512 if "product" in names and rank <= 32 and "keep" not in names else 1024
+        width = _shrunk(most, 64, columns, m, 128, 2 * _enough(m))
+        step = 64 if most == 512 or heavy or names.count("keep") > 1 else 128
         return Tile(rows=64, columns=width, step=step, walk="columns", stages=3)
     width = _shrunk(4096, 64, columns, m, 128, _enough(m))
     # All columns in one part need no other kernel, and a deeper pipeline, as there are no more programs.

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lora_fx
 from lora_fx.passes.kernels.tile_choice import choose
 from lora_fx.passes.kernels.tile_program import Program, Tile
+from lora_fx.passes.tile_nodes import MAX_RANK
 from tests.passes import few_rows_cases, pointwise_cases, test_part_sums, tile_checks
 from tests.passes.harness import adapt
 from tests.passes.high_rank_cases import HIGH_RANKS
@@ -51,7 +53,7 @@ def test_the_largest_of_what_is_not_finite(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [f16, bf16])
 @pytest.mark.parametrize(("rows", "columns"), [(2048, 1024), (1027, 4096), (3001, 1016), (4096, 14336)])
-@pytest.mark.parametrize("case", [*CASES, *HIGH_RANKS], ids=str)
+@pytest.mark.parametrize("case", [case for case in (*CASES, *HIGH_RANKS) if case.rank <= MAX_RANK], ids=str)
 def test_the_tiles_that_are_chosen(case: Case, rows: int, columns: int, dtype: torch.dtype) -> None:
     tile = choose(case.inputs, case.body, rows, columns)
     if tile is None:
@@ -60,8 +62,8 @@ def test_the_tiles_that_are_chosen(case: Case, rows: int, columns: int, dtype: t
 
 
 @pytest.mark.parametrize("dtype", [f16, bf16])
-@pytest.mark.parametrize("rows", [9, 16, 64, 131, 255])
-@pytest.mark.parametrize("case", [*CASES, *few_rows_cases.CASES], ids=str)
+@pytest.mark.parametrize("rows", [1, 9, 16, 64, 131, 255])
+@pytest.mark.parametrize("case", [case for case in (*CASES, *few_rows_cases.CASES) if case.rank <= MAX_RANK], ids=str)
 def test_few_rows(case: Case, rows: int, dtype: torch.dtype) -> None:
     for columns in (1000, 4096):
         tile = choose(case.inputs, case.body, rows, columns)
@@ -137,6 +139,14 @@ def compiled_anew() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def attention_in_order() -> Iterator[None]:
+    """cuDNN's attention adds up the gradient of q in any order: two steps would differ, with or without adapters."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@pytest.mark.usefixtures("attention_in_order")
 @pytest.mark.parametrize("rank", [8, 16, 64, 100])
 @pytest.mark.parametrize("name", MODELS)
 def test_in_a_compiled_model(name: str, rank: int) -> None:

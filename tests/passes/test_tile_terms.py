@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_fx.passes._torch import inductor_config
 from lora_fx.passes.printer import graph_text
 from tests.passes.harness import Captured, adapt
-from tests.passes.regions import K, N, bf16, compared, forward_operations
+from tests.passes.regions import K, N, bf16, compared, forward_operations, of, operations
 
 
 def added(captured: Captured) -> int:
@@ -128,3 +128,30 @@ def test_a_norm_where_products_overlap_with_collectives() -> None:
         captured = compared(lambda: stream(lambda x, y: nn.functional.rms_norm(x + y, (K,))), 1)
     (names,) = forward_operations(captured)
     assert names.count("add") == 2 and added(captured) == 0
+
+
+class TwoStreams(nn.Module):
+    """What a block of a transformer does to its residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Linear(K, K, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = x + self.first(x)
+        return total + self.second(nn.functional.rms_norm(total, (K,)))
+
+
+def test_a_sum_that_a_norm_computes_is_computed_again_for_the_next() -> None:
+    """Without gradients nobody else needs it: read as its two terms it is not rounded, and no kernel writes it."""
+    captured = compared(lambda: adapt(TwoStreams().to(bf16)), 2, grad=torch.no_grad)
+    (forward,) = captured.forward
+    last = of(forward.graph, "product")[-1]
+    assert operations(last).count("add") == 3
+    assert [kind for kind in last.inputs if kind == ["full"]] == [["full"]] * 3
+
+
+def test_a_sum_that_backward_needs_is_read_as_it_is() -> None:
+    captured = compared(lambda: adapt(TwoStreams().to(bf16)), 2)
+    (forward,) = captured.forward
+    assert operations(of(forward.graph, "product")[-1]).count("add") == 2

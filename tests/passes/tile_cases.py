@@ -40,6 +40,11 @@ class Case:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def rank(self) -> int:
+        """The highest of one input: what kernels are chosen for is at most `MAX_RANK`."""
+        return max((kind[1] for kind in self.inputs if kind[0] in ("thin", "factor", "parts")), default=0)
+
     def program(self, columns: int, dtype: torch.dtype, tile: Tile) -> Program:
         name = str(dtype).removeprefix("torch.")
         body = [[*s[:2], name] if s[0] == "store" and s[2] == "model" else s for s in self.body]
