@@ -18,8 +18,8 @@ with another branch): the sum becomes part of its kernel, where the base is not 
 product that leaves the cache: fresh memory for it costs more than to read and write a base again (SwiGLU, M 2048,
 K 1024, N 2816, bfloat16: half of plain torch.compile's overhead becomes a third). In 16 bits this is done for input
 gradients only; outputs that are rounded before a SwiGLU make the gradients after it err 1.18 times as much. And except
-on a GPU, for a rank that no kernel of ours takes: the base accumulates into the product (``tile_stacks``), which
-is computed once, and autograd keeps y in the place of the base.
+on a GPU, for a rank that no kernel of ours takes: a base that is a plain product accumulates into the branch's
+(``tile_stacks``), which is computed once, and autograd keeps y in the place of the base.
 
 Nor is anything done where Inductor makes the large product accumulate into the small one, which rounds the small one
 instead of the large one and so halves the squared error: for plain matrices (no view between product and sum) in 16
@@ -32,6 +32,7 @@ from collections.abc import Iterator
 
 from torch.fx import Node
 
+from lora_fx.passes._torch import inductor_config
 from lora_fx.passes.graph import (
     MM,
     is_call,
@@ -86,9 +87,15 @@ def _is_written(site: Site) -> bool:
     written = not stays_in_kernel(site.add) or (leaves_cache(val(site.up)) and val(site.up).dtype.itemsize >= 4)
     return (
         not is_pointwise(peel_views(site.base))
-        and (written or is_left_to_cublas(site.up))
+        and (written or _base_accumulates(site))
         and not _becomes_addmm(site.add, site.base, site.scaled)
     )
+
+
+def _base_accumulates(site: Site) -> bool:
+    """Whether the base will accumulate into the branch's product on a GPU: one that is a plain product."""
+    plain = is_call(peel_views(site.base), MM) and not inductor_config()._micro_pipeline_tp
+    return plain and is_left_to_cublas(site.up)
 
 
 def _becomes_addmm(total: Node, large: Node, small: Node) -> bool:

@@ -190,7 +190,7 @@ def _outputs(program: Program, writer: Writer, region: Region, like: Node) -> li
         (node, kind[0]) for node, kind in zip(writer.inputs, writer.kinds) if kind[0] in ("full", "thin", "parts")
     )
     rows, parts = _row_sizes(source, kind, program.tile.rows, like)
-    spare = [n for n, kind in zip(writer.inputs, writer.kinds) if kind == ["full"] and is_read_last_in(n, region)]
+    spare = [n for n, kind in zip(writer.inputs, writer.kinds) if kind[0] == "full" and is_read_last_in(n, region)]
     spare.sort(key=lambda node: node.op == "placeholder")
     found = []
     for statement in program.outputs:

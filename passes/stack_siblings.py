@@ -41,12 +41,17 @@ def find(sites: list[Site]) -> Iterator[list[Site]]:
     """
     groups: dict[Any, list[Site]] = {}
     for site in sites:
-        if has_few_rows(site.down) and not (is_half(site.down) and shape(site.down)[1] <= MAX_RANK):
-            continue
         meta = site.down.meta
         region = (meta.get("recompute"), meta.get("ac_graph_id"))
         groups.setdefault((site.x_key, val(site.down).dtype, region), []).append(site)
-    return (group for group in groups.values() if len(_first_of_each_factor(group)) > 1)
+    each = (list(_first_of_each_factor(group).values()) for group in groups.values())
+    return (group for group, firsts in zip(groups.values(), each) if len(firsts) > 1 and not _is_written_out(firsts))
+
+
+def _is_written_out(siblings: list[Site]) -> bool:
+    """Whether the products of few tokens with x are written out: together they have a rank that no program takes."""
+    down, rank = siblings[0].down, sum(shape(site.down)[1] for site in siblings)
+    return has_few_rows(down) and not (is_half(down) and rank <= MAX_RANK)
 
 
 def rewrite(group: list[Site], rewriter: Rewriter) -> None:

@@ -28,7 +28,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from lora_fx.passes.graph import is_pointwise, peel_views, readers
+from lora_fx.passes.graph import is_pointwise, is_sum, peel_views, readers
 from lora_fx.passes.kernels import operators
 from lora_fx.passes.tile_nodes import (
     can_compute,
@@ -69,7 +69,7 @@ def grow(seed: Node, graph: Graph) -> Region:
             # A copy stays in the graph, and would read what leaves it.
             if any(reader in region.copies for node in new - staying for reader in readers(node)):
                 continue
-            if new and fits(new, region, order, staying):
+            if new and (fits(new, region, order) or (_is_one_sum(new, region) and fits(new, region, order, staying))):
                 region.nodes |= new
                 region.copies |= staying
                 pending += sorted(new, key=order.__getitem__)
@@ -158,6 +158,14 @@ def _staying(new: set[Node], region: Region, order: dict[Node, int]) -> set[Node
         if not any(makes(each) or is_written(each) for each in needed):
             found |= needed
     return found
+
+
+def _is_one_sum(new: set[Node], region: Region) -> bool:
+    """Whether what is new is a sum of values that are in memory, of which one pass over another is no more to read.
+
+    A sum of such sums (the stream of a model of many layers) would be read as all that it was ever added up from.
+    """
+    return len(new) == 1 and all(is_sum(node) and all(map(is_written, sources(node, region.columns))) for node in new)
 
 
 def _depends_on_sum(operand: Any, node: Node, columns: int) -> bool:

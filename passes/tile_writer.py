@@ -153,7 +153,8 @@ class Writer:
         assert kind is not None
         source = peel_views(operand) if kind in ("full", "row") else operand
         if source not in self.places:
-            self.places[source] = self._append(["load", self._input(source, [kind])])
+            wide = kind == "full" and val(source).dtype.itemsize > 2
+            self.places[source] = self._append(["load", self._input(source, [kind, *["wide"] * wide])])
         return self.places[source]
 
     def _pointwise(self, member: Node) -> int:

@@ -28,8 +28,9 @@ FEW_ROWS, UNROLLED = 8, 32
 
 
 def has_few_rows(node: Node) -> bool:
-    """Whether a product on a GPU that no program of ours computes (its rank is high, or it is in float32) has so few
-    tokens, as they are decoded, that launching a kernel is what it costs.
+    """Whether a product on a GPU has so few tokens (they are decoded) that launching a kernel is what it costs.
+
+    It is written out then, if no program of ours computes it: its rank is too high, or it is in float32.
 
     The rows of a product that sums over tokens, dA or dB, are none.
     """

@@ -76,7 +76,7 @@ def choose(kinds: list[list[Any]], body: list[Statement], rows: Any, columns: in
     names = [statement[0] for statement in body]
     rank = max((_rank(kinds, s[2]) for s in body if s[0] in ("product", "down", "across")), default=0)
     if m < FEW_ROWS and "across" not in names:
-        return _few(names, rank, m)
+        return _few(kinds, names, rank, m)
     if "across" in names:
         return _across(names, rank, m, columns)
     if "down" in names:
@@ -95,10 +95,10 @@ def _rank(kinds: list[list[Any]], factor: int | list[int]) -> int:
     return sum(int(kinds[index][1]) for index in (factor if isinstance(factor, list) else [factor]))
 
 
-def _few(names: list[str], rank: int, m: int) -> Tile:
+def _few(kinds: list[list[Any]], names: list[str], rank: int, m: int) -> Tile:
     """For a few rows: parts, which every program that needs their sum can add up."""
     if "down" not in names:
-        return Tile(rows=16, columns=128, step=16, walk="rows", warps=8)
+        return Tile(rows=16, columns=128, step=16, walk="rows", warps=8 if ["parts"] in [k[:1] for k in kinds] else 4)
     width = 512 if "product" in names and m > 16 else 256
     narrow = rank > 32 or "keep" in names or "product" in names
     stages = 5 if "product" in names else 3

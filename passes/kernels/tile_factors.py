@@ -31,8 +31,8 @@ class Factored:
 def factored(program: Program, output: Statement) -> Factored | None:
     """The value that ``output`` sums over rows, in that form; None if it is no such sum, or of no such value.
 
-    In bfloat16 alone: float16 has not the range for ``x`` or for ``rstd * g``, where their product fits. And not where
-    something else needs the value, so that it is computed anyway.
+    In bfloat16 alone: float16 has not the range for ``x`` or for ``rstd * g``, where their product fits, and a matrix
+    in float32 would be rounded once more. And not where something else needs the value: it is computed anyway.
     """
     if output[0] != "across" or program.dtype not in DTYPES:
         return None
@@ -46,7 +46,7 @@ def factored(program: Program, output: Statement) -> Factored | None:
             return None
         (found.rows if kinds[side] == "row" else found.columns).append(program.body[side][1])
         (place,) = (each for each in kinds if each != side)
-    is_there = _kind(program, place) == "full" and (found.rows or found.columns)
+    is_there = _kind(program, place) == "full" and not _is_wide(program, place) and (found.rows or found.columns)
     return Factored(place, found.rows, found.columns) if is_there else None
 
 
@@ -61,6 +61,10 @@ def _kind(program: Program, place: int) -> str | None:
     """What kind of input a value is, or None where it is computed."""
     statement = program.body[place]
     return str(program.inputs[statement[1]][0]) if statement[0] == "load" else None
+
+
+def _is_wide(program: Program, place: int) -> bool:
+    return "wide" in program.inputs[program.body[place][1]]
 
 
 def idle(program: Program) -> set[int]:

@@ -1,6 +1,6 @@
 """Whether the kernel of a tile program fits a GPU's shared memory, before anybody has compiled it.
 
-Tiles are chosen for an H100 (:mod:`lora_fx.passes.kernels.tile_choice`). Where one does not fit, a shallower pipeline
+Tiles are chosen for Hopper (:mod:`lora_fx.passes.kernels.tile_choice`). Where one does not fit, a shallower pipeline
 does: Inductor would fail with a kernel that no launch of it fits.
 """
 

@@ -80,7 +80,8 @@ class Program:
     dtype: str
     """Of the matrices that products multiply: ``bfloat16`` or ``float16``."""
     inputs: list[list[Any]]
-    """What each input is: ``["full"]`` [..., N], ``["row"]`` [..., 1], ``["column"]`` [N], ``["number"]`` [],
+    """What each input is: ``["full"]`` [..., N] (``["full", "wide"]`` of more
+    than 16 bits), ``["row"]`` [..., 1], ``["column"]`` [N], ``["number"]`` [],
     ``["seed"]`` [], ``["thin", R]`` [M, R], or parts that it is the sum of, ``["parts", R, P, start, all]``: columns
     from ``start`` on of [P, M, all] in float32; ``["factor", R, order]`` [N, R] for the order ``"NR"``, [R, N] for
     ``"RN"``."""

@@ -200,7 +200,8 @@ class _Writer:
             f"{block} += {q}[:, None, None] * ({whole} * M)",
         ]
         sums = [f"{name} = tl.zeros(({rows}, {wide}), tl.float32)"]
-        early = count * rows * wide <= 96 * 32 * self.program.tile.warps
+        held = sum(kind[2] * rows * padded(kind[1]) for kind in self.program.inputs if kind[0] == "parts")
+        early = held <= 96 * 32 * self.program.tile.warps
         for group in range(0, count, at_once):
             mask = self._mask("m[None, :, None]", None, (f"{r}[None, None, :]", rank))
             mask += f" & ({q}[:, None, None] < {count - group})" if group + at_once > count else ""

@@ -161,6 +161,32 @@ def test_a_pair_whose_value_another_kernel_makes_stays() -> None:
     assert bodies.count(["load", "down", "across"]) == 2
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_an_output_that_a_kernel_would_have_read_as_a_sum(bias: bool) -> None:
+    """It is written if the base, a plain product, accumulates into the branch's; with a bias it is computed again."""
+
+    def build() -> nn.Module:
+        module = Mlp(160, 176)
+        if bias:
+            module.gate, module.up = (nn.Linear(160, 176) for _ in range(2))
+        return adapt(module.to(bf16), rank=72, alpha=1.7 * 72)
+
+    result = compare(Case("", build, 3, {}, dtype=bf16, shape=(M, 160), seeds=4), by_graphs)
+    result.assert_as_accurate()
+    assert result.ours.saved <= result.plain.saved
+    assert accumulated(result.captured)[0] == [(M, 160)] * (0 if bias else 2) + [(M, 176)]
+    assert result.captured.count("forward").get("recompute", 0) == (2 if bias else 0)
+
+
+@pytest.mark.parametrize(("rank", "stacked"), [(16, True), (32, False)])
+def test_siblings_of_few_rows_are_stacked_for_a_program(rank: int, stacked: bool) -> None:
+    """Which takes 64 ranks together."""
+    with torch.no_grad():
+        captured = capture(qkv(kv=144, rank=rank), x(144, rows=4))
+    assert ("stack(3)" in captured.count("forward")) == stacked
+    assert "cat(" not in graph_text(captured.forward[0].graph)
+
+
 @pytest.mark.parametrize("name", ["SwiGLU", "q, k, v"])
 def test_few_rows_of_a_high_rank_are_written_out(name: str) -> None:
     """As sums of products that Inductor puts into the kernels that read them; siblings without a stack."""

@@ -19,7 +19,7 @@ def program(case: Case, dtype: torch.dtype = bf16) -> Program:
 
 
 def of(body: list[Any]) -> Program:
-    kinds: list[Any] = [["full"], ["row"], ["column"], ["thin", 16], ["full"], ["seed"], ["number"]]
+    kinds: list[Any] = [["full"], ["row"], ["column"], ["thin", 16], ["full"], ["seed"], ["number"], ["full", "wide"]]
     return Program(136, "bfloat16", kinds, body, TILES[0])
 
 
@@ -43,6 +43,7 @@ def test_a_norm() -> None:
         [["load", 0], ["keep", 5, 0.1], ["op", "mul", [0, 1]], ["across", 2, 3, "RN"]],
         [["load", 1], ["load", 2], ["op", "mul", [0, 1]], ["across", 2, 3, "RN"]],  # no matrix at all
         [["load", 1], ["op", "mul", [0, 0]], ["across", 1, 3, "RN"]],
+        [["load", 7], ["load", 1], ["op", "mul", [0, 1]], ["across", 2, 3, "RN"]],  # in float32
     ],
     ids=str,
 )
