@@ -14,6 +14,7 @@ from typing import Any
 from lora_fx.passes.kernels.tile_program import OUTPUTS, Program, Statement
 
 DTYPES = ("bfloat16",)
+"""Of the programs in which it is looked for: see :func:`factored`."""
 
 
 @dataclass(frozen=True)
