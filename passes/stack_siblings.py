@@ -44,13 +44,12 @@ def find(sites: list[Site]) -> Iterator[list[Site]]:
         meta = site.down.meta
         region = (meta.get("recompute"), meta.get("ac_graph_id"))
         groups.setdefault((site.x_key, val(site.down).dtype, region), []).append(site)
-    each = (list(_first_of_each_factor(group).values()) for group in groups.values())
-    return (group for group, firsts in zip(groups.values(), each) if len(firsts) > 1 and not _is_written_out(firsts))
+    return (group for group in groups.values() if len(_first_of_each_factor(group)) > 1 and not _is_written_out(group))
 
 
-def _is_written_out(siblings: list[Site]) -> bool:
+def _is_written_out(group: list[Site]) -> bool:
     """Whether the products of few tokens with x are written out: together they have a rank that no program takes."""
-    down, rank = siblings[0].down, sum(shape(site.down)[1] for site in siblings)
+    down, rank = group[0].down, sum(shape(site.down)[1] for site in _first_of_each_factor(group).values())
     return has_few_rows(down) and not (is_half(down) and rank <= MAX_RANK)
 
 

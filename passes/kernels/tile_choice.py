@@ -110,8 +110,8 @@ def _across(names: list[str], rank: int, m: int, columns: int) -> Tile:
     if "product" in names:
         height = _shrunk(512 if rank <= 32 else 1024, 64, m, columns, 64, 2 * _enough(m))
         # Half as many rows at a time take registers of which more programs share a multiprocessor.
-        step = 16 if rank <= 32 and ("keep" in names or m > SHORT) else 32
-        return Tile(rows=height, columns=64, step=step, walk="rows", stages=3)
+        half = rank <= 32 if "keep" in names else rank <= 16 and m > SHORT
+        return Tile(rows=height, columns=64, step=16 if half else 32, walk="rows", stages=3)
     if "down" in names:
         # Parts are fewer where they are longest.
         width, strips = (512, 4) if columns > 8192 and rank <= 32 else (256, 2)

@@ -7,6 +7,7 @@ Inductor) without: so the tests here run pytest on this very file in a process o
     TRITON_INTERPRET=1 python -m pytest tests/passes/test_tile_kernels.py -k "norm and columns"
 """
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from lora_fx.passes.kernels.tile_program import Program, Tile, join
 from tests.passes import few_rows_cases, pointwise_cases, test_part_sums, tile_checks
 from tests.passes.high_rank_cases import HIGH_RANKS
 from tests.passes.interpreter import INTERPRETED, run_interpreted
-from tests.passes.tile_cases import CASES, SIZES, TILES, Case, norm
+from tests.passes.tile_cases import CASES, SIZES, TILES, Case, norm, swiglu_backward
 
 tile_launch = pytest.importorskip("lora_fx.passes.kernels.tile_launch", reason="needs Triton", exc_type=ImportError)
 tile_triton = pytest.importorskip("lora_fx.passes.kernels.tile_triton", reason="needs Triton", exc_type=ImportError)
@@ -32,8 +33,11 @@ def run(program: Program, inputs: list[Tensor], outputs: list[Tensor]) -> None:
     tile_launch.run(program.dumps(), inputs, outputs)
 
 
-def compiled(programs: list[Program], mask: int | None, full: str) -> Any:
-    """The kernel of a program, or of several in one launch, compiled for M that is a multiple of nothing."""
+def compiled(programs: list[Program], mask: int | None, full: str, laid_out: bool = False) -> Any:
+    """The kernel of a program, or of several in one launch, compiled for M that is a multiple of nothing.
+
+    `laid_out`: as for what models have, memory that begins at multiples of 16 bytes, contiguous ranks, whole tiles.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -51,12 +55,27 @@ def compiled(programs: list[Program], mask: int | None, full: str) -> Any:
         elif what == "out":
             store = program.outputs[int(place)][-1] == "bfloat16"
             signature[name] = "*bf16" if store else "*fp32"
+        elif laid_out and what in ("outer", "inner"):
+            kind = program.inputs[int(place)]
+            wide = kind[-1] == "RN"  # [R, N]
+            step = {"outer": 1 if wide else int(kind[1]), "inner": program.columns if wide else 1}
+            signature[name], constants[name] = "constexpr", step[what]
         elif what in ("stride", "EVEN_ROWS"):
-            signature[name], constants[name] = "constexpr", program.columns if what == "stride" else False
+            signature[name], constants[name] = "constexpr", program.columns if what == "stride" else laid_out
         else:
             signature[name] = "i32"
     options = {"num_warps": programs[0].tile.warps, "num_stages": programs[0].tile.stages}
-    return compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32), options=options)
+    pointers = [(i,) for i, name in enumerate(kernel.arg_names) if laid_out and signature[name].startswith("*")]
+    hints = {place: [["tt.divisibility", 16]] for place in pointers}
+    return compile(ASTSource(kernel, signature, constants, hints), target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def without_gradient_pairs(case: Case) -> Case:
+    """The case without sums over rows of what it stores: dz, which nothing else reads, leads to no product then."""
+    stored = {s[1] for s in case.body if s[0] == "store"}
+    body = [s for s in case.body if not (s[0] == "across" and s[1] in stored)]
+    assert any(s[0] == "across" for s in body)
+    return dataclasses.replace(case, name=f"{case.name} of another value", body=body)
 
 
 if not INTERPRETED:
@@ -138,6 +157,36 @@ if not INTERPRETED:
         full = "fp32" if len(case.inputs) == 2 else "bf16"
         for tile in TILES[2:] if full == "bf16" else TILES[:1]:
             assert compiled([case.program(136, torch.bfloat16, tile)], case.mask, full).asm["cubin"]
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        "case",
+        [
+            *(swiglu_backward(r, ("store", "across")) for r in (16, 64)),
+            without_gradient_pairs(swiglu_backward(16, ("store", "across"))),
+            norm(16).only(("across",)),
+        ],
+        ids=str,
+    )
+    def test_no_step_waits_for_a_load(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In what Triton makes of a walk, every matrix is on its way to shared memory some steps ahead."""
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        tile = choose(case.inputs, case.body, 8192, 4096)
+        assert tile is not None and tile.rows > tile.step
+        ir = compiled([case.program(4096, torch.bfloat16, tile)], None, "bf16", laid_out=True).asm["ttgir"]
+        (loop,) = re.findall(r"scf\.for .*?\n(.*?)scf\.yield", ir, re.DOTALL)
+        assert "async_copy_global_to_local" in loop
+        assert not re.findall(r"tt\.load .*tensor<\d+x\d+x", loop)
+
+    @pytest.mark.slow
+    def test_parts_are_brought_into_a_layout_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """And not each of the 28."""
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        case = few_rows_cases.parts(16, 28, 0, 16)
+        tile = choose(case.inputs, case.body, 64, 4096)
+        assert tile is not None
+        code = compiled([case.program(4096, torch.bfloat16, tile)], None, "bf16", laid_out=True).asm["ptx"]
+        assert code.count("bar.sync") < 28
 
     @pytest.mark.slow
     @pytest.mark.parametrize("case", few_rows_cases.CASES, ids=str)
