@@ -108,9 +108,10 @@ def lower_as_donated(operator: Any) -> None:
     lowering["register_lowering"](operator, type_promotion_kind=None)(lower)
 
 
-def gives_saved_away() -> bool:
-    """Whether backward graphs that are compiled now may write over what forward saved (nobody retains them)."""
-    return bool(importlib.import_module("torch._functorch.config").donated_buffer)
+def given_away() -> tuple[int, ...]:
+    """Which inputs of the backward graph that is being compiled may be written over: what forward saved, and nobody
+    retains. It is settled when forward is compiled, or by the first backward that retains its graph."""
+    return tuple(_private("torch._inductor.utils:get_donated_idxs")() or ())
 
 
 def read_from_memory(operators: list[Any]) -> None:

@@ -31,7 +31,7 @@ from lora_fx.passes import (
     stack_siblings,
     unflatten_products,
 )
-from lora_fx.passes._torch import custom_graph_pass, gives_saved_away, inductor_config, trace_structured
+from lora_fx.passes._torch import custom_graph_pass, given_away, inductor_config, trace_structured
 from lora_fx.passes.graph import module_path
 from lora_fx.passes.grouped_site import GroupedSite, find_grouped_sites
 from lora_fx.passes.kernels import lowering, operators
@@ -230,8 +230,9 @@ class LoweringStage(Stage):
     """Chooses implementations (``post_grad_custom_pre_pass``: forward and backward are apart by then)."""
 
     def uuid(self) -> Any:
-        """Inductor's cache key does not say whether backward may write over what forward saved, which is lowered."""
-        return (*super().uuid(), gives_saved_away())
+        """Inductor's cache key does not say what backward may write over: a graph that is retained would be served code
+        that writes over what was saved, ours and Inductor's own."""
+        return (*super().uuid(), given_away())
 
     def __call__(self, graph: Graph) -> None:
         operators.teach_inductor()
