@@ -22,17 +22,19 @@ from __future__ import annotations
 from torch.fx import Node
 
 from lora_fx.passes.graph import is_row_view, peel_views, readers
+from lora_fx.passes.kernels import operators
 from lora_fx.passes.tile_nodes import columns_of, makes, reads
 from lora_fx.passes.tile_regions import Region, producers
 
 
 def separate(down: Node) -> None:
-    """Give a product that reads a value with products in it its own copy, if the value is also needed after it."""
+    """Give a product that reads a value with products or a mask in it its own copy, if the value is also needed after
+    it."""
     columns, value = columns_of(down), reads(down)
     if columns is None or value is None:
         return
     chain = producers(peel_views(value), Region(columns, {down})) or set()
-    if any(makes(node) for node in chain) and _is_torn(chain, down):
+    if any(makes(node) or node.target is operators.keep for node in chain) and _is_torn(chain, down):
         _copy(chain, down, value)
 
 
