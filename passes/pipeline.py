@@ -20,6 +20,7 @@ from lora_fx.passes import (
     fold_grouped_scale,
     fold_scale,
     fuse_tiles,
+    keep_low_rank,
     pair_gradients,
     pair_grouped,
     recompute_branch,
@@ -69,6 +70,8 @@ PASSES = (
     Pass("accumulate", accumulate.find, accumulate.rewrite),
     # For the up-projections that are left.
     Pass("recompute_branch", recompute_branch.find, recompute_branch.rewrite),
+    # After stacking, which looks at tags, and where it is known which h are scattered.
+    Pass("keep_low_rank", keep_low_rank.find, keep_low_rank.rewrite),
     # Last: its chains lead through sums whose products are to be recomputed as well.
     Pass("recompute_input", recompute_input.find, recompute_input.rewrite),
     # Experts. Before the scale is gone from the forward half, of which the backward half has a copy.
@@ -76,6 +79,7 @@ PASSES = (
     Pass("fold_grouped_scale", fold_grouped_scale.find, fold_grouped_scale.rewrite, grouped=True),
     # It swallows what the scale was folded into, where the sum is written.
     Pass("accumulate_grouped", accumulate_grouped.find, accumulate_grouped.rewrite, grouped=True),
+    Pass("keep_grouped_low_rank", keep_low_rank.find, keep_low_rank.rewrite, grouped=True),
     # For the up-projections that are left.
     Pass("recompute_grouped", recompute_grouped.find, recompute_grouped.rewrite, grouped=True),
 )

@@ -14,7 +14,9 @@ of its own, and both passes compute them in registers from the two bases::
 
     h: f[M, R] = mm(silu(base_gate + u_gate') * (base_up + u_up'), A^T)
 
-With checkpointing, a Llama-3-8B block on an H200 (M 8192, R 16) then costs two kernels there instead of five.
+A Llama-3-8B block with checkpointing on an H200 (M 8192, R 16) then cost two kernels there instead of five. Of ranks
+up to K / 64 h is kept by now (:mod:`lora_fx.passes.keep_low_rank`). A dropped x is copied likewise: the mask is drawn
+once more, and nothing is written.
 """
 
 from __future__ import annotations

@@ -132,7 +132,8 @@ def test_code_that_writes_over_saved_values_is_kept_apart(how: str) -> None:
     """A graph that is retained is not served code for one that is not: Inductor's key has no word of it."""
     torch.manual_seed(0)
     module = lora_fx.install(torch.nn.Sequential(torch.nn.Linear(64, 64)), lora_fx.LoRAConfig(rank=8, alpha=8))
-    torch.nn.init.normal_(module[0].lora_b)
+    for parameter in lora_fx.adapter_parameters(module):
+        torch.nn.init.normal_(parameter)
     function = torch.compile(lambda x: module(x.sin()).sigmoid() * x.exp(), options=pipeline.hooks())
     x = torch.randn(64, 64, requires_grad=True)
 

@@ -70,6 +70,16 @@ def test_as_accurate_as_plain_compile(case: Case, monkeypatch: pytest.MonkeyPatc
     assert result.ours.saved <= (1.0 if case.name == "checkpointed" else 0.8) * result.plain.saved
 
 
+def test_no_dropped_value_is_written_for_another_kernel() -> None:
+    """Where h is computed again, before its gradient: dA draws its mask for itself."""
+    x = torch.randn(2, 160, K, dtype=bf16, requires_grad=True)
+    captured = on_gpu.capture(checkpointed(mlp(dropout=P)), x)
+    bodies = [[s[0] for s in program.body] for program in on_gpu.programs(captured.backward[0].graph)]
+    masked = [body for body in bodies if "keep" in body and "product" not in body]
+    assert [(body.count("down"), body.count("across")) for body in masked] == [(2, 0), (0, 2)]  # of gate and up
+    assert not any("store" in body for body in masked)
+
+
 def test_siblings_read_x_once() -> None:
     """q, k and v have a mask each: one pass for their h, one for their dA."""
     captured = on_gpu.capture(normed(dropout=P), torch.randn(2, 160, K, dtype=bf16, requires_grad=True))
