@@ -89,13 +89,13 @@ def makes(node: Node) -> bool:
         _, thin, _, scale = (*operands, None)[:4]
         bias = len(node.args) > 3 and node.args[3] is not None and node.target is operators.scaled_mm
         plain = not bias and (scale is None or same_device(scale, node))
-        return plain and _is_thin(thin, 1) and _static(shape(node)[1]) is not None
+        return plain and _is_thin(thin, 1, MAX_PRODUCT) and _static(shape(node)[1]) is not None
     # What sums over a few tokens looks like a product of as low a rank.
-    if not _is_marked(node) or is_transpose(node.args[0]) or not _is_thin(node.args[0], 1):
+    if not _is_marked(node) or is_transpose(node.args[0]) or not _is_thin(node.args[0], 1, MAX_PRODUCT):
         return False
     # What has as few columns is h, of few inputs.
-    columns = _static(shape(node)[1])
-    return columns is not None and columns > MAX_RANK
+    rank, columns = shape(node.args[0])[1], _static(shape(node)[1])  # type: ignore[arg-type]  # _is_thin saw a tensor
+    return columns is not None and columns > max(rank, MAX_RANK)
 
 
 def reads(node: Node) -> Node | None:
@@ -124,19 +124,19 @@ def _is_marked(node: Node) -> bool:
     return is_call(node, MM) and bool(node.meta.get(MARK))
 
 
-MAX_RANK = 64
-"""The highest rank of a product that kernels compute. Above it cuBLAS has enough to do: it reads and writes a value at
-the rate of a copy. Time to the frozen block's on an H200 (Llama-3-8B, M 8192, rank 128, rounds in turn): 1.130 with no
-product in tiles, 1.138 with those that make a value (plain LoRA 1.170); of its activations 1.12 and 0.93, as tiles
-write over what is not needed any more. Of rank 64, 1.107 of the time with all and 1.125 with none.
+MAX_RANK, MAX_PRODUCT = 64, 128
+"""The highest ranks of a product that reads a value, and of one that makes it. Above them cuBLAS has enough to do: it
+reads a value at the rate of a copy. Time to the frozen block's on an H200 (Llama-3-8B, M 8192, rank 128, rounds in
+turn): 1.138 with those that make a value in tiles, 1.146 with none (plain LoRA 1.170); of its activations 0.93 with
+them. Of rank 64, 1.107 of the time with all and 1.125 with none.
 """
 
 
-def _is_thin(node: Any, dim: int) -> bool:
+def _is_thin(node: Any, dim: int, most: int = MAX_RANK) -> bool:
     if not is_tensor(node) or len(shape(node)) != 2:
         return False
     size = _static(shape(node)[dim])
-    return size is not None and size <= MAX_RANK
+    return size is not None and size <= most
 
 
 def is_left_to_cublas(product: Node) -> bool:

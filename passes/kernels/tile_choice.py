@@ -67,14 +67,16 @@ SHORT = 1024
 def choose(kinds: list[list[Any]], body: list[Statement], rows: Any, columns: int) -> Tile | None:
     """The tile for a program, or None where a kernel would not pay.
 
-    Higher ranks get smaller tiles or fewer stages: what a step loads must fit into shared memory, twice if it can.
-    So do masks, whose bits are held in registers.
+    Ranks above 64 are for products of many rows alone. Higher ranks get smaller tiles or fewer stages: what a step
+    loads must fit into shared memory, twice if it can. So do masks, whose bits are held in registers.
     """
     m = rows if isinstance(rows, int) else 1 << 13
     if m > MOST_ROWS:
         return None
     names = [statement[0] for statement in body]
     rank = max((_rank(kinds, s[2]) for s in body if s[0] in ("product", "down", "across")), default=0)
+    if rank > 64 and (m < FEW_ROWS or _is_accumulated(names, body)):
+        return None
     if m < FEW_ROWS and "across" not in names:
         return _few(kinds, names, rank, m)
     if "across" in names:
@@ -83,7 +85,7 @@ def choose(kinds: list[list[Any]], body: list[Statement], rows: Any, columns: in
         return _down(names, rank, m, columns)
     if rank > 32 and names.count("product") > 1 and "keep" not in names:
         # One step a program where a step's operands fill shared memory.
-        height = _shrunk(1024, 64, m, columns, 64, 2 * _enough(m))
+        height = 64 if rank > 64 else _shrunk(1024, 64, m, columns, 64, 2 * _enough(m))
         return Tile(rows=height, columns=64, step=64, walk="rows")
     if "load" in names and rank <= 16 and "keep" not in names:
         return Tile(rows=32, columns=128, step=32, walk="rows", stages=3)
@@ -93,6 +95,12 @@ def choose(kinds: list[list[Any]], body: list[Statement], rows: Any, columns: in
 def _rank(kinds: list[list[Any]], factor: int | list[int]) -> int:
     """R of a statement: of several factors together where it has them side by side."""
     return sum(int(kinds[index][1]) for index in (factor if isinstance(factor, list) else [factor]))
+
+
+def _is_accumulated(names: list[str], body: list[Statement]) -> bool:
+    """Whether it is one product that cuBLAS may as well write, for a large one to add to (:mod:`tile_stacks`)."""
+    alone = names.count("product") == 1 and "load" not in names
+    return alone and all(statement[3] is None for statement in body if statement[0] == "product")
 
 
 def _few(kinds: list[list[Any]], names: list[str], rank: int, m: int) -> Tile:

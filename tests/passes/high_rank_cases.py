@@ -13,5 +13,9 @@ HIGH_RANKS = [
         pair(r, "NR"),
         norm(r),
     )
+] + [
+    case
+    for r in (100, 128)
+    for case in (branch(r, "NR", True), swiglu(r, r, ("store",)), swiglu_backward(r, ("store",)))
 ]
 """What a region is at these ranks, for the tiles that are chosen for it."""

@@ -101,9 +101,9 @@ def test_as_accurate_as_plain_compile(name: str, rank: int) -> None:
     assert captured.reasons == [] and captured.sites == 3
     assert result.ours.saved <= result.plain.saved
     found = [{s[0] for p in programs(half[0].graph) for s in p.body} for half in (captured.forward, captured.backward)]
-    assert ("product" in found[0] | found[1]) == (rank <= 64)
+    assert "product" in found[0] | found[1]
     if rank > 64:
-        assert not found[0] | found[1]
+        assert not (found[0] | found[1]) & {"down", "across"}
 
 
 def checkpointed(module: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -163,7 +163,7 @@ def test_a_pair_whose_value_another_kernel_makes_stays() -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_an_output_that_a_kernel_would_have_read_as_a_sum(bias: bool) -> None:
-    """It is written if the base, a plain product, accumulates into the branch's; with a bias it is computed again."""
+    """It is none that a large product accumulates into: a rounded y errs more than a sum of rounded terms."""
 
     def build() -> nn.Module:
         module = Mlp(160, 176)
@@ -174,8 +174,8 @@ def test_an_output_that_a_kernel_would_have_read_as_a_sum(bias: bool) -> None:
     result = compare(Case("", build, 3, {}, dtype=bf16, shape=(M, 160), seeds=4), by_graphs)
     result.assert_as_accurate()
     assert result.ours.saved <= result.plain.saved
-    assert accumulated(result.captured)[0] == [(M, 160)] * (0 if bias else 2) + [(M, 176)]
-    assert result.captured.count("forward").get("recompute", 0) == (2 if bias else 0)
+    assert accumulated(result.captured)[0] == [(M, 176)]
+    assert result.captured.count("forward")["recompute"] == 2
 
 
 @pytest.mark.parametrize(("rank", "stacked"), [(16, True), (32, False)])

@@ -14,7 +14,7 @@ from lora_fx.passes.kernels import lowering
 from lora_fx.passes.kernels.tile_choice import choose
 from lora_fx.passes.kernels.tile_program import Tile
 from lora_fx.passes.printer import graph_text
-from lora_fx.passes.tile_nodes import MAX_RANK
+from lora_fx.passes.tile_nodes import MAX_PRODUCT, MAX_RANK
 from tests.passes import harness, on_gpu
 from tests.passes.harness import adapt
 from tests.passes.modules import Mlp
@@ -54,14 +54,16 @@ def test_nothing_wider_than_the_model_is_written() -> None:
     assert "mean" in graph_text(captured.forward[0].graph)
 
 
-@pytest.mark.parametrize("rank", [MAX_RANK, MAX_RANK + 8])
+@pytest.mark.parametrize("rank", [MAX_RANK, MAX_RANK + 8, MAX_PRODUCT, MAX_PRODUCT + 8])
 def test_the_largest_ranks(rank: int) -> None:
-    """Above them products are large ones, whose place is in the matrix library."""
+    """Above the first, products that read a value are large ones, whose place is in the matrix library; above the
+    second, so are those that make one."""
     module = adapt(nn.Linear(320, 304, bias=False, dtype=bf16), rank=rank)
     captured = capture(module, x(width=320))
     found = [*programs(captured.forward[0].graph), *programs(captured.backward[0].graph)]
     statements = {s[0] for p in found for s in p.body}
-    assert statements >= {"product", "down", "across"} if rank <= MAX_RANK else not statements
+    assert ("product" in statements) == (rank <= MAX_PRODUCT)
+    assert statements >= {"down", "across"} if rank <= MAX_RANK else not statements & {"down", "across"}
 
 
 class Gated(nn.Module):
