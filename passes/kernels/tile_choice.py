@@ -75,7 +75,8 @@ def choose(kinds: list[list[Any]], body: list[Statement], rows: Any, columns: in
         return None
     names = [statement[0] for statement in body]
     rank = max((_rank(kinds, s[2]) for s in body if s[0] in ("product", "down", "across")), default=0)
-    if rank > 64 and (m < FEW_ROWS or _is_accumulated(names, body)):
+    # One product that is written is cuBLAS's as well, for a large one to accumulate into (:mod:`tile_stacks`).
+    if rank > 64 and (m < FEW_ROWS or (names.count("product") == 1 and "load" not in names)):
         return None
     if m < FEW_ROWS and "across" not in names:
         return _few(kinds, names, rank, m)
@@ -95,12 +96,6 @@ def choose(kinds: list[list[Any]], body: list[Statement], rows: Any, columns: in
 def _rank(kinds: list[list[Any]], factor: int | list[int]) -> int:
     """R of a statement: of several factors together where it has them side by side."""
     return sum(int(kinds[index][1]) for index in (factor if isinstance(factor, list) else [factor]))
-
-
-def _is_accumulated(names: list[str], body: list[Statement]) -> bool:
-    """Whether it is one product that cuBLAS may as well write, for a large one to add to (:mod:`tile_stacks`)."""
-    alone = names.count("product") == 1 and "load" not in names
-    return alone and all(statement[3] is None for statement in body if statement[0] == "product")
 
 
 def _few(kinds: list[list[Any]], names: list[str], rank: int, m: int) -> Tile:
