@@ -113,6 +113,18 @@ def reads(node: Node) -> Node | None:
     return None
 
 
+def has_few_rows_of_tiles(node: Node) -> bool:
+    """Whether a product reads a value [M, N] down to [M, R] of so few rows that a kernel which makes the value should
+    not compute it as well: in tiles that are wide enough for that there are few programs, which take many steps.
+
+    A Llama-3-8B block of 64 tokens without gradients takes 0.995 of the time with two kernels for silu(gate) * up and
+    h of it (an H200, CUDA graphs, twice, rounds in turn), one of 128 tokens with gradients as long. One token, of which
+    there is one row of tiles, takes longer.
+    """
+    rows = shape(node)[0] if is_call(node, MM) and reads(node) is node.args[0] else None
+    return isinstance(rows, int) and 16 < rows <= 64
+
+
 def gradients_of(node: Node) -> set[int]:
     """Which of g (0) and dB (1) are read of a gradient pair; none of any other node."""
     if node.target is not operators.gradient_pair:

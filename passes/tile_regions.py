@@ -34,6 +34,7 @@ from lora_fx.passes.tile_nodes import (
     can_compute,
     columns_of,
     gradients_of,
+    has_few_rows_of_tiles,
     is_half,
     is_reduction,
     makes,
@@ -87,7 +88,9 @@ def _neighbours(node: Node, region: Region) -> Iterator[set[Node]]:
             # over columns a kernel holds too much at once. SwiGLU backward on an H200 (M 8192, N 14336, R 16): 687 us
             # with both pairs in it, 549 in three kernels, sums of parts included. One that was split sums over rows.
             if (can_compute(user, region.columns) and not is_left_to_norm(user, node)) or (
-                columns_of(user) == region.columns and gradients_of(user) != {0, 1}
+                columns_of(user) == region.columns
+                and gradients_of(user) != {0, 1}
+                and not (has_few_rows_of_tiles(user) and any(makes(member) for member in region.nodes))
             ):
                 yield {user}
     for source in sources(node, region.columns):

@@ -161,6 +161,16 @@ def test_readers_add_up_parts(build: Any, sites: int) -> None:
     assert not forward.graph.find_nodes(op="call_function", target=operators.sum_parts)
 
 
+@pytest.mark.parametrize(("rows", "apart"), [(1, False), (16, False), (17, True), (64, True), (65, False)])
+def test_what_makes_a_value_of_few_rows_does_not_sum_it(rows: int, apart: bool) -> None:
+    """h of silu(gate) * up."""
+    with torch.no_grad():
+        (forward,) = capture(mlp(), x(rows)).forward
+    bodies = [{statement[0] for statement in program.body} for program in programs(forward.graph)]
+    assert any({"product", "down"} <= body for body in bodies) != apart
+    assert sum("down" in body for body in bodies) == 2
+
+
 def test_readers_of_many_rows_do_not() -> None:
     with torch.no_grad():
         for rows, expected in ((tile_choice.FEW_ROWS - 1, 1), (tile_choice.FEW_ROWS, 0)):
