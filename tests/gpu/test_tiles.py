@@ -153,7 +153,8 @@ def test_in_a_compiled_model(name: str, rank: int) -> None:
     """Against float64 eager with plain torch.compile as the yardstick; the step repeats to the bit."""
     torch.manual_seed(0)
     module, _ = model(name, rank=rank, alpha=1.7 * rank)
-    inputs = [torch.randn(2, 512, 512, device="cuda", dtype=bf16) for _ in range(4)]
+    # Many: what reaches the values of attention comes from its first few tokens, so that few roundings decide an error.
+    inputs = [torch.randn(2, 512, 512, device="cuda", dtype=bf16) for _ in range(32)]
     exact = copy.deepcopy(module).double()
     oracle = [step(exact, x.double()) for x in inputs]
 
