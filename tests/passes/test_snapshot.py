@@ -91,7 +91,7 @@ WHOLE: list[tuple[Any, str, int]] = [
     (tile_stacks, "_rewrite", 3),
     (tile_stacks, "accumulate", 1),
     (tile_sums, "stack", 1),
-    (tile_sums, "_emit", 13),
+    (tile_sums, "_emit", 12),
     (tile_sums, "gather", 1),
     (tile_sums, "_join", 1),
     (tile_sums, "join", 1),
