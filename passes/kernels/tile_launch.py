@@ -2,6 +2,10 @@
 
 Inside compiled graphs :mod:`lora_fx.passes.kernels.inlined` makes these launches Inductor's own; :func:`run` is what an
 operator does that is called by itself.
+
+Tried and lost: programmatic dependent launches, which begin while the kernel before ends and wait for it with
+``griddepcontrol.wait`` (a Llama-3-8B block on an H200, Triton 3.6, CUDA graphs, rounds in turn): 8192 tokens 1.000 of
+the time, 2048 tokens 0.998, decode of 64 tokens 1.007; with the next kernel let go at once 0.996 and 1.003.
 """
 
 from __future__ import annotations
