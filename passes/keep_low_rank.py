@@ -19,27 +19,26 @@ from torch.fx import Node
 
 from lora_fx.passes._torch import CheckpointPolicy
 from lora_fx.passes.branch import Branch
-from lora_fx.passes.graph import aten, is_call
+from lora_fx.passes.graph import aten, is_call, shape
 from lora_fx.passes.recompute_branch import REGION
 from lora_fx.passes.rewriter import Rewriter
 
 LEAST_RATIO = 64
-"""Of K to R: the h of a block's seven linears are then at most a ninth of what its checkpoint keeps."""
+"""Of K to R: the h of a block's seven linears are then at most a ninth of what its checkpoint keeps. (Where tensor
+parallel ranks gather x, that times the number of ranks: h has the rows of all.)"""
 
 
 def find(sites: list[Any]) -> Iterator[list[Any]]:
-    """Sites in a region which the user would rather compute again (and does not insist to), whose h backward needs.
+    """Sites with a backward, in a region which the user would rather compute again (and does not insist to); together
+    where siblings take slices of one product.
 
     Not where h is reduce-scattered: the product itself is that of all ranks.
     """
-    return (
-        [site]
-        for site in sites
-        if site.grad_h is not None
-        and site.rank * LEAST_RATIO <= site.in_features
-        and not any(label.startswith("scatter") for label in site.forward_rewrites)
-        and _is_computed_again(_product(site))
-    )
+    groups: dict[Node, list[Any]] = {}
+    for site in sites:
+        if site.grad_h is not None and not any(label.startswith("scatter") for label in site.forward_rewrites):
+            groups.setdefault(_product(site), []).append(site)
+    return (group for product, group in groups.items() if _is_computed_again(product) and _is_small(product, group))
 
 
 def _product(site: Branch) -> Node:
@@ -55,8 +54,14 @@ def _is_computed_again(node: Node) -> bool:
     return node.meta.get("recompute") is CheckpointPolicy.PREFER_RECOMPUTE and node.meta.get("ac_graph_id") != REGION
 
 
+def _is_small(product: Node, group: list[Any]) -> bool:
+    """Whether it has few columns for so many branches; the ranks of experts come padded."""
+    rank = shape(product)[-1]
+    return isinstance(rank, int) and rank * LEAST_RATIO <= group[0].in_features * len(group)
+
+
 def rewrite(group: list[Any], rewriter: Rewriter) -> None:
     """Tag the product; the partitioner does the rest."""
-    (site,) = group
-    rewriter.tag(_product(site), recompute=CheckpointPolicy.MUST_SAVE)
-    site.forward_rewrites.append("save h")
+    rewriter.tag(_product(group[0]), recompute=CheckpointPolicy.MUST_SAVE)
+    for site in group:
+        site.forward_rewrites.append("save h")

@@ -89,9 +89,9 @@ def makes(node: Node) -> bool:
         _, thin, _, scale = (*operands, None)[:4]
         bias = len(node.args) > 3 and node.args[3] is not None and node.target is operators.scaled_mm
         plain = not bias and (scale is None or same_device(scale, node))
-        return plain and _is_thin(thin, 1, MAX_PRODUCT) and _static(shape(node)[1]) is not None
+        return plain and _is_thin(thin, 1, _highest(node)) and _static(shape(node)[1]) is not None
     # What sums over a few tokens looks like a product of as low a rank.
-    if not _is_marked(node) or is_transpose(node.args[0]) or not _is_thin(node.args[0], 1, MAX_PRODUCT):
+    if not _is_marked(node) or is_transpose(node.args[0]) or not _is_thin(node.args[0], 1, _highest(node)):
         return False
     # What has as few columns is h, of few inputs.
     rank, columns = shape(node.args[0])[1], _static(shape(node)[1])  # type: ignore[arg-type]  # _is_thin saw a tensor
@@ -144,6 +144,12 @@ them. Of rank 64, 1.107 of the time with all and 1.125 with none.
 """
 
 
+def _highest(product: Node) -> int:
+    """The highest rank at which a kernel makes this value [M, N]."""
+    rows = shape(product)[0]
+    return MAX_RANK if isinstance(rows, int) and rows < FEW_ROWS else MAX_PRODUCT
+
+
 def _is_thin(node: Any, dim: int, most: int = MAX_RANK) -> bool:
     if not is_tensor(node) or len(shape(node)) != 2:
         return False
@@ -152,7 +158,8 @@ def _is_thin(node: Any, dim: int, most: int = MAX_RANK) -> bool:
 
 
 def is_left_to_cublas(product: Node) -> bool:
-    """Whether a branch's product (or sum with one) makes an [M, N] value out of a rank that no kernel of ours takes."""
+    """Whether a branch's product (or sum with one) makes an [M, N] value out of a rank that no kernel of ours takes
+    unless it computes more than that value."""
     left: Any = product.args[1 if product.target is operators.accumulate else 0]
     (rows, columns), rank = shape(product), shape(left)[1]
     if val(product).device.type != "cuda" or val(product).dtype not in HALF:

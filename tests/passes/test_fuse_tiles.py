@@ -89,7 +89,7 @@ CASES = [
     (case("q, k, v of a norm", normed, 3), (4, 5)),
     (case("gated", lambda: adapt(Gated().to(bf16)), 2), (3, 5)),
     (case("no gradient", mlp, 3, grad=torch.no_grad), (3, 0)),
-    (case("checkpointed", mlp, 3, wrap=checkpointed), (3, 8)),
+    (case("checkpointed", mlp, 3, wrap=checkpointed), (3, 7)),
     (
         case("any number of tokens", mlp, 3, shapes=((2, 80, K), (3, 70, K), (5, 31, K)), dynamic=True, seeds=1),
         (3, 6),
@@ -117,7 +117,10 @@ def test_as_accurate_as_plain_compile(case: Case, count: tuple[int, int], monkey
     halves = (captured.forward, captured.backward)
     found = tuple(len(programs(half[0].graph)) if half else 0 for half in halves)
     assert found == count
-    assert result.ours.saved <= result.plain.saved
+    # h of the last linear, whose inputs are wide enough for that, is kept of a checkpointed region.
+    kept = captured.count("forward").get("save h", 0) * 320 * 4 * 2
+    assert (kept > 0) == (case.name == "checkpointed")
+    assert result.ours.saved <= result.plain.saved + kept
 
 
 @pytest.mark.slow

@@ -70,6 +70,10 @@ def test_no_product_with_x_is_computed_again() -> None:
         pytest.param(lambda: insisted(mlp()), id="the user insists"),
         pytest.param(lambda: selectively_checkpointed(mlp()), id="products are saved anyway"),
         pytest.param(lambda: checkpointed(mlp(rank=8)), id="a rank at which h is large"),
+        pytest.param(
+            lambda: checkpointed(adapt(QKV(K, K).to(bf16), rank=64, rank_pattern={"wq": 4})),
+            id="siblings of high ranks",
+        ),
     ],
 )
 def test_where_it_is_left_alone(function: Callable[[], Callable[..., Any]]) -> None:

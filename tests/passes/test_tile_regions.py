@@ -59,11 +59,21 @@ def test_the_largest_ranks(rank: int) -> None:
     """Above the first, products that read a value are large ones, whose place is in the matrix library; above the
     second, so are those that make one."""
     module = adapt(nn.Linear(320, 304, bias=False, dtype=bf16), rank=rank)
-    captured = capture(module, x(width=320))
+    captured = capture(module, x(tokens=256, width=320))
     found = [*programs(captured.forward[0].graph), *programs(captured.backward[0].graph)]
     statements = {s[0] for p in found for s in p.body}
     assert ("product" in statements) == (rank <= MAX_PRODUCT)
     assert statements >= {"down", "across"} if rank <= MAX_RANK else not statements & {"down", "across"}
+
+
+def test_few_rows_of_a_high_rank_take_no_other_product_along() -> None:
+    """Of 128 tokens no kernel makes a value of rank 100; h of the linear that reads it has its own."""
+    module = adapt(Mlp(512, 1024).to(bf16), rank=100, rank_pattern={"down": 16})
+    captured = capture(module, x(tokens=128, width=512), step=pipeline.LoweringStage(strict=True))
+    statements = [
+        {s[0] for p in programs(half[0].graph) for s in p.body} for half in (captured.forward, captured.backward)
+    ]
+    assert "down" in statements[0] and {"down", "across"} <= statements[1]
 
 
 class Gated(nn.Module):
