@@ -29,14 +29,14 @@ parallel ranks gather x, that times the number of ranks: h has the rows of all.)
 
 
 def find(sites: list[Any]) -> Iterator[list[Any]]:
-    """Sites with a backward, in a region which the user would rather compute again (and does not insist to); together
-    where siblings take slices of one product.
+    """Sites whose B is trained, which needs h, in a region which the user would rather compute again (and does not
+    insist to); together where siblings take slices of one product.
 
     Not where h is reduce-scattered: the product itself is that of all ranks.
     """
     groups: dict[Node, list[Any]] = {}
     for site in sites:
-        if site.grad_h is not None and not any(label.startswith("scatter") for label in site.forward_rewrites):
+        if site.grad_b is not None and not any(label.startswith("scatter") for label in site.forward_rewrites):
             groups.setdefault(_product(site), []).append(site)
     return (group for product, group in groups.items() if _is_computed_again(product) and _is_small(product, group))
 

@@ -25,7 +25,7 @@ from torch.fx import Node
 
 from lora_fx.passes.graph import is_row_view, peel_views, readers
 from lora_fx.passes.kernels import operators
-from lora_fx.passes.tile_nodes import columns_of, has_few_rows_of_tiles, makes, reads
+from lora_fx.passes.tile_nodes import columns_of, makes, reads
 from lora_fx.passes.tile_regions import Region, producers
 
 
@@ -33,7 +33,7 @@ def separate(down: Node) -> None:
     """Give a product that reads a value with products or a mask in it its own copy, if the value is also needed after
     it."""
     columns, value = columns_of(down), reads(down)
-    if columns is None or value is None or has_few_rows_of_tiles(down):
+    if columns is None or value is None:
         return
     chain = producers(peel_views(value), Region(columns, {down})) or set()
     if any(makes(node) or node.target is operators.keep for node in chain) and _is_torn(chain, down):

@@ -90,7 +90,7 @@ def _neighbours(node: Node, region: Region) -> Iterator[set[Node]]:
             if (can_compute(user, region.columns) and not is_left_to_norm(user, node)) or (
                 columns_of(user) == region.columns
                 and gradients_of(user) != {0, 1}
-                and not (has_few_rows_of_tiles(user) and any(makes(member) for member in region.nodes))
+                and not (is_written(node) and has_few_rows_of_tiles(user) and any(map(makes, region.nodes)))
             ):
                 yield {user}
     for source in sources(node, region.columns):

@@ -41,7 +41,8 @@ x, and of one that makes silu(gate) * up and h of it::
     one token   16 x 512, 16 x 512: 179.4;  16 x 256, 16 x 256: 173.0;  as sums that Inductor fuses: 178.8
                 16 x 256, 16 x 512: 167.0;  16 x 256, 16 x 256: 165.7;  as sums that Inductor fuses: 167.0  (another)
 
-For 17 to 64 tokens the latter are two programs by now (:func:`lora_fx.passes.tile_nodes.has_few_rows_of_tiles`).
+For 17 to 64 tokens the latter are two programs by now where a large product reads silu(gate) * up as well
+(:func:`lora_fx.passes.tile_nodes.has_few_rows_of_tiles`).
 
 A forward and backward of 128 tokens took 467.4 with 64 x 512 and 16 x 512, 465.4 with 16 x 256 and 16 x 512, 460.2 with
 64 x 256 and 64 x 512. Products are fastest in 16 x 128 (of 16 to 64 x 64 to 256).
@@ -69,8 +70,9 @@ SHORT = 1024
 def choose(kinds: list[list[Any]], body: list[Statement], rows: Any, columns: int) -> Tile | None:
     """The tile for a program, or None where a kernel would not pay.
 
-    Ranks above 64 are for products of many rows alone. Higher ranks get smaller tiles or fewer stages: what a step
-    loads must fit into shared memory, twice if it can. So do masks, whose bits are held in registers.
+    Ranks above 64 get none for few rows, nor for a product that is written and nothing else. Higher ranks get smaller
+    tiles or fewer stages: what a step loads must fit into shared memory, twice if it can. So do masks, whose bits are
+    held in registers.
     """
     m = rows if isinstance(rows, int) else 1 << 13
     if m > MOST_ROWS:
@@ -104,7 +106,7 @@ def _few(kinds: list[list[Any]], names: list[str], rank: int, m: int) -> Tile:
     """For a few rows: parts, which every program that needs their sum can add up."""
     if "down" not in names:
         return Tile(rows=16, columns=128, step=16, walk="rows", warps=8 if ["parts"] in [k[:1] for k in kinds] else 4)
-    width = 512 if "product" in names and m > 64 else 256
+    width = 512 if "product" in names and m > 16 else 256
     narrow = rank > 32 or "keep" in names or "product" in names
     stages = 5 if "product" in names else 3
     return Tile(rows=16 if m <= 64 else 64, columns=width, step=64 if narrow else 128, walk="columns", stages=stages)

@@ -206,7 +206,7 @@ def test_choices_for_few_rows() -> None:
             tile = tile_choice.choose([left, factor], product, rows, 14336)
             assert tile is not None and tile.warps == warps
     assert [found([full, factor], down, m) for m in (1, 64, 255)] == [(16, 256, 128), (16, 256, 128), (64, 256, 128)]
-    for rows, expected in ((1, (16, 256, 64)), (64, (16, 256, 64)), (128, (64, 512, 64))):
+    for rows, expected in ((1, (16, 256, 64)), (64, (16, 512, 64)), (128, (64, 512, 64))):
         assert found([full, thin, factor, factor], both, rows) == expected
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
@@ -24,9 +25,9 @@ def checkpointed(module: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda t: torch.utils.checkpoint.checkpoint(module, t, use_reentrant=False)
 
 
-def bodies(function: Callable[[Tensor], Tensor]) -> list[list[str]]:
+def bodies(function: Callable[[Tensor], Tensor], rows: int) -> list[list[str]]:
     """What each program of the backward graph does over the N columns of a SwiGLU, in order."""
-    captured = capture(function, torch.randn(M, K, dtype=torch.bfloat16, requires_grad=True))
+    captured = capture(function, torch.randn(rows, K, dtype=torch.bfloat16, requires_grad=True))
     return [
         [s[0] for s in program.body if s[0] != "op"]
         for program in programs(captured.backward[0].graph)
@@ -34,11 +35,12 @@ def bodies(function: Callable[[Tensor], Tensor]) -> list[list[str]]:
     ]
 
 
-def test_checkpointed_swiglu_writes_no_operand() -> None:
+@pytest.mark.parametrize("rows", [M, 64])
+def test_checkpointed_swiglu_writes_no_operand(rows: int) -> None:
     """h of the down-projection is computed from the two bases, and so is all that comes after its gradient."""
-    again, *backward = bodies(checkpointed(mlp()))
+    again, *backward = bodies(checkpointed(mlp()), rows)
     assert again == ["product", "load", "product", "load", "down"]
-    assert backward == bodies(mlp())
+    assert backward == bodies(mlp(), rows)
 
 
 def torn(graph: Graph, *, product: bool = True, waits: bool = True) -> tuple[Node, Node]:
