@@ -11,7 +11,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from lora_fx.passes.pipeline import PASSES
 from tests.passes import harness, on_gpu
-from tests.passes.harness import Case, Passes, adapt, by_kernels, capture, compare, only
+from tests.passes.harness import Case, Passes, adapt, by_kernels, capture, compare
 from tests.passes.modules import QKV, Mlp
 from tests.passes.test_grouped import Stack, adapted
 from tests.passes.test_sites import checkpointed, selectively_checkpointed
@@ -94,19 +94,6 @@ def test_where_one_factor_is_trained(frozen: str, expected: int) -> None:
 def test_no_backward() -> None:
     with torch.no_grad():
         assert "save h" not in labels(checkpointed(mlp()))
-
-
-def test_not_where_h_is_that_of_all_ranks() -> None:
-    """A pass before has taken h apart: it is reduce-scattered, and then multiplied."""
-
-    def scattered(sites: list[Any]) -> list[list[Any]]:
-        for site in sites:
-            site.forward_rewrites.append("scatter")
-        return []
-
-    before = only("fold_scale")[0]
-    passes = (before, type(before)("scattered", scattered, before.rewrite), *only("keep_low_rank"))
-    assert labels(checkpointed(mlp()), passes) == {"scale": 3, "scatter": 3}
 
 
 def case(name: str, build: Callable[[], nn.Module], sites: int, **more: Any) -> Case:

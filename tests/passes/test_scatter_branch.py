@@ -29,6 +29,7 @@ from tests.distributed.simulated import fake_world, whole
 from tests.distributed.test_graphs import Gated, Inner, collectives, parallel
 from tests.passes import on_gpu
 from tests.passes.harness import Captured, adapt, capture
+from tests.passes.test_sites import checkpointed
 
 pytestmark = [pytest.mark.distributed]
 
@@ -36,10 +37,10 @@ pytestmark = [pytest.mark.distributed]
 class Alone(nn.Module):
     """A column-wise linear that nothing else reads the input of, and a row-wise one."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 16) -> None:
         super().__init__()
-        self.up = nn.Linear(16, 32, bias=False)
-        self.down = nn.Linear(32, 16, bias=False)
+        self.up = nn.Linear(width, 2 * width, bias=False)
+        self.down = nn.Linear(2 * width, width, bias=False)
 
     def forward(self, x):
         return self.down(torch.tanh(self.up(x)))
@@ -62,9 +63,9 @@ def pipelining(groups: set[str] | None = None) -> Iterator[None]:
         yield
 
 
-def alone(adapted: bool, down: Any = None) -> nn.Module:
+def alone(adapted: bool, down: Any = None, width: int = 16) -> nn.Module:
     torch.manual_seed(0)
-    model: nn.Module = adapt(Alone(), rank=2) if adapted else Alone()
+    model: nn.Module = adapt(Alone(width), rank=2) if adapted else Alone(width)
     plan = {"up": ColwiseParallel(input_layouts=Shard(1)), "down": down or RowwiseParallel(output_layouts=Shard(1))}
     parallelize_module(model, init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), plan)
     return lora_fx.freeze(model) if adapted else model.requires_grad_(False)
@@ -86,6 +87,20 @@ def fused(result: Captured, half: str) -> tuple[list[int], int]:
         for target in (torch.ops.symm_mem.fused_all_gather_matmul, torch.ops.symm_mem.fused_matmul_reduce_scatter)
     )
     return [len(node.args[1]) for node in gathers], len(scatters)
+
+
+def test_a_checkpointed_h_that_is_scattered_is_not_kept():
+    """That of the linear beside it is."""
+    with fake_world(2), pipelining():
+        model = alone(True, width=256)
+        result = capture(checkpointed(model), torch.randn(2, 4, 256, requires_grad=True), backward=True)
+    assert [site.forward for site in result.rewrite.report.sites] == [
+        ("scale", "save h"),
+        ("scale", "scatter", "accumulate"),
+    ]
+    inputs = result.backward[0].graph.find_nodes(op="placeholder")
+    made = [node for node in inputs if not str(node.target).startswith(("primals", "tangents"))]
+    assert [tuple(node.meta["val"].shape) for node in made] == [(16, 2)]
 
 
 def test_inductor_finds_what_it_finds_in_the_frozen_model():
