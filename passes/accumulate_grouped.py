@@ -10,8 +10,9 @@ After::
     y = lora_fx::grouped_accumulate(base, h, B^T, ends, s)     dX = lora_fx::grouped_accumulate(dX_base, g, A, ends)
 
 On a CPU alone, where a product has an accumulating form for each expert's rows. torch's grouped kernels of GPUs have
-none (no ``beta``): there the small product is written and Inductor adds it in the kernel that reads the sum, and the
-report says so. As for linears, a sum that only pointwise operations read stays a sum.
+none (no ``beta``): there a kernel of ours reads the base and writes the sum (:mod:`lora_fx.passes.fuse_tiles`), up to
+the ranks that it takes. Above them the small product is written and Inductor adds it in the kernel that reads the sum,
+and the report says so. As for linears, a sum that only pointwise operations read stays a sum.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from lora_fx.passes.graph import is_call, is_sum, stays_in_kernel, val
 from lora_fx.passes.grouped_site import GROUPED_MM, GroupedSite
 from lora_fx.passes.kernels import grouped
 from lora_fx.passes.rewriter import Rewriter
+from lora_fx.passes.tile_nodes import HALF, MAX_RANK
 
 
 def find(sites: list[GroupedSite]) -> Iterator[list[GroupedSite]]:
@@ -37,9 +39,10 @@ def rewrite(group: list[GroupedSite], rewriter: Rewriter) -> None:
     """Accumulate in the half, or both halves, where the sum is written."""
     (site,) = group
     if val(site.add).device.type != "cpu":
-        site.notes.append(
-            "a GPU's grouped product cannot accumulate: the small product is written, and added by a reader"
-        )
+        if site.rank > MAX_RANK or val(site.add).dtype not in HALF:
+            site.notes.append(
+                "a GPU's grouped product cannot accumulate: the small product is written, and added by a reader"
+            )
         return
     if _is_written(site):
         y = rewriter.emit(grouped.grouped_accumulate, site.base, *site.up.args, like=site.up)

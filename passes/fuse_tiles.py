@@ -23,12 +23,12 @@ from lora_fx.passes.graph import (
 )
 from lora_fx.passes.kernels import operators
 from lora_fx.passes.kernels.tile_choice import choose
-from lora_fx.passes.kernels.tile_program import Program, Statement, Tile, row_parts
+from lora_fx.passes.kernels.tile_program import Program, Statement, Tile
 from lora_fx.passes.site import MARK
 from lora_fx.passes.snapshot import Snapshot
 from lora_fx.passes.tile_copies import separate
 from lora_fx.passes.tile_largest import take
-from lora_fx.passes.tile_nodes import columns_of, largest_of, reads, value_of
+from lora_fx.passes.tile_nodes import columns_of, is_pair, largest_of, reads, scale_of_pair, value_of
 from lora_fx.passes.tile_regions import Region, grow
 from lora_fx.passes.tile_siblings import join
 from lora_fx.passes.tile_writer import Writer, is_read_last_in
@@ -152,9 +152,9 @@ def _emit(region: Region, graph: Graph, choose: Choose) -> bool:
             # copy of the rest, unless it is pointwise operations that read it.
             terms = [_in_shape(last, term, _sizes(member, region, last)) for term in (out, product)]
             out = _compute(last, aten.add.Tensor, *terms)
-        replacements[key] = _finish(last, out, program.is_whole(statement), member, which, region)
+        replacements[key] = _finish(last, out, program, statement, member, which, region)
     for (member, which), node in replacements.items():
-        if member.target is operators.gradient_pair:
+        if is_pair(member):
             for user in list(member.users):
                 if user.args[1] == which:
                     user.replace_all_uses_with(node)
@@ -189,7 +189,7 @@ def _outputs(program: Program, writer: Writer, region: Region, like: Node) -> li
     source, kind = next(
         (node, kind[0]) for node, kind in zip(writer.inputs, writer.kinds) if kind[0] in ("full", "thin", "parts")
     )
-    rows, parts = _row_sizes(source, kind, program.tile.rows, like)
+    rows, parts = _row_sizes(source, kind, program, like)
     spare = [n for n, kind in zip(writer.inputs, writer.kinds) if kind[0] == "full" and is_read_last_in(n, region)]
     spare.sort(key=lambda node: node.op == "placeholder")
     found = []
@@ -206,17 +206,18 @@ def _outputs(program: Program, writer: Writer, region: Region, like: Node) -> li
     return found
 
 
-def _row_sizes(source: Node, kind: str, tile_rows: int, like: Node) -> tuple[Any, Any]:
+def _row_sizes(source: Node, kind: str, program: Program, like: Node) -> tuple[Any, Any]:
     """M and the number of tiles along it, as numbers or, where M is a symbol, as nodes."""
     rows = shape(source)[1] if kind == "parts" else val(source).numel() // shape(source)[-1]
     if isinstance(rows, int):
-        return rows, row_parts(rows, tile_rows)
+        return rows, program.row_parts(rows)
     matrix = (
         source if len(shape(source)) == 2 else _compute(like, aten.reshape.default, source, [-1, shape(source)[-1]])
     )
     node = _compute(like, aten.sym_size.int, matrix, 0)
-    above = _compute(like, operator.add, node, tile_rows - 1)
-    return node, _compute(like, operator.floordiv, above, tile_rows)
+    above = _compute(like, operator.add, node, program.tile.rows - 1)
+    parts = _compute(like, operator.floordiv, above, program.tile.rows)
+    return node, _compute(like, operator.add, parts, program.experts) if program.experts else parts
 
 
 def _rows(member: Node) -> Any:
@@ -229,8 +230,11 @@ def _rows(member: Node) -> Any:
     return total
 
 
-def _finish(like: Node, out: Node, whole: bool, member: Node, which: int, region: Region) -> Node:
+def _finish(
+    like: Node, out: Node, program: Program, statement: Statement, member: Node, which: int, region: Region
+) -> Node:
     """An output as the member's users expect it: parts summed, scaled, in the member's dtype and shape."""
+    whole = program.is_whole(statement)
     value = val(member)
     value = value[which] if isinstance(value, (tuple, list)) else value
     if value_of(member) is not None:
@@ -238,9 +242,13 @@ def _finish(like: Node, out: Node, whole: bool, member: Node, which: int, region
     if largest_of(member) is not None:
         largest = _compute(like, aten.amax.default, out, [])
         return _compute(like, CONVERT, largest, value.dtype)
-    scale = member.args[3] if member.target is operators.gradient_pair and len(member.args) > 3 else None
-    if not whole and (scale is None or val(scale).device == val(out).device):  # type: ignore[arg-type]  # its schema
-        return tile_sums.emit(like, out, scale, value.dtype)  # type: ignore[arg-type]  # its schema
+    scale = scale_of_pair(member) if is_pair(member) else None
+    if statement[0] == "across" and region.ends is not None:
+        return _compute(
+            like, operators.sum_expert_parts, out, region.ends, program.tile.rows, scale, value.dtype
+        )
+    if not whole and (scale is None or val(scale).device == val(out).device):
+        return tile_sums.emit(like, out, scale, value.dtype)
     total = out if whole else _compute(like, aten.sum.dim_IntList, out, [0])
     if scale is not None:
         total = _compute(like, aten.mul.Tensor, total, scale)

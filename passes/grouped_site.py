@@ -18,7 +18,7 @@ cannot take comes padded with zeros. Where experts are multiplied one by one, th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,13 @@ class GroupedSite(Branch):
     """The branch of one stack of experts."""
 
     ends: Node
+
+    def products(self) -> Iterator[Node]:
+        """The grouped products of the branch as they stand in the graph now."""
+        for node in (self.down, self.up, self.grad_h, self.grad_b, self.grad_a, self.grad_x):
+            if is_call(node, GROUPED_MM):
+                assert isinstance(node, Node)
+                yield node
 
 
 def find_grouped_sites(graph: Graph) -> tuple[list[GroupedSite], list[Declined]]:

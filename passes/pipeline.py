@@ -123,10 +123,11 @@ def rewrite_graph(graph: Graph, passes: tuple[Pass, ...] = PASSES) -> GraphRepor
             for s in every
         ]
         return report
-    for site in sites:
+    for site in every:
         if site.forward_rewrites or site.backward_rewrites:
             for product in site.products():
                 product.meta[MARK] = True
+    for site in sites:
         if site.dropout:
             site.down.meta[recompute_dropout.MARK] = True
     report.sites = [SiteReport.of(site) for site in every] + report.sites

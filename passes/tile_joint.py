@@ -82,7 +82,7 @@ def _alike(programs: list[tuple[Any, ...]]) -> Any:
     """How many rows a call has, and warps, if its rows are few enough."""
     program, inputs = programs[0]
     rows = program.row_count([val(each) for each in inputs])
-    few = isinstance(rows, int) and rows <= tile_choice.MOST_FOR_LAUNCHES
+    few = isinstance(rows, int) and rows <= tile_choice.MOST_FOR_LAUNCHES and not program.experts
     return (rows, program.tile.warps) if few else None
 
 

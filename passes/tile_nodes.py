@@ -24,7 +24,8 @@ from lora_fx.passes.graph import (
     shape,
     val,
 )
-from lora_fx.passes.kernels import operators
+from lora_fx.passes.grouped_site import GROUPED_MM
+from lora_fx.passes.kernels import grouped, operators
 from lora_fx.passes.kernels.tile_choice import FEW_ROWS
 from lora_fx.passes.site import MARK
 
@@ -82,16 +83,42 @@ def _static(size: Any) -> int | None:
     return size if isinstance(size, int) else None
 
 
+_ENDS = {grouped.grouped_scaled_mm: 2, grouped.grouped_gradient_pair: 3, GROUPED_MM: 2}
+"""Which operand of a grouped product says how its rows are shared out."""
+
+
+def ends_of(node: Node) -> Node | None:
+    """Where the rows of each expert end, of a product with their matrices; None for any other node."""
+    place = _ENDS.get(node.target) if node.op == "call_function" else None  # type: ignore[call-overload]  # any target
+    ends = None if place is None else node.args[place]
+    return ends if isinstance(ends, Node) else None
+
+
+def is_pair(node: Node) -> bool:
+    """Whether ``node`` is g and dB, of a linear or of experts."""
+    return is_call(node, operators.gradient_pair, grouped.grouped_gradient_pair)
+
+
+def scale_of_pair(pair: Node) -> Any:
+    """The number that both are multiplied by, or None."""
+    place = 4 if pair.target is grouped.grouped_gradient_pair else 3
+    return pair.args[place] if len(pair.args) > place else None
+
+
 def makes(node: Node) -> bool:
     """Whether ``node`` is a product of rank R that makes an [M, N] value."""
+    if node.target is grouped.grouped_scaled_mm:
+        thin, _, _, scale = (*node.args, None)[:4]
+        plain = scale is None or same_device(scale, node)
+        return plain and _has_experts(node) and _is_thin(thin, -1) and _static(shape(node)[1]) is not None
     if node.target in (operators.scaled_mm, operators.accumulate):
         operands = node.args if node.target is operators.accumulate else (None, *node.args)
         _, thin, _, scale = (*operands, None)[:4]
         bias = len(node.args) > 3 and node.args[3] is not None and node.target is operators.scaled_mm
         plain = not bias and (scale is None or same_device(scale, node))
-        return plain and _is_thin(thin, 1, _highest(node)) and _static(shape(node)[1]) is not None
+        return plain and _is_thin(thin, -1, _highest(node)) and _static(shape(node)[1]) is not None
     # What sums over a few tokens looks like a product of as low a rank.
-    if not _is_marked(node) or is_transpose(node.args[0]) or not _is_thin(node.args[0], 1, _highest(node)):
+    if not _is_marked(node) or is_transpose(node.args[0]) or not _is_thin(node.args[0], -1, _highest(node)):
         return False
     # What has as few columns is h, of few inputs.
     rank, columns = shape(node.args[0])[1], _static(shape(node)[1])  # type: ignore[arg-type]  # _is_thin saw a tensor
@@ -100,17 +127,27 @@ def makes(node: Node) -> bool:
 
 def reads(node: Node) -> Node | None:
     """The [M, N] value that ``node`` multiplies down to rank R (or across, to [R, N]); None if it does not."""
-    if node.target is operators.gradient_pair:
+    if is_pair(node):
         value, factor = node.args[:2]
-        return value if is_tensor(factor) and _is_thin(factor, 1) else None  # type: ignore[return-value]
+        there = node.target is operators.gradient_pair or _has_experts(node)
+        return value if there and is_tensor(factor) and _is_thin(factor, -1) else None  # type: ignore[return-value]
     if not _is_marked(node) or makes(node):
         return None
     left, right = node.args[:2]
-    if _is_thin(right, 1) and is_tensor(left):
+    across = _is_thin(left, -2) and is_transpose(left) and is_tensor(right)
+    if len(shape(node)) == 3:  # sums over each expert's rows
+        if across:
+            return right  # type: ignore[return-value]  # [R, M] @ [M, N]
+        return left.args[0] if _is_thin(right, -1) and is_transpose(left) else None  # type: ignore[union-attr,return-value]  # [N, M] @ [M, R]
+    if _is_thin(right, -1) and is_tensor(left):
         return left  # type: ignore[return-value]  # [M, N] @ [N, R]
-    if _is_thin(left, 0) and is_transpose(left) and is_tensor(right):
-        return right  # type: ignore[return-value]  # [R, M] @ [M, N]
-    return None
+    return right if across else None  # type: ignore[return-value]  # [R, M] @ [M, N]
+
+
+def rank_of(product: Node) -> int:
+    """R of a product that reads a value, and is no pair."""
+    left, right = product.args[:2]
+    return int(shape(left)[-2] if reads(product) is right else shape(right)[-1])  # type: ignore[arg-type]  # their schemas
 
 
 def has_few_rows_of_tiles(node: Node) -> bool:
@@ -127,13 +164,20 @@ def has_few_rows_of_tiles(node: Node) -> bool:
 
 def gradients_of(node: Node) -> set[int]:
     """Which of g (0) and dB (1) are read of a gradient pair; none of any other node."""
-    if node.target is not operators.gradient_pair:
+    if not is_pair(node):
         return set()
     return {user.args[1] for user in node.users}  # type: ignore[misc]  # getitem's index
 
 
 def _is_marked(node: Node) -> bool:
-    return is_call(node, MM) and bool(node.meta.get(MARK))
+    plain = is_call(node, MM) or (is_call(node, GROUPED_MM) and _has_experts(node))
+    return plain and bool(node.meta.get(MARK))
+
+
+def _has_experts(node: Node) -> bool:
+    """Whether a number of experts that the graph knows share the rows of a product."""
+    ends = ends_of(node)
+    return ends is not None and val(ends).dtype == torch.int32 and _static(shape(ends)[0]) is not None
 
 
 MAX_RANK, MAX_PRODUCT = 64, 128
@@ -147,11 +191,14 @@ them. Of rank 64, 1.107 of the time with all and 1.125 with none.
 def _highest(product: Node) -> int:
     """The highest rank at which a kernel makes this value [M, N]."""
     rows = shape(product)[0]
+    if ends_of(product) is not None:
+        return MAX_RANK
     return MAX_RANK if isinstance(rows, int) and rows < FEW_ROWS else MAX_PRODUCT
 
 
 def _is_thin(node: Any, dim: int, most: int = MAX_RANK) -> bool:
-    if not is_tensor(node) or len(shape(node)) != 2:
+    """Whether a matrix, or each of a stack, has at most so many rows (-2) or columns (-1)."""
+    if not is_tensor(node) or len(shape(node)) not in (2, 3):
         return False
     size = _static(shape(node)[dim])
     return size is not None and size <= most
@@ -262,7 +309,7 @@ def largest_of(node: Node) -> Node | None:
 
 def value_of(node: Node) -> Node | None:
     """The value that a member of a region has for others: itself, unless it only reads."""
-    only_reads = node.target is operators.gradient_pair or reads(node) is not None or largest_of(node) is not None
+    only_reads = is_pair(node) or reads(node) is not None or largest_of(node) is not None
     return None if only_reads else node
 
 

@@ -33,6 +33,7 @@ from lora_fx.passes.kernels import operators
 from lora_fx.passes.tile_nodes import (
     can_compute,
     columns_of,
+    ends_of,
     gradients_of,
     has_few_rows_of_tiles,
     is_half,
@@ -54,6 +55,15 @@ class Region:
     nodes: set[Node] = field(default_factory=set)
     copies: set[Node] = field(default_factory=set)
     """Members that stay in the graph for their other readers: cheaper to compute again than to write and read."""
+
+    @property
+    def ends(self) -> Node | None:
+        """Where the rows of each expert end, if its products are of experts: then all are, and share rows alike."""
+        return next((ends for node in self.nodes if (ends := ends_of(node)) is not None), None)
+
+    def is_of(self, product: Node) -> bool:
+        """Whether a small product could be a member."""
+        return columns_of(product) == self.columns and ends_of(product) is self.ends
 
 
 def grow(seed: Node, graph: Graph) -> Region:
@@ -88,7 +98,7 @@ def _neighbours(node: Node, region: Region) -> Iterator[set[Node]]:
             # over columns a kernel holds too much at once. SwiGLU backward on an H200 (M 8192, N 14336, R 16): 687 us
             # with both pairs in it, 549 in three kernels, sums of parts included. One that was split sums over rows.
             if (can_compute(user, region.columns) and not is_left_to_norm(user, node)) or (
-                columns_of(user) == region.columns
+                region.is_of(user)
                 and gradients_of(user) != {0, 1}
                 and not (is_written(node) and has_few_rows_of_tiles(user) and any(map(makes, region.nodes)))
             ):
@@ -114,7 +124,7 @@ def producers(source: Node, region: Region) -> set[Node] | None:
         node = pending.pop()
         if node in found or node in region.nodes:
             continue
-        if makes(node) and columns_of(node) == region.columns:
+        if makes(node) and region.is_of(node):
             found.add(node)
         elif can_compute(node, region.columns) and not any(
             _depends_on_sum(a, node, region.columns) for a in operands_of(node)

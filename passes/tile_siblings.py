@@ -14,9 +14,8 @@ from collections.abc import Iterator
 
 from torch.fx import Graph, Node
 
-from lora_fx.passes.graph import is_pointwise, readers, shape
-from lora_fx.passes.kernels import operators
-from lora_fx.passes.tile_nodes import MAX_RANK, columns_of, makes, reads, sources, value_of
+from lora_fx.passes.graph import is_pointwise, readers
+from lora_fx.passes.tile_nodes import MAX_RANK, is_pair, makes, rank_of, reads, sources, value_of
 from lora_fx.passes.tile_regions import Region, fits, grow, order_of
 
 
@@ -41,7 +40,7 @@ def _kind(region: Region) -> str | None:
     kinds = set()
     for node in region.nodes:
         value = reads(node)
-        if makes(node) or node.target is operators.gradient_pair:
+        if makes(node) or is_pair(node):
             return None
         if value is not None:
             kinds.add("down" if value is node.args[0] else "across")
@@ -56,15 +55,14 @@ def _loads(region: Region) -> set[Node]:
 
 def _rank(region: Region) -> int:
     """R of all products together."""
-    products = [node for node in region.nodes if reads(node) is not None]
-    return sum(int(shape(node)[1 if reads(node) is node.args[0] else 0]) for node in products)
+    return sum(rank_of(node) for node in region.nodes if reads(node) is not None)
 
 
 def _products_of(value: Node, region: Region) -> Iterator[Node]:
     """The products of rank R that read ``value``, or what is made of it for them alone (or that ``region`` makes of it,
     too), in the graph's order."""
     for reader in readers(value):
-        if columns_of(reader) == region.columns and reads(reader) is not None:
+        if region.is_of(reader) and reads(reader) is not None:
             yield reader
         elif (
             is_pointwise(reader)

@@ -10,14 +10,17 @@ from torch.fx import Node
 
 from lora_fx.passes._torch import inductor_config
 from lora_fx.passes.graph import MM, aten, is_call, is_tangent, is_tensor, is_transpose, peel_views, readers, shape, val
-from lora_fx.passes.kernels import operators, tile_choice
+from lora_fx.passes.grouped_site import GROUPED_MM, is_swap
+from lora_fx.passes.kernels import grouped, operators, tile_choice
 from lora_fx.passes.kernels.operators import beta_for
 from lora_fx.passes.kernels.tile_program import OUTPUTS, Statement
 from lora_fx.passes.tile_copies import descendants
 from lora_fx.passes.tile_nodes import (
     POINTWISE,
     constant_of,
+    ends_of,
     gradients_of,
+    is_pair,
     largest_of,
     makes,
     operand_kind,
@@ -48,8 +51,12 @@ class Writer:
 
     def write(self, member: Node) -> None:
         """Append the statements of one member, whose operands have been written."""
+        if (ends := ends_of(member)) is not None:
+            self._input(ends, ["ends", shape(ends)[0]])
         if member.target is operators.scaled_mm:
             self.places[member] = self._product(*member.args[:3])
+        elif member.target is grouped.grouped_scaled_mm:
+            self.places[member] = self._product(*member.args[:2], *member.args[3:])
         elif member.target is operators.accumulate:
             base, thin, factor, scale = (*member.args, None)[:4]
             product = self._product(thin, factor, scale)
@@ -58,7 +65,7 @@ class Writer:
                 if peel_views(base) in self.absent
                 else self._append(["op", "add", [self._operand(base, member), product]])
             )
-        elif member.target is operators.gradient_pair:
+        elif is_pair(member):
             value, factor, thin = member.args[:3]
             place, read = self._operand(value, member), gradients_of(member)
             if 0 in read:
@@ -71,9 +78,11 @@ class Writer:
             place = self._operand(value, member)
             if value is left:
                 self._append(["down", place, self._factor(right)])
-            else:
+            elif value is right:
                 # reads() saw that it is a transpose.
                 self._append(["across", place, self._thin(left.args[0]), "RN"])  # type: ignore[union-attr]
+            else:
+                self._append(["across", place, self._thin(right), "NR"])
             self.outputs.append((member, 0))
         elif (value := largest_of(member)) is not None:
             self._append(["largest", self._operand(peel_views(value).args[0], peel_views(value))])
@@ -120,12 +129,12 @@ class Writer:
 
     def _factor(self, node: Any, order: str = "NR") -> int | list[int]:
         """A factor, which is used as [N, R] here if it is in the order "NR", or those of which it is a stack."""
-        while is_transpose(node):
+        while is_transpose(node) or is_swap(node):
             node, order = node.args[0], "RN" if order == "NR" else "NR"
         if order == "RN" and self.few_launches and _is_stack(node):
             return [self._input(each, ["factor", shape(each)[0], order]) for each in node.args[0]]
-        rank = shape(node)[1 if order == "NR" else 0]
-        return self._input(node, ["factor", rank, order])
+        experts, rank = shape(node)[:-2], shape(node)[-1 if order == "NR" else -2]
+        return self._input(node, ["factor", rank, order, *experts])
 
     def _product(self, thin: Any, factor: Any, scale: Any = None) -> int:
         parts = _parts_of(thin)
@@ -200,7 +209,8 @@ class Writer:
                 needed |= {operand for operand in rest[1] if isinstance(operand, int)}
         places = {old: i for i, old in enumerate(sorted(needed))}
         kept = [self.body[old] for old in places]
-        read = sorted({index for statement in kept for index in _inputs_of(statement)})
+        ends = {i for i, kind in enumerate(self.kinds) if kind[0] == "ends"}
+        read = sorted({index for statement in kept for index in _inputs_of(statement)} | ends)
         inputs = {old: i for i, old in enumerate(read)}
         self.inputs, self.kinds = [self.inputs[old] for old in inputs], [self.kinds[old] for old in inputs]
         self.body = [_renumbered(statement, places, inputs) for statement in kept]
@@ -246,7 +256,7 @@ def _renumbered(statement: Statement, places: dict[int, int], inputs: dict[int, 
 
 def _is_stack(node: Any) -> bool:
     """Whether a factor [R, N] is the factors of siblings below one another, each of them in memory as it is."""
-    if not is_call(node, aten.cat.default) or (*node.args, 0)[1] != 0 or len(set(node.args[0])) < 2:
+    if not is_call(node, aten.cat.default) or len(shape(node)) != 2 or (*node.args, 0)[1] != 0 or len(set(node.args[0])) < 2:
         return False
     return all(val(each).is_contiguous() and val(each).dtype == val(node).dtype for each in node.args[0])
 
@@ -340,10 +350,16 @@ def is_read_last_in(node: Node, region: Region) -> bool:
     the region waits for, so that the region may overwrite it."""
     computed = region.nodes - region.copies
     return (
-        (_is_saved(node) or (is_call(node, MM, aten.addmm.default) and len(shape(node)) == 2))
+        (_is_saved(node) or _is_product(node))
         and node not in region.nodes
         and all(reader in computed or not computed.isdisjoint(descendants(reader)) for reader in readers(node))
     )
+
+
+def _is_product(node: Node) -> bool:
+    """Whether a product made a matrix of its own, without gaps."""
+    made = is_call(node, MM, aten.addmm.default, GROUPED_MM)
+    return made and len(shape(node)) == 2 and bool(val(node).is_contiguous())
 
 
 def _is_saved(node: Node) -> bool:

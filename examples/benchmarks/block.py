@@ -4,6 +4,7 @@
     python examples/benchmarks/block.py --rank 64 --dropout 0.1 --json block.json --plot block.png
     python examples/benchmarks/block.py --profile --forms lora_fx
     python examples/benchmarks/block.py --tokens 1 --no-grad --cuda-graphs                    # decode
+    python examples/benchmarks/block.py --dim 2048 --ffn 5632 --heads 16 --experts 8          # without PEFT
     python examples/benchmarks/block.py --suite --json suite.json --plot suite.png            # all cases, with bars
     python examples/benchmarks/block.py --case fp8 decode-1                                   # some of them
     python examples/benchmarks/block.py --device cpu --smoke --suite                          # does it run at all
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.cases import BIASES, MODES, SUITE, Case
 from benchmarks.common import write_json
-from benchmarks.forms import FROZEN, LABELS, OURS, PLAIN, TUNED, available
+from benchmarks.forms import FROZEN, LABELS, OURS, PEFT, PLAIN, TUNED, available
 from benchmarks.runner import Outcome, Settings, case_table, kernel_table, run_case
 from benchmarks.suite import FORMS, Report, run_suite, suite_table
 from benchmarks.timing import Device, compile_caches, environment
@@ -42,6 +43,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     option("--ffn", type=int, default=default.ffn, help="width of the feed-forward (%(default)s)")
     option("--heads", type=int, default=default.heads, help="query heads (%(default)s)")
     option("--kv-heads", type=int, default=default.kv_heads, help="key/value heads (%(default)s)")
+    option("--experts", type=int, default=0, help="routed experts, two for a token, as wide as --ffn (%(default)s)")
     option("--bias", nargs="?", choices=BIASES, const="all", default="none", help="biases on all linears, or on some")
     option("--tokens", type=int, default=default.tokens, help="tokens a step (%(default)s)")
     option(
@@ -139,7 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         device = Device(options.device)
     except ValueError as error:
         sys.exit(str(error))
-    forms, missing = available(options.forms)
+    experts = options.case.experts if options.case is not None else any(c.experts for c in options.cases.values())
+    forms, missing = available(options.forms - {PEFT} if experts else options.forms)
     settings = Settings(options.rounds, options.window, PROFILED if options.profile else (), options.strict)
     found = environment(device)
     print(", ".join(f"{name} {value}" for name, value in found.items()), *missing, sep="\n", flush=True)

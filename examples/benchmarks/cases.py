@@ -14,6 +14,8 @@ class Case:
     Attributes:
         dim, ffn, heads, kv_heads: width of the residual stream and of the feed-forward, and the numbers of query and of
             key/value heads.
+        experts: routed experts of a mixture in the place of the feed-forward, each as wide, two for a token, beside a
+            shared one; 0 for none. They have adapters, too.
         bias: which linears have a bias: "none", "qkv" (as Qwen 2.5) or "all".
         tokens, length: tokens a step, and tokens a sequence; the batch is `tokens // length` sequences.
         rank, dropout: of the adapters, on all seven linears; alpha is twice the rank.
@@ -31,6 +33,7 @@ class Case:
     ffn: int = 14336
     heads: int = 32
     kv_heads: int = 8
+    experts: int = 0
     bias: str = "none"
     tokens: int = 8192
     length: int = 2048
@@ -51,6 +54,8 @@ class Case:
                 f"dim {self.dim} must be {self.heads} heads of an even size, and {self.kv_heads} key/value heads must "
                 "divide the heads"
             )
+        if self.experts and (self.experts < 2 or self.fp8 or self.bias == "all"):
+            raise ValueError(f"experts must be 0 or at least 2, without biases and not in float8; got {self.experts}")
         if self.tokens % self.length:
             raise ValueError(f"tokens {self.tokens} must be a multiple of length {self.length}")
         if self.bias not in BIASES or self.mode not in MODES:
@@ -70,6 +75,15 @@ class Case:
         return self.tokens // self.length, self.length, self.dim
 
     @property
+    def is_compared(self) -> bool:
+        """Whether all forms compute the same, up to rounding.
+
+        With dropout each draws masks of its own, and a router sends tokens that two experts score nearly alike to one
+        or to the other, as it is rounded.
+        """
+        return (not self.dropout or self.no_grad) and not self.experts
+
+    @property
     def shrunk(self) -> "Case":
         """The same case at a toy size, which a CPU runs in no time: for trying the program, never for its figures."""
         tokens = min(self.tokens, 64)
@@ -79,6 +93,7 @@ class Case:
             ffn=256,
             heads=4,
             kv_heads=min(self.kv_heads, 2),
+            experts=min(self.experts, 4),
             tokens=tokens,
             length=min(self.length, max(tokens // 2, 1)),
             rank=max(self.rank // 8, 2),
@@ -123,6 +138,7 @@ SUITE: dict[str, tuple[Case, Bar]] = {
     "m16384": (Case(tokens=16384), Bar(1.121, 1.06, 1.04)),
     "qwen2.5-7b": (_QWEN, Bar(None, 1.08, 1.06)),
     "llama2-7b": (Case(ffn=11008, kv_heads=32, bias="all"), Bar(None, 1.08, 1.06)),
+    "experts": (Case(dim=2048, ffn=5632, heads=16, experts=8), Bar(None, 1.08, 1.06)),
     "llama3.2-3b-r64": (Case(dim=3072, ffn=8192, heads=24, rank=64), Bar(None, 1.09, 1.07)),
     "qwen2.5-7b-dropout": (dataclasses.replace(_QWEN, dropout=0.1), Bar(None, 1.09, 1.07)),
 }

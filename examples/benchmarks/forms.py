@@ -1,6 +1,7 @@
 """The forms that the GPU benchmarks compare, built from one frozen module so that all hold equal numbers.
 
-An adapter goes by one name in every form, that of `lora_fx`: `<path of the linear>.lora_a` [R, K] and `.lora_b` [N, R].
+An adapter goes by one name in every form, that of `lora_fx`: `<path of the linear>.lora_a` [R, K] and `.lora_b` [N, R],
+`<path of the stack of experts>_lora_a` [E, R, K] and `_lora_b` [E, N, R].
 """
 
 import copy
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_fx
-from llama3 import LlamaConfig, TransformerBlock, rope_table
+from llama3 import Experts, LlamaConfig, TransformerBlock, rope_table
 
 FROZEN, EAGER, PLAIN, TUNED, PEFT, OURS = "frozen", "eager", "plain", "max-autotune", "peft", "lora_fx"
 # name on the command line -> what the tables call it; in the order in which they are built and shown.
@@ -31,6 +32,8 @@ LABELS = {
     PEFT: "PEFT (bf16 adapters), compile",
     OURS: "lora_fx",
 }
+
+ROUTER = "router.gate"  # has fewer outputs than adapters have ranks
 
 # Case.bias -> ends of the paths of the linears that have one.
 _BIASED: dict[str, str | tuple[str, ...]] = {"none": (), "qkv": ("wq", "wk", "wv"), "all": ""}
@@ -66,13 +69,14 @@ class Block(nn.Module):
 
     def __init__(self, case: Case) -> None:
         super().__init__()
-        config = BlockConfig(case.dim, 1, case.heads, vocab_size=1, n_kv_heads=case.kv_heads, ffn=case.ffn)
+        sizes = {"n_kv_heads": case.kv_heads, "ffn": case.ffn, "n_experts": case.experts}
+        config = BlockConfig(case.dim, 1, case.heads, vocab_size=1, **sizes)
         block = TransformerBlock(0, config)
         for path, module in block.named_modules():
             if isinstance(module, nn.Linear) and path.endswith(_BIASED[case.bias]):
                 module.bias = nn.Parameter(torch.empty(module.out_features))
         for module in block.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, (nn.Linear, Experts)):
                 for parameter in module.parameters():
                     nn.init.normal_(parameter, std=0.02)
         block.bfloat16()  # the angles stay float32, as in the model
@@ -157,14 +161,16 @@ def build_form(
     if parts is None:
         own_code(model)
     alpha = 2 * rank
-    if name in (EAGER, PLAIN, TUNED):
+    stacks = stacks_of(base)
+    if name in (EAGER, PLAIN, TUNED) and not stacks:
         install_plain_lora(model, rank, alpha, dropout)
     if fp8:
         install_float8(model)
     if name == PEFT:
         install_peft(model, rank, alpha, dropout)
-    elif name == OURS:
-        lora_fx.install(model, lora_fx.LoRAConfig(rank=rank, alpha=alpha, dropout=dropout))
+    elif name == OURS or (stacks and name != FROZEN):  # torch has no words for adapters of experts but ours
+        targets = {"target_parameters": stacks, "exclude_modules": [ROUTER]}
+        lora_fx.install(model, lora_fx.LoRAConfig(rank=rank, alpha=alpha, dropout=dropout, **targets))
     else:
         assert name in LABELS, name
     compiled = compiled and name != EAGER
@@ -179,6 +185,12 @@ def build_form(
         else:
             part.compile(**options)
     return form
+
+
+def stacks_of(model: nn.Module) -> list[str]:
+    """The paths of the weights of experts."""
+    found = {path: module for path, module in model.named_modules() if isinstance(module, Experts)}
+    return [f"{path}.{name}" for path, module in found.items() for name in ("w1", "w2", "w3")]
 
 
 def own_code(model: nn.Module) -> None:
@@ -216,22 +228,27 @@ def adapters_of(model: nn.Module) -> dict[str, nn.Parameter]:
     found = {}
     for name, parameter in model.named_parameters():
         name = name.replace(".lora_A.default.weight", ".lora_a").replace(".lora_B.default.weight", ".lora_b")
-        if name.endswith((".lora_a", ".lora_b")):
+        if name.endswith(("lora_a", "lora_b")):
             found[name] = parameter
     return dict(sorted(found.items()))
 
 
 def random_adapters(model: nn.Module, rank: int, seed: int) -> dict[str, Tensor]:
-    """Values for the adapters of every linear of `model`, on its device and in its dtype, B away from zero."""
+    """Values for the adapters of every linear of `model` but routers, and of its experts, on its device and in its dtype, B away from zero."""
     weight = next(module.weight for module in model.modules() if isinstance(module, nn.Linear))
     generator = torch.Generator(weight.device).manual_seed(seed)
     draw = functools.partial(torch.randn, generator=generator, device=weight.device)
     values = {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and not path.endswith(ROUTER):
             a, b = draw(rank, module.in_features), draw(module.out_features, rank)
             values[f"{path}.lora_a"] = (a * module.in_features**-0.5).to(weight.dtype)
             values[f"{path}.lora_b"] = (b * 0.1 * rank**-0.5).to(weight.dtype)
+    for path in stacks_of(model):
+        experts, n, k = model.get_parameter(path).shape
+        a, b = draw(experts, rank, k), draw(experts, n, rank)
+        values[f"{path}_lora_a"] = (a * k**-0.5).to(weight.dtype)
+        values[f"{path}_lora_b"] = (b * 0.1 * rank**-0.5).to(weight.dtype)
     return values
 
 

@@ -36,7 +36,7 @@ from benchmarks.timing import Device, environment
 
 import lora_fx
 from lora_fx.passes.kernels import operators
-from lora_fx.passes.kernels.tile_program import Program, Tile, row_parts, split
+from lora_fx.passes.kernels.tile_program import Program, Tile, split
 
 
 @dataclass
@@ -124,7 +124,7 @@ def with_tile(kernel: Kernel, tile: Tile) -> tuple[str, list[Tensor]]:
     """The program's text with another tile, and outputs for it: their parts are of its size."""
     program = dataclasses.replace(kernel.program, tile=tile)
     rows = program.row_count(kernel.inputs)
-    parts = row_parts(rows, tile.rows)
+    parts = program.row_parts(rows)
     shapes = [program.output_shape(statement, rows, parts) for statement in program.outputs]
     return program.dumps(), [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes]
 

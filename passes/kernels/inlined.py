@@ -7,12 +7,13 @@ found out here, once, and not by an operator at every call: where kernels are sh
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
 from lora_fx.passes import _torch
-from lora_fx.passes.kernels import part_sums, tile_launch, tile_memory, tile_triton
+from lora_fx.passes.kernels import part_sums, tile_experts, tile_launch, tile_memory, tile_triton
 
 MOST_ARGUMENTS = 100
 """Of a launch: what Inductor launches its kernels with takes 120 (torch 2.11), some of which are its own."""
@@ -67,3 +68,19 @@ def sum_parts(parts: list[Any], scales: list[Any], dtype: torch.dtype, stacked: 
     function = part_sums.kernel(found.scaled, found.ranks)
     _torch.launch(function, arguments, written, (found.blocks,), warps=4, stages=3)
     return outputs
+
+
+def sum_expert_parts(parts: Any, ends: Any, rows: int, scale: Any, dtype: torch.dtype) -> Any:
+    """Lower ``sum_expert_parts``: a launch that writes fresh memory."""
+    given = [_torch.in_memory(each) for each in (parts, ends)]
+    (_, *sizes), (experts,) = (_torch.layout(each)[0] for each in given)
+    if not isinstance(experts, int):
+        return NotImplemented
+    size = math.prod(sizes)
+    out = _torch.memory([experts, *sizes], dtype, parts.get_device())
+    whole = [_torch.laid_out(each, tile_launch.contiguous(_torch.layout(each)[0])) for each in given]
+    numbers = {} if scale is None else {"scale": scale}
+    arguments = {"out": out, **dict(zip(("parts", "ends"), whole)), **numbers, "SIZE": size}
+    function = tile_experts.kernel(experts, rows, scale is not None)
+    _torch.launch(function, arguments, ["out"], tile_experts.grid(size, experts), warps=4, stages=3)
+    return out

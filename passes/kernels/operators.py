@@ -24,10 +24,11 @@ for _schema in (
     "keep(Tensor seed, SymInt[] size, float p) -> Tensor",
     "tile_(Tensor(a!)[] outputs, str program, Tensor[] inputs) -> ()",
     "sum_parts(Tensor[] parts, Tensor?[] scales, ScalarType dtype, bool stacked=False) -> Tensor[]",
+    "sum_expert_parts(Tensor parts, Tensor ends, int rows, Tensor? scale, ScalarType dtype) -> Tensor",
     "donated(Tensor saved, SymInt[] size) -> Tensor",
 ):
     _tags = [torch.Tag.pt2_compliant_tag]
-    if _schema.startswith(("tile_", "sum_parts")):
+    if _schema.startswith(("tile_", "sum_")):
         # As for any operator that Inductor is not told how to lower: what it has laid out in another way than the graph
         # says is copied, and a copy that is written is copied back, for whoever reads it afterwards.
         _tags.append(torch.Tag.needs_exact_strides)
@@ -151,6 +152,28 @@ def _sum_parts_cuda(
     return run(parts, scales, dtype, stacked)
 
 
+def _sum_expert_parts(parts: Tensor, ends: Tensor, rows: int, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The sums of each expert's parts, times scale, in ``dtype``: parts [P, a, b] in float32 gives [E, a, b].
+
+    A part is of a tile of ``rows`` rows, which are those of one expert (:mod:`lora_fx.passes.kernels.tile_experts`);
+    ``ends``, int32 [E], is where each expert's rows end.
+    """
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    last = ((ends - starts + rows - 1) // rows).cumsum(0)
+    expert = torch.searchsorted(last, torch.arange(len(parts), device=ends.device), right=True)
+    total = parts.new_zeros((len(ends) + 1, *parts.shape[1:])).index_add_(0, expert, parts)[:-1]
+    return (total if scale is None else total * scale).to(dtype)
+
+
+def _sum_expert_parts_cuda(
+    parts: Tensor, ends: Tensor, rows: int, scale: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The same as a kernel."""
+    from lora_fx.passes.kernels.tile_experts import run
+
+    return run(parts, ends, rows, scale, dtype)
+
+
 @functools.cache
 def teach_inductor() -> None:
     """Tell Inductor about these operators, once: importing it takes seconds, and it is there where graphs are lowered.
@@ -161,7 +184,8 @@ def teach_inductor() -> None:
     lower_as_donated(donated)
     lower_with(tile_, _lower_tile)
     lower_with(sum_parts, _lower_sum_parts)
-    read_from_memory([tile_, accumulate_, scaled_mm, gradient_pair, sum_parts])
+    lower_with(sum_expert_parts, _lower_sum_expert_parts)
+    read_from_memory([tile_, accumulate_, scaled_mm, gradient_pair, sum_parts, sum_expert_parts])
 
 
 def _lower_tile(*operands: Any, **named: Any) -> Any:
@@ -178,6 +202,13 @@ def _lower_sum_parts(*operands: Any, **named: Any) -> Any:
     return sum_parts(*operands, **named)
 
 
+def _lower_sum_expert_parts(*operands: Any, **named: Any) -> Any:
+    """Likewise."""
+    from lora_fx.passes.kernels.inlined import sum_expert_parts
+
+    return sum_expert_parts(*operands, **named)
+
+
 def _donated(saved: Tensor, size: list[int | torch.SymInt]) -> Tensor:
     """Memory for a matrix that may be that of ``saved``, which backward reads for the last time where this is written.
 
@@ -191,6 +222,8 @@ _library.impl("tile_", _tile_, "CPU")
 _library.impl("tile_", _tile_cuda_, "CUDA")
 _library.impl("sum_parts", _sum_parts, "CPU")
 _library.impl("sum_parts", _sum_parts_cuda, "CUDA")
+_library.impl("sum_expert_parts", _sum_expert_parts, "CPU")
+_library.impl("sum_expert_parts", _sum_expert_parts_cuda, "CUDA")
 _library.impl("donated", _donated, "CompositeExplicitAutograd")
 
 
@@ -202,6 +235,13 @@ def _sum_parts_fake(
     if stacked:
         return [parts[0].new_empty((parts[0].shape[1], sum(part.shape[2] for part in parts)), dtype=dtype)]
     return [part.new_empty(part.shape[1:], dtype=dtype) for part in parts]
+
+
+@torch.library.register_fake("lora_fx::sum_expert_parts", lib=_library)
+def _sum_expert_parts_fake(
+    parts: Tensor, ends: Tensor, rows: int, scale: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    return parts.new_empty((ends.shape[0], *parts.shape[1:]), dtype=dtype)
 
 
 @torch.library.register_fake("lora_fx::tile_", lib=_library)
@@ -266,4 +306,5 @@ gradient_pair = torch.ops.lora_fx.gradient_pair.default
 keep = torch.ops.lora_fx.keep.default
 tile_ = torch.ops.lora_fx.tile_.default
 sum_parts = torch.ops.lora_fx.sum_parts.default
+sum_expert_parts = torch.ops.lora_fx.sum_expert_parts.default
 donated = torch.ops.lora_fx.donated.default

@@ -53,6 +53,7 @@ busy, 975 with half as many, 994 with a quarter; one of 2048 tokens 3645 and, wi
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from lora_fx.passes.kernels.tile_program import Statement, Tile
@@ -75,6 +76,21 @@ def choose(kinds: list[list[Any]], body: list[Statement], rows: Any, columns: in
     held in registers.
     """
     m = rows if isinstance(rows, int) else 1 << 13
+    tile = _choose(kinds, body, m, columns)
+    experts = next((kind[1] for kind in kinds if kind[0] == "ends"), 0)
+    return tile if tile is None or not experts else _shared(tile, m / experts)
+
+
+def _shared(tile: Tile, rows: float) -> Tile:
+    """The tile for experts of so many rows: not so high that most of it would be empty."""
+    height = tile.rows
+    while tile.walk == "rows" and height > max(tile.step, 2 * rows):
+        height //= 2
+    return replace(tile, rows=height)
+
+
+def _choose(kinds: list[list[Any]], body: list[Statement], m: int, columns: int) -> Tile | None:
+    """The tile for a program of m rows that lie one behind the other."""
     if m > MOST_ROWS:
         return None
     names = [statement[0] for statement in body]

@@ -65,12 +65,10 @@ def launch(text: str, inputs: list[tuple[Sizes, Sizes]]) -> Launch:
         wanted = [_strides(program, i, *layout) for i, layout in enumerate(layouts)]
         strides += wanted
         kinds = list(zip(program.inputs, wanted, layouts))
-        small = [
-            found[::-1] if kind[-1] == "RN" else found for kind, found, _ in kinds if kind[0] in ("thin", "factor")
-        ]
+        small = [found[:-3:-1] if "RN" in kind else found[-2:] for kind, found, _ in kinds if kind[0] in _SMALL]
         numbers.update(zip(each.strides, (stride for found in small for stride in found), strict=True))
         full = [_row_stride(sizes, found) for kind, found, (sizes, _) in kinds if kind[0] == "full"]
-        even = isinstance(m, int) and m % program.tile.rows == 0
+        even = isinstance(m, int) and m % program.tile.rows == 0 and not program.experts
         numbers.update(zip(each.constants, (*full, even), strict=True))
     numbers["M"] = m
     tensors = [name for each in names for name in each.inputs] + [name for each in names for name in each.outputs]
@@ -80,7 +78,7 @@ def launch(text: str, inputs: list[tuple[Sizes, Sizes]]) -> Launch:
 
 def _grid(programs: list[Program], m: Any) -> tuple[Any, ...]:
     """Columns and rows of tiles; where programs share a launch, the tiles of one behind those of the other."""
-    sizes = [(ceil_div(p.columns, p.tile.columns), ceil_div(m, p.tile.rows)) for p in programs]
+    sizes = [(ceil_div(p.columns, p.tile.columns), p.row_parts(m)) for p in programs]
     return sizes[0] if len(sizes) == 1 else (sum(wide * high for wide, high in sizes),)
 
 
@@ -175,6 +173,9 @@ def _strides(program: Program, index: int, sizes: Sizes, strides: Sizes) -> Size
     four warps). Here the rank is what is contiguous in both, which it is in a gradient pair as models have it.
     """
     kind, dense = program.inputs[index], contiguous(sizes)
+    if kind[0] == "factor" and len(sizes) == 3:
+        order_alike = program.sums_both_ways and kind[2] == "RN"
+        return [math.prod(sizes[1:]), 1, sizes[1]] if order_alike else dense
     if kind[0] in ("number", "seed"):
         return strides
     if kind[0] == "full":

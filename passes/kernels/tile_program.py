@@ -25,6 +25,11 @@ Parts are float32 and are summed by whoever reads them: in a fixed order and wit
 to the bit. Pointwise arithmetic is float32; the operands of products have the dtype of the program. A factor may be a
 list of several inputs [R, N], side by side: a stack of siblings that is nowhere in memory.
 
+A program of experts has rows that are sorted by expert, as ``ends`` says, and factors that are stacks with a matrix for
+each. Its tiles begin anew where an expert's rows do, so that one matrix is right for all of a tile, and its parts of a
+sum over rows are those of one expert each. Rows behind the last end are nobody's: they have tiles, in which products
+make zeros, and which no sum contains.
+
 Several programs over the same rows, none of which needs what another makes, may be one launch (:func:`join`).
 
 Legend: M tokens, N the columns of the pass, R rank.
@@ -41,6 +46,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_fx.passes._torch import ceil_div
 from lora_fx.passes.kernels import dropout
 
 Statement = list[Any]
@@ -84,7 +90,8 @@ class Program:
     than 16 bits), ``["row"]`` [..., 1], ``["column"]`` [N], ``["number"]`` [],
     ``["seed"]`` [], ``["thin", R]`` [M, R], or parts that it is the sum of, ``["parts", R, P, start, all]``: columns
     from ``start`` on of [P, M, all] in float32; ``["factor", R, order]`` [N, R] for the order ``"NR"``, [R, N] for
-    ``"RN"``."""
+    ``"RN"``, and of E experts ``["factor", R, order, E]``, a stack of those; ``["ends", E]`` [E] in int32, where each
+    expert's rows end."""
     body: list[Statement]
     tile: Tile
 
@@ -106,12 +113,17 @@ class Program:
         """Whether it sums over columns and over rows."""
         return {"down", "across"} <= {statement[0] for statement in self.body}
 
+    @property
+    def experts(self) -> int:
+        """E, or 0 where rows are not sorted by expert."""
+        return next((int(kind[1]) for kind in self.inputs if kind[0] == "ends"), 0)
+
     def rank(self, index: int | list[int]) -> int:
         """R of a thin or factor input, or of several side by side."""
         return sum(int(self.inputs[i][1]) for i in (index if isinstance(index, list) else [index]))
 
     def output_shape(self, statement: Statement, rows: Any, parts: Any) -> tuple[tuple[Any, ...], torch.dtype]:
-        """Shape and dtype of an output for ``rows`` = M and :func:`row_parts`. A stored value is a matrix."""
+        """Shape and dtype of an output for ``rows`` = M and :meth:`row_parts`. A stored value is a matrix."""
         kind = statement[0]
         if kind == "store":
             return (rows, self.columns), getattr(torch, statement[2])
@@ -125,6 +137,13 @@ class Program:
         sizes = (self.columns, r) if statement[3] == "NR" else (r, self.columns)
         return (parts, *sizes), torch.float32
 
+    def row_parts(self, rows: Any) -> Any:
+        """Tiles along M = ``rows``: the parts of a sum over rows.
+
+        Of experts at most, as the last tile of each may be a part of one. Tiles that are not needed have no rows.
+        """
+        return ceil_div(rows, self.tile.rows) + self.experts
+
     def row_count(self, inputs: list[Tensor]) -> Any:
         """M, as the inputs have it."""
         for kind, tensor in zip(self.inputs, inputs):
@@ -133,11 +152,6 @@ class Program:
             if kind[0] in ("thin", "parts"):
                 return tensor.shape[-2]
         raise AssertionError("a program reads something that has rows")
-
-
-def row_parts(rows: int, tile_rows: int) -> int:
-    """Tiles along M: the parts of a sum over rows."""
-    return -(-rows // tile_rows)
 
 
 def loads(text: str) -> Program:
@@ -214,6 +228,7 @@ def evaluate(program: Program, inputs: list[Tensor]) -> list[Tensor]:
     The parts of an output are one part here, followed by zeros: their number belongs to the shape.
     """
     m, dtype, wide = program.row_count(inputs), getattr(torch, program.dtype), torch.float32
+    owned, first_part = _owners(program, inputs, m)
     matrices = [_as_matrix(kind, t, program.columns) for kind, t in zip(program.inputs, inputs)]
     values: list[Any] = []
     results: list[Tensor] = []
@@ -226,36 +241,65 @@ def evaluate(program: Program, inputs: list[Tensor]) -> list[Tensor]:
             value = dropout.keep_eager(inputs[statement[1]], (m, program.columns), statement[2]).to(wide)
         elif kind == "product":
             thin, factor = (_matrix(matrices, i) for i in statement[1:3])
-            value = thin.to(dtype).to(wide) @ factor.to(wide).t()
+            value = thin.to(dtype).to(wide) @ factor.to(wide).mT
+            value = value if owned is None else _chosen(value, owned)
             for scale in numbers(statement[3]):
                 value = value * matrices[scale]
         elif kind == "op":
             operands = [_constant(o[0], inputs[0]) if isinstance(o, list) else values[o] for o in statement[2]]
             value = POINTWISE[statement[1]](*operands)
         else:
-            shape, out_dtype = program.output_shape(statement, m, row_parts(m, program.tile.rows))
+            shape, out_dtype = program.output_shape(statement, m, program.row_parts(m))
             full = values[statement[1]].expand(m, program.columns)
             if kind == "store":
                 results.append(full.to(out_dtype).contiguous())
             elif kind == "largest":
                 found = full.new_zeros(shape, dtype=out_dtype)
+                full = full if owned is None else torch.where(owned.any(0), full, 0.0)
                 if len(found):
                     found[0, 0] = full.to(dtype).abs().amax()
                 results.append(found)
             else:
                 full = full.to(dtype).to(wide)
                 other = _matrix(matrices, statement[2]).to(dtype).to(wide)
-                total = full @ other if kind == "down" else full.t() @ other
+                if kind == "down":
+                    total = full @ other if owned is None else _chosen(full @ other, owned)
+                else:
+                    total = full.t() @ other if owned is None else _each(full, owned).mT @ _each(other, owned)
+                    total = total.mT if statement[3] == "RN" else total
                 if program.is_whole(statement):
                     results.append(total.to(out_dtype))
                     values.append(None)
                     continue
                 parts = total.new_zeros(shape, dtype=out_dtype)
-                if len(parts):  # M = 0 has none
-                    parts[0] = total.t() if kind == "across" and statement[3] == "RN" else total
+                if kind == "across" and first_part is not None:
+                    parts.index_add_(0, first_part, total)
+                elif len(parts):  # M = 0 has none
+                    parts[0] = total
                 results.append(parts)
         values.append(value)
     return results
+
+
+def _owners(program: Program, inputs: list[Tensor], rows: int) -> tuple[Tensor | None, Tensor | None]:
+    """Of experts, which rows each has [E, M, 1], and the first part of its sums over rows [E]."""
+    ends = next((t for kind, t in zip(program.inputs, inputs) if kind[0] == "ends"), None)
+    if ends is None:
+        return None, None
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    row = torch.arange(rows, device=ends.device)
+    parts = (ends - starts + program.tile.rows - 1) // program.tile.rows
+    return ((row >= starts[:, None]) & (row < ends[:, None])).unsqueeze(-1), parts.cumsum(0) - parts
+
+
+def _each(rows: Tensor, owned: Tensor) -> Tensor:
+    """Rows [M, N] as each expert sees them: [E, M, N], with zeros where they are not its own, whatever is there."""
+    return torch.where(owned, rows, 0.0)
+
+
+def _chosen(rows: Tensor, owned: Tensor) -> Tensor:
+    """Of rows [E, M, N] as each expert would have them those of its own, and zeros where they are nobody's: [M, N]."""
+    return torch.where(owned, rows, 0.0).sum(0)
 
 
 def _constant(number: float, like: Tensor) -> Tensor:
@@ -281,4 +325,4 @@ def _as_matrix(kind: list[Any], tensor: Tensor, columns: int) -> Tensor:
         return tensor.reshape(1, columns)
     if kind[0] == "parts":
         return tensor[..., kind[3] : kind[3] + kind[1]].sum(0)
-    return tensor.t() if kind[0] == "factor" and kind[2] == "RN" else tensor
+    return tensor.mT if kind[0] == "factor" and kind[2] == "RN" else tensor

@@ -17,6 +17,7 @@ from lora_fx.passes.kernels import dropout
 from lora_fx.passes.kernels.define import define
 from lora_fx.passes.kernels.dropout import MIX, ODD, Steps, threshold
 from lora_fx.passes.kernels.tile_arithmetic import constant, operation
+from lora_fx.passes.kernels.tile_experts import owner
 from lora_fx.passes.kernels.tile_factors import factored, idle
 from lora_fx.passes.kernels.tile_names import Names, head, name_of_all
 from lora_fx.passes.kernels.tile_program import OUTPUTS, Program, Statement, numbers, split
@@ -53,8 +54,9 @@ class _Writer:
         """
         program, tile = self.program, self.program.tile
         rows, width = self._tile_shape()
-        row = f"pm * {tile.rows} + step * {tile.step}" if self.down_rows else f"pm * {tile.rows}"
-        self._fixed(True).append(f"row = {row}")
+        first = "first" if program.experts else f"pm * {tile.rows}"
+        self.before += owner(program)
+        self._fixed(True).append(f"row = {first} + step * {tile.step}" if self.down_rows else f"row = {first}")
         self._fixed(True).append(_ROWS)
         for self.strip in range(tile.strips):
             column = f"pn * {tile.columns} + " + (f"{self.strip * width}" if self.down_rows else f"step * {tile.step}")
@@ -92,6 +94,9 @@ class _Writer:
         """
         tile = self.program.tile
         steps = (tile.rows if self.down_rows else tile.columns) // tile.step
+        if self.program.experts:
+            there = f"tl.cdiv(stop - first, {tile.step})" if self.down_rows else f"(stop - first) * {steps}"
+            return f"tl.minimum({there}, {steps})"
         is_short = {statement[0] for statement in self.program.body} <= {"load", "op", "down"}
         return f"{steps} + tl.minimum(M, 0)" if is_short and not self.down_rows else f"{steps}"
 
@@ -114,11 +119,15 @@ class _Writer:
     def _v(self, index: int) -> str:
         return f"v{index}_{self.strip}"
 
-    def _mask(self, row: str | None, column: str | None, rank: tuple[str, int] | None = None) -> str:
+    def _mask(
+        self, row: str | None, column: str | None, rank: tuple[str, int] | None = None, owned: bool = False
+    ) -> str:
         """The condition under which an element exists, for the index expressions of what it has; what always holds is
-        left out."""
+        left out. ``owned``: and under which it is an expert's, where there are experts."""
         conditions = []
-        if row is not None:
+        if row is not None and self.program.experts:
+            conditions.append(f"({row} < {'owned' if owned else 'stop'})")
+        elif row is not None:
             conditions.append(f"(({row} < M) | EVEN_ROWS)")
         if column is not None and self.program.columns % self.program.tile.columns:
             conditions.append(f"({column} < {self.program.columns})")
@@ -169,12 +178,17 @@ class _Writer:
         index of what it has beside the rank."""
         first, rank = columns or (0, self.program.rank(index))
         r = f"r{index}" if columns is None else f"r{index}_{first}"
-        start = f"row.to(tl.int64) * outer{index} + (i" if along == "m" else f"({along}"
+        start = f"row.to(tl.int64) * outer{index} + (i" if along == "m" else f"{self._matrix(index)}({along}"
         column = f"{r}[None, :]" if not first else f"({first} + {r})[None, :]"
         pointer = f"in{index} + {start}[:, None] * outer{index} + {column} * inner{index})"
         m, n = (f"{along}[:, None]", None) if along == "m" else (None, f"{along}[:, None]")
-        text = self._load(pointer, self._mask(m, n, (f"{r}[None, :]", rank)))
+        text = self._load(pointer, self._mask(m, n, (f"{r}[None, :]", rank), owned=True))
         return self._define(name, where, [f"{r} = tl.arange(0, {padded(rank)})", f"{name} = {text}"])
+
+    def _matrix(self, index: int) -> str:
+        """Where the expert's matrix of a stack begins."""
+        size = self.program.columns * self.program.rank(index)
+        return f"whose.to(tl.int64) * {size} + " if len(self.program.inputs[index]) > 3 else ""
 
     def _thin(self, index: int, columns: tuple[int, int] | None = None) -> str:
         """[rows, R]."""
@@ -204,7 +218,7 @@ class _Writer:
         held = sum(kind[2] * rows * padded(kind[1]) for kind in self.program.inputs if kind[0] == "parts")
         early = held <= 96 * 32 * self.program.tile.warps
         for group in range(0, count, at_once):
-            mask = self._mask("m[None, :, None]", None, (f"{r}[None, None, :]", rank))
+            mask = self._mask("m[None, :, None]", None, (f"{r}[None, None, :]", rank), owned=True)
             mask += f" & ({q}[:, None, None] < {count - group})" if group + at_once > count else ""
             load = f"{block}_{group} = {self._load(f'{block} + {group} * {whole} * M', mask)}"
             (loads if early else sums).append(load)
@@ -229,9 +243,10 @@ class _Writer:
     def _for_product(self, value: int) -> str:
         """A value as the operand of a product: rounded as it would be in memory, and zero outside of the matrix."""
         name = f"d{value}_{self.strip}"
-        # A value that is only loaded is zero there already; others may have become infinite or NaN.
-        loaded = self.program.body[value][0] == "load"
-        mask = "" if loaded else self._mask("m[:, None]", f"{self._n}[None, :]")
+        # A value that is only loaded is zero there already, if the row is anybody's; others may have become infinite or
+        # NaN.
+        loaded = self.program.body[value][0] == "load" and not self.program.experts
+        mask = "" if loaded else self._mask("m[:, None]", f"{self._n}[None, :]", owned=True)
         text = f"tl.where({mask}, {self._number(value)}, 0.0)" if mask else self._number(value)
         return self._define(name, self.inside, [f"{name} = {text}.to({_TYPES[self.program.dtype]})"])
 
@@ -291,7 +306,7 @@ class _Writer:
             self.inside.append(f"{self._v(index)} = {product}{scale}")
         elif kind == "op":
             self.inside.append(f"{self._v(index)} = {self._operation(statement[1], statement[2])}")
-            if index in self.rounded:
+            if index in self.rounded and not self.program.experts:
                 self._for_product(index)
         else:
             out = next(i for i, s in enumerate(self.program.outputs) if s is statement)
@@ -300,7 +315,7 @@ class _Writer:
 
     def _store(self, out: int, statement: Statement) -> None:
         rows, columns = self._tile_shape()
-        same = statement[2] == self.program.dtype
+        same = statement[2] == self.program.dtype and not self.program.experts  # nobody's rows are stored as they are
         value = self._for_product(statement[1]) if same else f"{self._number(statement[1])}.to({_TYPES[statement[2]]})"
         value = f"tl.broadcast_to({value}, ({rows}, {columns}))"
         mask = self._mask("m[:, None]", f"{self._n}[None, :]")
@@ -339,6 +354,8 @@ class _Writer:
         if form and form.rows:
             scaled = " * ".join([f"{thin}.to(tl.float32)", *map(self._value, form.rows)])
             thin = f"s{out}"
+            if self.program.experts:  # what rows of nobody are multiplied by may be NaN
+                scaled = f"tl.where((m < owned)[:, None], {scaled}, 0.0)"
             self._define(thin, self._fixed(True), [f"{thin} = ({scaled}).to({_TYPES[self.program.dtype]})"])
         zero = f"{a} = tl.zeros(({self._tile_shape()[1]}, {padded(rank)}), tl.float32)"
         self._define(a, self.before if self.down_rows else self.inside, [zero])

@@ -13,7 +13,7 @@ import lora_fx
 from lora_fx.passes.kernels.tile_choice import choose
 from lora_fx.passes.kernels.tile_program import Program, Tile
 from lora_fx.passes.tile_nodes import MAX_RANK
-from tests.passes import few_rows_cases, pointwise_cases, test_part_sums, tile_checks
+from tests.passes import expert_cases, few_rows_cases, pointwise_cases, test_part_sums, tile_checks
 from tests.passes.harness import adapt
 from tests.passes.high_rank_cases import HIGH_RANKS
 from tests.passes.modules import Block, Mlp
@@ -38,7 +38,7 @@ def run(program: Program, inputs: list[Tensor], outputs: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("dtype", [f16, bf16])
 @pytest.mark.parametrize("tile", TILES, ids=lambda t: f"{t.walk} {t.rows}x{t.columns}")
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *expert_cases.CASES], ids=str)
 def test_against_float64(case: Case, tile: Tile, dtype: torch.dtype) -> None:
     """The cases that the interpreter runs, every walk with every size; two runs are equal to the bit."""
     for rows, columns in SIZES:
@@ -53,7 +53,7 @@ def test_the_largest_of_what_is_not_finite(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [f16, bf16])
 @pytest.mark.parametrize(("rows", "columns"), [(2048, 1024), (1027, 4096), (3001, 1016), (4096, 14336)])
-@pytest.mark.parametrize("case", [*(case for case in CASES if case.rank <= MAX_RANK), *HIGH_RANKS], ids=str)
+@pytest.mark.parametrize("case", [*(case for case in CASES if case.rank <= MAX_RANK), *HIGH_RANKS, *expert_cases.CASES], ids=str)
 def test_the_tiles_that_are_chosen(case: Case, rows: int, columns: int, dtype: torch.dtype) -> None:
     tile = choose(case.inputs, case.body, rows, columns)
     if tile is None:
@@ -84,6 +84,12 @@ def test_sums_of_parts(dtype: torch.dtype) -> None:
 
     test_part_sums.check(operators.sum_parts, dtype, "cuda")
     test_part_sums.check_stacked(operators.sum_parts, dtype, "cuda")
+
+
+def test_sums_of_experts_parts() -> None:
+    from lora_fx.passes.kernels import operators
+
+    expert_cases.check_sums(operators.sum_expert_parts, "cuda")
 
 
 @pytest.mark.parametrize("case", pointwise_cases.every(), ids=str)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_fx.passes.kernels.tile_program import Program, Tile, join, row_parts
+from lora_fx.passes.kernels.tile_program import Program, Tile, join
 from tests.passes import tile_checks
 from tests.passes.tile_cases import Case, pair, silu
 
@@ -145,7 +145,7 @@ def check_joint(
             assert exact.isfinite().all() and torch.equal(found, exact)
         guards = [guard for results in memory for _, whole in results for guard in (whole[:64], whole[-64:])]
         assert all(guard.isnan().all() for guard in guards), "written outside of an output"
-        assert row_parts(rows, made[2].tile.rows) == alone[2][1].shape[0]
+        assert made[2].row_parts(rows) == alone[2][1].shape[0]
 
 
 def _guarded(tensor: Tensor) -> tuple[Tensor, Tensor]:

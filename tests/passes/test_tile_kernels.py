@@ -19,13 +19,14 @@ from torch import Tensor
 from lora_fx.passes.kernels import tile_factors
 from lora_fx.passes.kernels.tile_choice import choose
 from lora_fx.passes.kernels.tile_program import Program, Tile, join
-from tests.passes import few_rows_cases, pointwise_cases, test_part_sums, tile_checks
+from tests.passes import expert_cases, few_rows_cases, pointwise_cases, test_part_sums, tile_checks
 from tests.passes.high_rank_cases import HIGH_RANKS
 from tests.passes.interpreter import INTERPRETED, run_interpreted
 from tests.passes.tile_cases import CASES, SIZES, TILES, Case, norm, swiglu_backward
 
 tile_launch = pytest.importorskip("lora_fx.passes.kernels.tile_launch", reason="needs Triton", exc_type=ImportError)
 tile_triton = pytest.importorskip("lora_fx.passes.kernels.tile_triton", reason="needs Triton", exc_type=ImportError)
+tile_experts = pytest.importorskip("lora_fx.passes.kernels.tile_experts", reason="needs Triton", exc_type=ImportError)
 part_sums = pytest.importorskip("lora_fx.passes.kernels.part_sums", reason="needs Triton", exc_type=ImportError)
 
 
@@ -50,14 +51,14 @@ def compiled(programs: list[Program], mask: int | None, full: str, laid_out: boo
         program = programs[int(number or 0)]
         if what == "in":
             kind = program.inputs[int(place)][0]
-            types = {"number": "fp32", "parts": "fp32", "seed": "i64"}
+            types = {"number": "fp32", "parts": "fp32", "seed": "i64", "ends": "i32"}
             signature[name] = "*i1" if int(place) == mask else f"*{types.get(kind, full)}"
         elif what == "out":
             store = program.outputs[int(place)][-1] == "bfloat16"
             signature[name] = "*bf16" if store else "*fp32"
         elif laid_out and what in ("outer", "inner"):
             kind = program.inputs[int(place)]
-            wide = kind[-1] == "RN"  # [R, N]
+            wide = "RN" in kind  # [R, N]
             step = {"outer": 1 if wide else int(kind[1]), "inner": program.columns if wide else 1}
             signature[name], constants[name] = "constexpr", step[what]
         elif what in ("stride", "EVEN_ROWS"):
@@ -150,7 +151,7 @@ if not INTERPRETED:
         run_interpreted(__file__, "-k", part)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("case", [*CASES, *pointwise_cases.every()], ids=str)
+    @pytest.mark.parametrize("case", [*CASES, *expert_cases.CASES, *pointwise_cases.every()], ids=str)
     def test_compiles_for_a_gpu(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """To the machine code of an H100, which needs no GPU: the interpreter takes more than the compiler does."""
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -222,7 +223,10 @@ else:
     @pytest.mark.parametrize(
         ("case", "tile", "size"),
         # Every case with every walk; every walk with every size, over all cases.
-        [(case, tile, SIZES[(i + j) % len(SIZES)]) for i, case in enumerate(CASES) for j, tile in enumerate(TILES)],
+        [
+            *((case, tile, SIZES[(i + j) % len(SIZES)]) for i, case in enumerate(CASES) for j, tile in enumerate(TILES)),
+            *((case, TILES[j], SIZES[1 + (i + j) % 3]) for i, case in enumerate(expert_cases.CASES) for j in (i % 3, 3)),
+        ],
         ids=lambda value: f"{value.walk} {value.rows}x{value.columns}" if isinstance(value, Tile) else str(value),
     )
     def test_program(case: Case, tile: Tile, size: tuple[int, int]) -> None:
@@ -240,6 +244,9 @@ else:
         assert "v4" not in tile_triton.source([program])
         tile_checks.check(case, program, 131, run)
         tile_triton.kernel.cache_clear()
+
+    def test_sums_of_experts_parts() -> None:
+        expert_cases.check_sums(tile_experts.run)
 
     @pytest.mark.parametrize("case", HIGH_RANKS, ids=str)
     def test_program_of_a_high_rank(case: Case) -> None:

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from lora_fx.passes.graph import aten
 from lora_fx.passes.kernels import operators, tile_program
-from lora_fx.passes.kernels.tile_program import POINTWISE, Program, Tile, evaluate, loads, row_parts
+from lora_fx.passes.kernels.tile_program import POINTWISE, Program, Tile, evaluate, loads
 from lora_fx.passes.tile_nodes import POINTWISE as NAMES
-from tests.passes import few_rows_cases, pointwise_cases, tile_checks
+from tests.passes import expert_cases, few_rows_cases, pointwise_cases, tile_checks
 from tests.passes.tile_cases import CASES, SIZES, TILES, Case
 
 f16, bf16 = torch.float16, torch.bfloat16
@@ -21,7 +21,7 @@ def run(program: Program, inputs: list[Tensor], outputs: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [f16, bf16])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *expert_cases.CASES], ids=str)
 def test_against_float64(case: Case, dtype: torch.dtype) -> None:
     for tile, (rows, columns) in zip(TILES, SIZES):
         tile_checks.check(case, case.program(columns, dtype, tile), rows, run)
@@ -97,7 +97,7 @@ def test_output_shapes() -> None:
     (case,) = (c for c in CASES if c.name.startswith("infinite"))
     program = case.program(136, bf16, Tile(rows=64, columns=32, step=32, walk="rows"))
     expected = [((5, 100, 4), torch.float32), ((2, 136, 4), torch.float32), ((2, 4, 136), torch.float32)]
-    found = [program.output_shape(s, 100, row_parts(100, 64)) for s in program.outputs]
+    found = [program.output_shape(s, 100, program.row_parts(100)) for s in program.outputs]
     assert found == [*expected, ((100, 136), bf16), ((2, 5), torch.float32)]
 
 
@@ -107,7 +107,7 @@ def test_no_rows(case: Case) -> None:
     inputs = [torch.empty(0, *t.shape[1:], dtype=t.dtype) if k[0] in ("full", "row", "thin") else t
               for k, t in zip(program.inputs, tile_checks.operands(program, 4))]  # fmt: skip
     results = evaluate(program, inputs)
-    for statement, total in zip(program.outputs, tile_checks.totals(program, results), strict=True):
+    for statement, total in zip(program.outputs, tile_checks.totals(program, inputs, results), strict=True):
         if statement[0] == "largest":
             assert total == 0
         elif statement[0] == "across":

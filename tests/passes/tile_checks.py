@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_fx.passes.kernels.tile_program import Program, Statement, row_parts
+from lora_fx.passes.kernels import operators
+from lora_fx.passes.kernels.tile_program import Program, Statement
 from tests.passes.tile_cases import EPS, TILES, Case, largest
 
 
@@ -32,12 +33,14 @@ def operands(program: Program, rows: int, device: str = "cpu", batch: int = 1) -
             return torch.randn(n, device=device)
         if kind[0] == "parts":
             return torch.randn(kind[2], rows, kind[4], device=device) * kind[2] ** -0.5
+        if kind[0] == "ends":
+            return torch.randint(0, rows + 1, (kind[1],), device=device, dtype=torch.int32).sort().values
         if kind[0] == "thin":
             return torch.randn(rows, 3 * kind[1], device=device)[:, kind[1] : 2 * kind[1]]
-        return torch.randn((n, kind[1]) if kind[2] == "NR" else (kind[1], n), device=device)
+        return torch.randn(*kind[3:], *((n, kind[1]) if kind[2] == "NR" else (kind[1], n)), device=device)
 
     def typed(kind: list[Any], tensor: Tensor) -> Tensor:
-        if kind[0] in ("number", "seed", "parts"):
+        if kind[0] in ("number", "seed", "parts", "ends"):
             return tensor
         # Factors have the size that keeps products near 1.
         scale = kind[1] ** -0.5 if kind[0] == "factor" else 1.0
@@ -57,17 +60,20 @@ Runner = Callable[[Program, list[Tensor], list[Tensor]], None]
 
 def outputs(program: Program, inputs: list[Tensor], rows: int) -> list[Tensor]:
     """Memory for the outputs that holds NaN: all of it must be written."""
-    parts = row_parts(rows, program.tile.rows)
+    parts = program.row_parts(rows)
     found = [program.output_shape(statement, rows, parts) for statement in program.outputs]
     return [inputs[0].new_full(sizes, float("nan"), dtype=dtype) for sizes, dtype in found]
 
 
-def totals(program: Program, results: list[Tensor]) -> list[Tensor]:
-    """The outputs with their parts summed, or the largest of all."""
+def totals(program: Program, inputs: list[Tensor], results: list[Tensor]) -> list[Tensor]:
+    """The outputs with their parts summed, those of each expert where there are some, or the largest of all."""
+    ends = next((t for kind, t in zip(program.inputs, inputs) if kind[0] == "ends"), None)
 
     def total(statement: Statement, parts: Tensor) -> Tensor:
         if statement[0] == "largest":
             return parts.amax() if parts.numel() else parts.sum()
+        if statement[0] == "across" and ends is not None:
+            return operators.sum_expert_parts(parts, ends, program.tile.rows, None, parts.dtype)
         return parts if program.is_whole(statement) else parts.sum(0)
 
     return [total(s, t) for s, t in zip(program.outputs, results, strict=True)]
@@ -76,9 +82,9 @@ def totals(program: Program, results: list[Tensor]) -> list[Tensor]:
 def exactly(case: Case, program: Program, inputs: list[Tensor]) -> list[Tensor]:
     """What the case says about inputs, transposed where the program's order says so."""
     flat = [t.reshape(-1, t.shape[-1]) if k[0] in ("full", "row") else t for k, t in zip(program.inputs, inputs)]
-    exact = case.exact(*(t if k == ["seed"] else t.double() for k, t in zip(program.inputs, flat)))
+    exact = case.exact(*(t if k[0] in ("seed", "ends") else t.double() for k, t in zip(program.inputs, flat)))
     return [
-        t.t() if s[0] == "across" and s[3] == "RN" and t.shape[0] != program.rank(s[2]) else t
+        t.mT if s[0] == "across" and s[3] == "RN" and t.shape[-2] != program.rank(s[2]) else t
         for s, t in zip(program.outputs, exact, strict=True)
     ]
 
@@ -95,9 +101,9 @@ def check(case: Case, program: Program, rows: int, run: Runner, device: str = "c
     run(program, inputs, results)
     run(program, inputs, again)
     assert all(torch.equal(a, b) for a, b in zip(inputs, before))
-    assert all(torch.equal(a, b) for a, b in zip(results, again)), "two runs differ"
+    assert _equal(program, inputs, results, again), "two runs differ"
     for statement, found, exact in zip(
-        program.outputs, totals(program, results), exactly(case, program, inputs), strict=True
+        program.outputs, totals(program, inputs, results), exactly(case, program, inputs), strict=True
     ):
         assert found.shape == exact.shape, statement
         assert found.isfinite().all(), statement
@@ -114,6 +120,13 @@ def check(case: Case, program: Program, rows: int, run: Runner, device: str = "c
     _check_in_place(program, inputs, results, rows, run)
 
 
+def _equal(program: Program, inputs: list[Tensor], left: list[Tensor], right: list[Tensor]) -> bool:
+    """Whether two runs have the same results, to the bit; of experts' sums the parts that count."""
+    if program.experts:
+        left, right = (totals(program, inputs, [t.contiguous() for t in each]) for each in (left, right))
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
 def check_not_finite(run: Runner, dtype: torch.dtype, device: str = "cpu") -> None:
     """The largest of what holds infinity is infinity, of what holds NaN NaN, as in ATen; each wherever it is."""
     case, rows, columns = largest(4), 100, 72
@@ -125,7 +138,7 @@ def check_not_finite(run: Runner, dtype: torch.dtype, device: str = "cpu") -> No
             results = outputs(program, inputs, rows)
             run(program, inputs, results)
             expected = torch.tensor(number, dtype=dtype).abs().float()
-            for total in totals(program, results):
+            for total in totals(program, inputs, results):
                 torch.testing.assert_close(total.cpu(), expected, rtol=0.001, atol=0, equal_nan=True)
 
 
@@ -140,4 +153,4 @@ def _check_in_place(program: Program, inputs: list[Tensor], expected: list[Tenso
         mine[i] = inputs[i].reshape(-1, program.columns).clone(memory_format=torch.contiguous_format)
         results[out] = mine[i]
     run(program, mine, results)
-    assert all(torch.equal(a, b) for a, b in zip(results, expected)), "writing over an input changes the result"
+    assert _equal(program, inputs, results, expected), "writing over an input changes the result"

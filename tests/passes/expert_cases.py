@@ -1,0 +1,85 @@
+"""Cases of `tests/passes/tile_cases.py` as those of experts: each has rows, and matrices, of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_fx.passes.kernels.tile_program import OUTPUTS
+from tests.passes.tile_cases import Case, branch, infinite, largest, norm, pair, swiglu, swiglu_backward
+
+ROWS = {"full": 0, "row": 0, "thin": 0, "parts": 1}
+"""The dimension of the rows, of inputs that have some."""
+
+
+def of_experts(case: Case, experts: int) -> Case:
+    """The case with a factor for each expert. Rows behind the last end are nobody's: products make zeros there."""
+    inputs: list[list[Any]] = [[*kind, experts] if kind[0] == "factor" else kind for kind in case.inputs]
+    kinds = [s[0] for s in case.body if s[0] in OUTPUTS]
+    of_the_largest = kinds == ["largest"] * len(kinds)
+
+    def exact(*tensors: Tensor) -> tuple[Tensor, ...]:
+        *given, ends = tensors
+        m = next(t.shape[ROWS[k[0]]] for k, t in zip(inputs, given) if k[0] in ROWS)
+        starts = [0, *map(int, ends)]
+        found: list[list[Tensor]] = [[] for _ in kinds]
+        for expert, (start, stop) in enumerate(zip(starts, [*starts[1:], m])):
+            own = [
+                t.narrow(ROWS[kind[0]], start, stop - start)
+                if kind[0] in ROWS
+                else (t[expert] if expert < experts else torch.zeros_like(t[0]))
+                if kind[0] == "factor"
+                else t
+                for kind, t in zip(inputs, given)
+            ]
+            if stop == start and of_the_largest:
+                continue
+            for kind, results, result in zip(kinds, found, case.exact(*own)):
+                if expert < experts or kind in ("store", "down"):
+                    results.append(result)
+        if of_the_largest:
+            return tuple(torch.stack(each).amax() if each else torch.zeros(()) for each in found)
+        joined = {"store": torch.cat, "down": torch.cat, "across": torch.stack}
+        return tuple(joined[kind](each) for kind, each in zip(kinds, found))
+
+    name = f"{case.name}, of {experts} experts"
+    return replace(case, name=name, inputs=[*inputs, ["ends", experts]], exact=exact)
+
+
+CASES = [
+    of_experts(branch(16, "NR", scaled=True), 3),
+    of_experts(branch(5, "RN", scaled=False), 8),
+    of_experts(pair(16, "NR"), 4),
+    of_experts(pair(5, "RN"), 4),
+    of_experts(pair(1, "RN"), 1),
+    of_experts(swiglu(8, 24), 4),
+    of_experts(swiglu_backward(16), 5),
+    of_experts(norm(16).only(("across",)), 4),
+    of_experts(infinite(4, outputs=("down", "across", "store")), 4),
+    of_experts(largest(4), 3),
+]
+
+
+def check_sums(sums: Callable[[Tensor, Tensor, int, Tensor | None, torch.dtype], Tensor], device: str = "cpu") -> None:
+    """Of any share of rows, of some experts none; what is in the parts of nobody's rows, or of no rows, is not added.
+
+    Twice, with the same result to the bit.
+    """
+    for experts, rows, tile, sizes in ((1, 9, 4, (3, 5)), (5, 100, 16, (48, 16)), (8, 300, 8, (700, 3))):
+        ends = torch.randint(0, rows + 1, (experts,), dtype=torch.int32).sort().values
+        ends[: experts // 2] = 0
+        tiles = (ends.diff(prepend=ends.new_zeros(1)) + tile - 1) // tile
+        parts = torch.full((-(-rows // tile) + experts, *sizes), float("nan"))
+        parts[: int(tiles.sum())] = torch.randn(int(tiles.sum()), *sizes)
+        scale = torch.rand(()) + 0.5
+        exact = [each.double().sum(0) * scale for each in parts[: int(tiles.sum())].split(tiles.tolist())]
+        given = [t.to(device) for t in (parts, ends, scale)]
+        for found in (sums(*given[:2], tile, given[2], torch.float32) for _ in range(2)):
+            torch.testing.assert_close(found.cpu().double(), torch.stack(exact), rtol=1e-6, atol=1e-6)
+        again = [sums(*given[:2], tile, None, torch.bfloat16) for _ in range(2)]
+        assert torch.equal(*again)
+        torch.testing.assert_close(again[0].cpu().double() * scale, torch.stack(exact), rtol=0.01, atol=1e-3)
