@@ -17,6 +17,7 @@ pass                    before                                        after
 ``unflatten_products``  ``tile(mm(reshape(x), W^T))``                 with reshapes in between, which Inductor looks
                                                                       for to pipeline products with collectives
 ``fuse_tiles``          products of rank R, pointwise between         ``tile(program, inputs)``: one kernel (on a GPU)
+``orient_grouped``      ``grouped_mm(x^T, g, ends)``                  ``grouped_mm(g^T, x, ends)^T``
 ``pair_grouped``        grouped products ``g`` and ``dB``, scaled     ``grouped_gradient_pair(dy, B, h, ends, s)``
 ``fold_grouped_scale``  ``grouped_mm(h, B^T, ends) * s``              ``grouped_scaled_mm(h, B^T, ends, s)``
 ``accumulate_grouped``  ``base + grouped_scaled_mm(...)``, written    ``grouped_accumulate(base, ...)`` (on a CPU)

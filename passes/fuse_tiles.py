@@ -244,9 +244,7 @@ def _finish(
         return _compute(like, CONVERT, largest, value.dtype)
     scale = scale_of_pair(member) if is_pair(member) else None
     if statement[0] == "across" and region.ends is not None:
-        return _compute(
-            like, operators.sum_expert_parts, out, region.ends, program.tile.rows, scale, value.dtype
-        )
+        return _compute(like, operators.sum_expert_parts, out, region.ends, program.tile.rows, scale, value.dtype)
     if not whole and (scale is None or val(scale).device == val(out).device):
         return tile_sums.emit(like, out, scale, value.dtype)
     total = out if whole else _compute(like, aten.sum.dim_IntList, out, [0])

@@ -21,6 +21,7 @@ from lora_fx.passes import (
     fold_scale,
     fuse_tiles,
     keep_low_rank,
+    orient_grouped,
     pair_gradients,
     pair_grouped,
     recompute_branch,
@@ -74,7 +75,9 @@ PASSES = (
     Pass("keep_low_rank", keep_low_rank.find, keep_low_rank.rewrite),
     # Last: its chains lead through sums whose products are to be recomputed as well.
     Pass("recompute_input", recompute_input.find, recompute_input.rewrite),
-    # Experts. Before the scale is gone from the forward half, of which the backward half has a copy.
+    # Experts. While g is the product that dA reads.
+    Pass("orient_grouped", orient_grouped.find, orient_grouped.rewrite, grouped=True),
+    # Before the scale is gone from the forward half, of which the backward half has a copy.
     Pass("pair_grouped", pair_grouped.find, pair_grouped.rewrite, grouped=True),
     Pass("fold_grouped_scale", fold_grouped_scale.find, fold_grouped_scale.rewrite, grouped=True),
     # It swallows what the scale was folded into, where the sum is written.
@@ -127,7 +130,6 @@ def rewrite_graph(graph: Graph, passes: tuple[Pass, ...] = PASSES) -> GraphRepor
         if site.forward_rewrites or site.backward_rewrites:
             for product in site.products():
                 product.meta[MARK] = True
-    for site in sites:
         if site.dropout:
             site.down.meta[recompute_dropout.MARK] = True
     report.sites = [SiteReport.of(site) for site in every] + report.sites

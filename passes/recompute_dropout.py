@@ -29,6 +29,7 @@ from torch.fx import Graph, Node
 
 from lora_fx.passes._torch import CheckpointPolicy, detect_fake_mode
 from lora_fx.passes.graph import CONVERT, COPIES, MM, VIEWS, aten, is_call, is_row_view, prims, val
+from lora_fx.passes.grouped_site import GROUPED_MM
 from lora_fx.passes.kernels import operators
 from lora_fx.passes.recompute_branch import REGION
 from lora_fx.passes.tile_nodes import columns_of
@@ -43,7 +44,8 @@ def tag(graph: Graph) -> list[Node]:
     What a user's checkpointing computes again anyway is left to it, whichever mask it has.
     """
     tagged = []
-    for down in graph.find_nodes(op="call_function", target=MM):
+    products = [n for target in (MM, GROUPED_MM) for n in graph.find_nodes(op="call_function", target=target)]
+    for down in products:
         if not down.meta.get(MARK) or not (chain := _chain(down.args[0])):
             continue
         if val(down).device.type != "cpu":

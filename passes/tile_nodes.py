@@ -135,11 +135,7 @@ def reads(node: Node) -> Node | None:
         return None
     left, right = node.args[:2]
     across = _is_thin(left, -2) and is_transpose(left) and is_tensor(right)
-    if len(shape(node)) == 3:  # sums over each expert's rows
-        if across:
-            return right  # type: ignore[return-value]  # [R, M] @ [M, N]
-        return left.args[0] if _is_thin(right, -1) and is_transpose(left) else None  # type: ignore[union-attr,return-value]  # [N, M] @ [M, R]
-    if _is_thin(right, -1) and is_tensor(left):
+    if _is_thin(right, -1) and is_tensor(left) and len(shape(node)) == 2:
         return left  # type: ignore[return-value]  # [M, N] @ [N, R]
     return right if across else None  # type: ignore[return-value]  # [R, M] @ [M, N]
 

@@ -78,11 +78,9 @@ class Writer:
             place = self._operand(value, member)
             if value is left:
                 self._append(["down", place, self._factor(right)])
-            elif value is right:
+            else:
                 # reads() saw that it is a transpose.
                 self._append(["across", place, self._thin(left.args[0]), "RN"])  # type: ignore[union-attr]
-            else:
-                self._append(["across", place, self._thin(right), "NR"])
             self.outputs.append((member, 0))
         elif (value := largest_of(member)) is not None:
             self._append(["largest", self._operand(peel_views(value).args[0], peel_views(value))])
@@ -256,7 +254,12 @@ def _renumbered(statement: Statement, places: dict[int, int], inputs: dict[int, 
 
 def _is_stack(node: Any) -> bool:
     """Whether a factor [R, N] is the factors of siblings below one another, each of them in memory as it is."""
-    if not is_call(node, aten.cat.default) or len(shape(node)) != 2 or (*node.args, 0)[1] != 0 or len(set(node.args[0])) < 2:
+    if (
+        not is_call(node, aten.cat.default)
+        or len(shape(node)) != 2
+        or (*node.args, 0)[1] != 0
+        or len(set(node.args[0])) < 2
+    ):
         return False
     return all(val(each).is_contiguous() and val(each).dtype == val(node).dtype for each in node.args[0])
 

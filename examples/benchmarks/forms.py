@@ -169,8 +169,10 @@ def build_form(
     if name == PEFT:
         install_peft(model, rank, alpha, dropout)
     elif name == OURS or (stacks and name != FROZEN):  # torch has no words for adapters of experts but ours
-        targets = {"target_parameters": stacks, "exclude_modules": [ROUTER]}
-        lora_fx.install(model, lora_fx.LoRAConfig(rank=rank, alpha=alpha, dropout=dropout, **targets))
+        named = lora_fx.LoRAConfig(
+            rank=rank, alpha=alpha, dropout=dropout, exclude_modules=[ROUTER], target_parameters=stacks
+        )
+        lora_fx.install(model, named)
     else:
         assert name in LABELS, name
     compiled = compiled and name != EAGER
@@ -234,7 +236,10 @@ def adapters_of(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def random_adapters(model: nn.Module, rank: int, seed: int) -> dict[str, Tensor]:
-    """Values for the adapters of every linear of `model` but routers, and of its experts, on its device and in its dtype, B away from zero."""
+    """Values for the adapters of every linear of `model` but routers, and of its experts, B away from zero.
+
+    They are on its device and in its dtype.
+    """
     weight = next(module.weight for module in model.modules() if isinstance(module, nn.Linear))
     generator = torch.Generator(weight.device).manual_seed(seed)
     draw = functools.partial(torch.randn, generator=generator, device=weight.device)

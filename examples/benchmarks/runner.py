@@ -47,7 +47,7 @@ class Result:
             backward. None where there is no such number: Inductor's own CUDA graphs keep their memory between steps.
         activation_ratio: that over the frozen form's.
         error: the worst error of the output, the input's gradient and every adapter's, against float64, relative to
-            that tensor's norm; None for the frozen form, and where the forms do not compute the same (`Case.is_compared`).
+            that tensor's norm; None for the frozen form, and where forms do not compute the same (`Case.is_compared`).
         worst: the tensor that has it.
         compile_seconds: of the first step, for compiled forms.
     """

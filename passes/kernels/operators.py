@@ -165,9 +165,7 @@ def _sum_expert_parts(parts: Tensor, ends: Tensor, rows: int, scale: Tensor | No
     return (total if scale is None else total * scale).to(dtype)
 
 
-def _sum_expert_parts_cuda(
-    parts: Tensor, ends: Tensor, rows: int, scale: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def _sum_expert_parts_cuda(parts: Tensor, ends: Tensor, rows: int, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The same as a kernel."""
     from lora_fx.passes.kernels.tile_experts import run
 
@@ -238,9 +236,7 @@ def _sum_parts_fake(
 
 
 @torch.library.register_fake("lora_fx::sum_expert_parts", lib=_library)
-def _sum_expert_parts_fake(
-    parts: Tensor, ends: Tensor, rows: int, scale: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def _sum_expert_parts_fake(parts: Tensor, ends: Tensor, rows: int, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     return parts.new_empty((ends.shape[0], *parts.shape[1:]), dtype=dtype)
 
 

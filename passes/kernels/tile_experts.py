@@ -49,7 +49,7 @@ def owner(program: Program) -> list[str]:
     return [
         *_shares(ends, experts, rows, "M"),
         "mine = (before <= pm) & (pm < before + tiles)",  # of nothing where there are no rows
-        "first = tl.sum(tl.where(mine, starts + (pm - before) * %d, 0), 0)" % rows,
+        f"first = tl.sum(tl.where(mine, starts + (pm - before) * {rows}, 0), 0)",
         "stop = tl.sum(tl.where(mine, stops, 0), 0)",
         f"owned = tl.sum(tl.where(mine & (each < {experts}), stops, 0), 0)",
         f"whose = tl.sum(tl.where(mine & (each < {experts}), each, 0), 0)",

@@ -17,6 +17,7 @@ from tests.passes import expert_cases, few_rows_cases, pointwise_cases, test_par
 from tests.passes.harness import adapt
 from tests.passes.high_rank_cases import HIGH_RANKS
 from tests.passes.modules import Block, Mlp
+from tests.passes.test_grouped import SwiGLU
 from tests.passes.tile_cases import CASES, SIZES, TILES, Case
 
 pytestmark = [
@@ -53,7 +54,9 @@ def test_the_largest_of_what_is_not_finite(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [f16, bf16])
 @pytest.mark.parametrize(("rows", "columns"), [(2048, 1024), (1027, 4096), (3001, 1016), (4096, 14336)])
-@pytest.mark.parametrize("case", [*(case for case in CASES if case.rank <= MAX_RANK), *HIGH_RANKS, *expert_cases.CASES], ids=str)
+@pytest.mark.parametrize(
+    "case", [*(case for case in CASES if case.rank <= MAX_RANK), *HIGH_RANKS, *expert_cases.CASES], ids=str
+)
 def test_the_tiles_that_are_chosen(case: Case, rows: int, columns: int, dtype: torch.dtype) -> None:
     tile = choose(case.inputs, case.body, rows, columns)
     if tile is None:
@@ -92,6 +95,10 @@ def test_sums_of_experts_parts() -> None:
     expert_cases.check_sums(operators.sum_expert_parts, "cuda")
 
 
+def test_the_masks_of_experts() -> None:
+    expert_cases.check_masks(run, "cuda")
+
+
 @pytest.mark.parametrize("case", pointwise_cases.every(), ids=str)
 def test_pointwise(case: Case) -> None:
     pointwise_cases.check(case, run, "cuda")
@@ -115,16 +122,34 @@ class TwoLayers(nn.Module):
         return x
 
 
+class Mixture(nn.Module):
+    """A SwiGLU of four experts, one of which gets nothing, over rows some of which are nobody's."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.experts = SwiGLU(bf16, (300, 300, 647, 1001), width, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        ends = self.experts.ends_for(rows)
+        mine = (torch.arange(len(rows), device=x.device) < ends[-1])[:, None]
+        # Both ways: what a grouped product leaves in the rows of nobody is unspecified.
+        return torch.where(mine, self.experts(torch.where(mine, rows, 0.0)), 0.0).view_as(x)
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "linear and silu": lambda: nn.Sequential(nn.Linear(512, 1024, bias=False), nn.SiLU()),
     "linear with bias": lambda: nn.Linear(512, 1016),
     "SwiGLU": lambda: Mlp(512, 1408),
     "two blocks": lambda: TwoLayers(512),
+    "experts": lambda: Mixture(512, 1408),
 }
 
 
 def model(name: str, dtype: torch.dtype = bf16, **config: Any) -> tuple[nn.Module, Tensor]:
     module = MODELS[name]().to("cuda", dtype).requires_grad_(False)
+    if name == "experts":
+        config |= {"target_modules": (), "target_parameters": ["experts.w", "experts.w2", "experts.w3"]}
     return adapt(module, **config), torch.randn(2, 512, 512, device="cuda", dtype=dtype)
 
 
@@ -183,15 +208,16 @@ def test_in_a_compiled_model(name: str, rank: int) -> None:
     assert not worse, f"less accurate than plain torch.compile: {worse}"
 
 
-def test_launches_are_inductors_own() -> None:
+@pytest.mark.parametrize("name", ["two blocks", "experts"])
+def test_launches_are_inductors_own(name: str) -> None:
     """No operator is called for what is a launch."""
     from torch._inductor.utils import run_and_get_code
 
-    module, x = model("two blocks")
+    module, x = model(name)
     _, codes = run_and_get_code(step, lora_fx.compile(module), x)
     lines = [line for code in codes for line in code.splitlines() if not line.lstrip().startswith("#")]
     assert any("lora_fx_" in line and ".run(" in line for line in lines)
-    assert not any("lora_fx.tile_" in line or "lora_fx.sum_parts" in line for line in lines)
+    assert not any("lora_fx.tile_" in line or "lora_fx.sum_" in line for line in lines)
 
 
 def test_any_number_of_tokens() -> None:
@@ -203,10 +229,11 @@ def test_any_number_of_tokens() -> None:
         assert all(error(a, b) < 0.02 for a, b in zip(found, oracle, strict=True))
 
 
-def test_retain_graph() -> None:
+@pytest.mark.parametrize("name", ["SwiGLU", "experts"])
+def test_retain_graph(name: str) -> None:
     """A second backward over one forward: no kernel wrote over what was kept."""
     torch.manual_seed(0)
-    module, x = model("SwiGLU", rank=16)
+    module, x = model(name, rank=16)
     lora_fx.compile(module, strict=True)
     x.requires_grad_()
     # A backward that may free what was kept refuses a second run, in any compiled model.
@@ -225,7 +252,7 @@ def test_retain_graph() -> None:
     assert torch.equal(y, kept)
 
 
-@pytest.mark.parametrize("name", ["SwiGLU", "linear and silu"])
+@pytest.mark.parametrize("name", ["SwiGLU", "linear and silu", "experts"])
 def test_in_a_cuda_graph(name: str) -> None:
     """A captured step, replayed with other inputs, gives what the step gives."""
     module, x = model(name, rank=16)

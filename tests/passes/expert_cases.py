@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_fx.passes.kernels.tile_program import OUTPUTS
-from tests.passes.tile_cases import Case, branch, infinite, largest, norm, pair, swiglu, swiglu_backward
+from lora_fx.passes.kernels.tile_program import OUTPUTS, evaluate
+from tests.passes import tile_checks
+from tests.passes.tile_cases import TILES, Case, branch, dropped, infinite, largest, norm, pair, swiglu, swiglu_backward
 
 ROWS = {"full": 0, "row": 0, "thin": 0, "parts": 1}
 """The dimension of the rows, of inputs that have some."""
@@ -77,9 +78,21 @@ def check_sums(sums: Callable[[Tensor, Tensor, int, Tensor | None, torch.dtype],
         parts[: int(tiles.sum())] = torch.randn(int(tiles.sum()), *sizes)
         scale = torch.rand(()) + 0.5
         exact = [each.double().sum(0) * scale for each in parts[: int(tiles.sum())].split(tiles.tolist())]
-        given = [t.to(device) for t in (parts, ends, scale)]
-        for found in (sums(*given[:2], tile, given[2], torch.float32) for _ in range(2)):
+        parts, ends, scale = (t.to(device) for t in (parts, ends, scale))
+        for found in (sums(parts, ends, tile, scale, torch.float32) for _ in range(2)):
             torch.testing.assert_close(found.cpu().double(), torch.stack(exact), rtol=1e-6, atol=1e-6)
-        again = [sums(*given[:2], tile, None, torch.bfloat16) for _ in range(2)]
+        again = [sums(parts, ends, tile, None, torch.bfloat16) for _ in range(2)]
         assert torch.equal(*again)
-        torch.testing.assert_close(again[0].cpu().double() * scale, torch.stack(exact), rtol=0.01, atol=1e-3)
+        torch.testing.assert_close(again[0].cpu().double() * scale.cpu(), torch.stack(exact), rtol=0.01, atol=1e-3)
+
+
+def check_masks(run: tile_checks.Runner, device: str = "cpu") -> None:
+    """A mask belongs to an element of the value, whoever has the row; against the form that runs everywhere."""
+    case = of_experts(dropped(16, 0.25), 3)
+    for tile in TILES[1:]:
+        program = case.program(72, torch.float16, tile)
+        inputs = tile_checks.operands(program, 90, device)
+        results, expected = tile_checks.outputs(program, inputs, 90), evaluate(program, inputs)
+        run(program, inputs, results)
+        for found, exact in zip(*(tile_checks.totals(program, inputs, each) for each in (results, expected))):
+            torch.testing.assert_close(found, exact, rtol=0.002, atol=0.002)

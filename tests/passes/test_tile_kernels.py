@@ -224,8 +224,16 @@ else:
         ("case", "tile", "size"),
         # Every case with every walk; every walk with every size, over all cases.
         [
-            *((case, tile, SIZES[(i + j) % len(SIZES)]) for i, case in enumerate(CASES) for j, tile in enumerate(TILES)),
-            *((case, TILES[j], SIZES[1 + (i + j) % 3]) for i, case in enumerate(expert_cases.CASES) for j in (i % 3, 3)),
+            *(
+                (case, tile, SIZES[(i + j) % len(SIZES)])
+                for i, case in enumerate(CASES)
+                for j, tile in enumerate(TILES)
+            ),
+            *(
+                (case, TILES[j], SIZES[1 + (i + j) % 3])
+                for i, case in enumerate(expert_cases.CASES)
+                for j in (i % 3, 3)
+            ),
         ],
         ids=lambda value: f"{value.walk} {value.rows}x{value.columns}" if isinstance(value, Tile) else str(value),
     )
@@ -247,6 +255,9 @@ else:
 
     def test_sums_of_experts_parts() -> None:
         expert_cases.check_sums(tile_experts.run)
+
+    def test_programs_with_the_masks_of_experts() -> None:
+        expert_cases.check_masks(run)
 
     @pytest.mark.parametrize("case", HIGH_RANKS, ids=str)
     def test_program_of_a_high_rank(case: Case) -> None:

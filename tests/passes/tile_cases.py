@@ -260,7 +260,7 @@ def _mask(r: int) -> Case:
     )
 
 
-def _dropout(r: int, p: float) -> Case:
+def dropped(r: int, p: float) -> Case:
     """Two siblings that share x under a mask each: h and dA of the one, h of the other, and a mask itself."""
 
     def exact(x: Tensor, s: Tensor, t: Tensor, a: Tensor, b: Tensor, g: Tensor) -> tuple[Tensor, ...]:
@@ -300,8 +300,8 @@ CASES = [
     _mask(8),
     largest(4),
     _broadcast(),
-    _dropout(16, 0.1),
-    _dropout(5, 0.75),
+    dropped(16, 0.1),
+    dropped(5, 0.75),
 ]
 SIZES = [(1, 8), (100, 120), (192, 128), (131, 136)]
 """M and N: M a multiple of no tile (or of all), N an odd multiple of 8 (or a multiple of a tile)."""
