@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.cases import SUITE, Case
 from benchmarks.common import format_table, write_json
-from benchmarks.forms import Block
+from benchmarks.forms import ROUTER, Block, stacks_of
 from benchmarks.runner import inputs
 from benchmarks.timing import Device, environment
 
@@ -100,7 +100,17 @@ def kernels_of(case: Case, device: Device) -> list[Kernel]:
     collect = Collect()
     with torch.device(device.name):
         block = Block(case)
-    lora_fx.install(block, lora_fx.LoRAConfig(rank=case.rank, alpha=2 * case.rank, dropout=case.dropout))
+    named = stacks_of(block)
+    lora_fx.install(
+        block,
+        lora_fx.LoRAConfig(
+            rank=case.rank,
+            alpha=2 * case.rank,
+            dropout=case.dropout,
+            target_parameters=named,
+            exclude_modules=[ROUTER] if named else [],
+        ),
+    )
     lora_fx.compile(block, dynamic=False, options={"post_grad_custom_post_pass": collect})
     x, upstream = inputs(case, device, seed=1)
     with torch.set_grad_enabled(not case.no_grad):
@@ -113,11 +123,15 @@ def kernels_of(case: Case, device: Device) -> list[Kernel]:
 def materialised(kernel: Kernel, device: Device) -> tuple[list[Tensor], list[Tensor]]:
     """Random inputs, and outputs (of their own, where the graph writes into an input)."""
 
-    def one(like: Tensor) -> Tensor:
+    def one(like: Tensor, kind: Sequence[Any] = ()) -> Tensor:
+        if kind[:1] == ["ends"]:  # of rows that are sent to any expert
+            counts = torch.randint(kind[1], (kernel.program.row_count(kernel.inputs),)).bincount(minlength=kind[1])
+            return counts.cumsum(0).to(device.name, torch.int32)
         tensor = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device.name)
         return tensor.normal_() if like.is_floating_point() else tensor.random_(0, 2)
 
-    return [one(t) for t in kernel.inputs], [one(t) for t in kernel.outputs]
+    given = [one(t, kind) for t, kind in zip(kernel.inputs, kernel.program.inputs, strict=True)]
+    return given, [one(t) for t in kernel.outputs]
 
 
 def with_tile(kernel: Kernel, tile: Tile) -> tuple[str, list[Tensor]]:
@@ -186,7 +200,8 @@ def name_of(program: Program) -> str:
         counts[statement[0]] = counts.get(statement[0], 0) + 1
     ranks = sorted({kind[1] for kind in program.inputs if kind[0] in ("thin", "factor")})
     done = ", ".join(f"{count} {name}" for name, count in counts.items() if name != "op")
-    return f"N {program.columns}, R {'/'.join(map(str, ranks))}: {done}"
+    experts = f", {program.experts} experts" if program.experts else ""
+    return f"N {program.columns}, R {'/'.join(map(str, ranks))}{experts}: {done}"
 
 
 def shown(tile: Tile) -> str:
@@ -214,6 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=SUITE, default="m8192", help="of block.py's suite (%(default)s)")
     parser.add_argument("--columns", type=int, nargs="+", help="only kernels over so many columns")
+    parser.add_argument("--experts", action="store_true", help="only kernels of experts, of a case that has some")
     parser.add_argument("--tune", type=int, default=0, metavar="ROUNDS", help="rounds of other tiles (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here, too")
     options = parser.parse_args(arguments)
@@ -226,6 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rate = copy_rate(device)
     kernels = kernels_of(SUITE[options.case][0], device)
     kernels = [k for k in kernels if options.columns is None or k.program.columns in options.columns]
+    kernels = [k for k in kernels if k.program.experts or not options.experts]
     for kernel in tqdm(kernels, unit="kernel"):
         measure(kernel, [kernel.program.tile], device)
         for _ in range(options.tune):

@@ -56,6 +56,25 @@ def owner(program: Program) -> list[str]:
     ]
 
 
+def summed(program: Program, idle: set[int]) -> set[int]:
+    """The values that are summed as they are in memory and read by nothing else: loaded as zeros in nobody's rows.
+
+    ``idle``: the places of statements that are not written.
+
+    What a kernel computes with it keeps in registers, where it waits for the latest load.
+    """
+    places = {place: s[1] for place, s in enumerate(program.body) if s[0] == "load"}
+    others = {
+        each
+        for place, s in enumerate(program.body)
+        if place not in idle
+        for each in (s[2] if s[0] == "op" else [s[1]] if s[0] == "store" else [])
+        if isinstance(each, int)
+    }
+    read = {places[place] for place in others if place in places}
+    return set(places.values()) - read if program.experts else set()
+
+
 def source(experts: int, rows: int, scaled: bool) -> str:
     """The kernel that adds up the parts of each expert, from tiles of ``rows`` rows; a program takes a block of one."""
     loads = [

@@ -17,7 +17,7 @@ from lora_fx.passes.kernels import dropout
 from lora_fx.passes.kernels.define import define
 from lora_fx.passes.kernels.dropout import MIX, ODD, Steps, threshold
 from lora_fx.passes.kernels.tile_arithmetic import constant, operation
-from lora_fx.passes.kernels.tile_experts import owner
+from lora_fx.passes.kernels.tile_experts import owner, summed
 from lora_fx.passes.kernels.tile_factors import factored, idle
 from lora_fx.passes.kernels.tile_names import Names, head, name_of_all
 from lora_fx.passes.kernels.tile_program import OUTPUTS, Program, Statement, numbers, split
@@ -43,6 +43,7 @@ class _Writer:
         self.loaded: set[str] = set()
         self.strip = 0
         self.idle = idle(program)
+        self.summed = summed(program, self.idle)
         self.rounded = {s[1] for s in program.outputs if s[0] != "store" or s[2] == program.dtype}
 
     def source(self) -> str:
@@ -161,7 +162,8 @@ class _Writer:
         kind, n, name = self.program.inputs[index][0], self._n, f"x{index}"
         if kind == "full":
             name, where = f"{name}_{self.strip}", self.inside
-            text = self._load(f"in{index} + {self._place(f'stride{index}')}", self._mask("m[:, None]", f"{n}[None, :]"))
+            mask = self._mask("m[:, None]", f"{n}[None, :]", owned=index in self.summed)
+            text = self._load(f"in{index} + {self._place(f'stride{index}')}", mask)
         elif kind == "row":
             where, text = self._fixed(True), self._load(f"in{index} + m", self._mask("m", None)) + "[:, None]"
         elif kind == "column":
@@ -243,9 +245,9 @@ class _Writer:
     def _for_product(self, value: int) -> str:
         """A value as the operand of a product: rounded as it would be in memory, and zero outside of the matrix."""
         name = f"d{value}_{self.strip}"
-        # A value that is only loaded is zero there already, if the row is anybody's; others may have become infinite or
-        # NaN.
-        loaded = self.program.body[value][0] == "load" and not self.program.experts
+        # A value that is only loaded is zero there already; others may have become infinite or NaN.
+        kind, index = self.program.body[value][:2]
+        loaded = kind == "load" and (index in self.summed or not self.program.experts)
         mask = "" if loaded else self._mask("m[:, None]", f"{self._n}[None, :]", owned=True)
         text = f"tl.where({mask}, {self._number(value)}, 0.0)" if mask else self._number(value)
         return self._define(name, self.inside, [f"{name} = {text}.to({_TYPES[self.program.dtype]})"])
