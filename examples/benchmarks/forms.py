@@ -168,11 +168,8 @@ def build_form(
         install_float8(model)
     if name == PEFT:
         install_peft(model, rank, alpha, dropout)
-    elif name == OURS or (stacks and name != FROZEN):  # torch has no words for adapters of experts but ours
-        named = lora_fx.LoRAConfig(
-            rank=rank, alpha=alpha, dropout=dropout, exclude_modules=[ROUTER], target_parameters=stacks
-        )
-        lora_fx.install(model, named)
+    elif name == OURS or (stacks and name != FROZEN):  # plain: the same modules, without passes
+        lora_fx.install(model, lora_config(model, rank, dropout))
     else:
         assert name in LABELS, name
     compiled = compiled and name != EAGER
@@ -187,6 +184,15 @@ def build_form(
         else:
             part.compile(**options)
     return form
+
+
+def lora_config(model: nn.Module, rank: int, dropout: float) -> lora_fx.LoRAConfig:
+    """Adapters for every linear of `model`, and for its experts where it has some, but not for their router."""
+    stacks = stacks_of(model)
+    excluded = [ROUTER] if stacks else []
+    return lora_fx.LoRAConfig(
+        rank=rank, alpha=2 * rank, dropout=dropout, target_parameters=stacks, exclude_modules=excluded
+    )
 
 
 def stacks_of(model: nn.Module) -> list[str]:

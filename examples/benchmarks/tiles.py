@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.cases import SUITE, Case
 from benchmarks.common import format_table, write_json
-from benchmarks.forms import ROUTER, Block, stacks_of
+from benchmarks.forms import Block, lora_config
 from benchmarks.runner import inputs
 from benchmarks.timing import Device, environment
 
@@ -100,17 +100,7 @@ def kernels_of(case: Case, device: Device) -> list[Kernel]:
     collect = Collect()
     with torch.device(device.name):
         block = Block(case)
-    named = stacks_of(block)
-    lora_fx.install(
-        block,
-        lora_fx.LoRAConfig(
-            rank=case.rank,
-            alpha=2 * case.rank,
-            dropout=case.dropout,
-            target_parameters=named,
-            exclude_modules=[ROUTER] if named else [],
-        ),
-    )
+    lora_fx.install(block, lora_config(block, case.rank, case.dropout))
     lora_fx.compile(block, dynamic=False, options={"post_grad_custom_post_pass": collect})
     x, upstream = inputs(case, device, seed=1)
     with torch.set_grad_enabled(not case.no_grad):

@@ -64,9 +64,12 @@ def test_the_tiles_that_are_chosen(case: Case, rows: int, columns: int, dtype: t
     tile_checks.check(case, case.program(columns, dtype, tile), rows, run, "cuda")
 
 
+FEW = [case for case in (*CASES, *few_rows_cases.CASES, *expert_cases.CASES) if case.rank <= MAX_RANK]
+
+
 @pytest.mark.parametrize("dtype", [f16, bf16])
 @pytest.mark.parametrize("rows", [1, 9, 16, 64, 131, 255])
-@pytest.mark.parametrize("case", [case for case in (*CASES, *few_rows_cases.CASES) if case.rank <= MAX_RANK], ids=str)
+@pytest.mark.parametrize("case", FEW, ids=str)
 def test_few_rows(case: Case, rows: int, dtype: torch.dtype) -> None:
     for columns in (1000, 4096):
         tile = choose(case.inputs, case.body, rows, columns)
