@@ -18,22 +18,23 @@ carry R more numbers a token.
 
 A must be the same on all these ranks, which a graph does not show: whoever knows the placements notes the ranks
 (:data:`lora_fx.passes.graph.REPLICATED`). By DTensor's placements dA is then a term of a sum, as dX is, and whoever has
-it adds up the ranks' terms. g is summed in the dtype of dX, which it travels with. Left alone where Inductor pipelines
-the collective with its product (async tensor parallelism), which it would no longer find, and where the dimension that
-ranks share is a symbol: then nothing shows that pieces are put together as they are cut.
+it adds up the ranks' terms. g is summed in the dtype of dX, which it travels with. Left alone where the dimension that
+ranks share is a symbol: then nothing shows that pieces are put together as they are cut. What Inductor pipelines with a
+product (async tensor parallelism) is no sum: :mod:`lora_fx.passes.scatter_branch` has it by then, and siblings'
+gradients, which are one, are not pipelined in the frozen model either.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from lora_fx.passes._torch import group_ranks, pipelines_collectives, statically_known_true
+from lora_fx.passes._torch import group_ranks, statically_known_true
 from lora_fx.passes.graph import (
     CONVERT,
     MM,
@@ -67,7 +68,6 @@ class _Shared:
 
     dim: int
     ranks: tuple[int, ...]
-    group: str = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,6 @@ class _Found:
     """From the readers of that to its piece."""
     ranks: tuple[int, ...]
     """Those that share x."""
-    groups: tuple[str, str]
-    """Of the gather and of the scatter, by name."""
 
 
 def find(sites: list[Site]) -> Iterator[list[Site]]:
@@ -140,11 +138,10 @@ def _moved(rows: Node, total: Node, moves: list[Node], last: Node, rewriter: Rew
 
 
 def _is_replicated(site: Site, found: dict[Node, _Found]) -> bool:
-    """Whether A is the same on all ranks that share the input, and Inductor is not to pipeline their collectives."""
+    """Whether A is the same on all ranks that share the input."""
     product = _product(site)
     assert product is not None  # it was found
-    its = found[product]
-    return its.ranks in replicated_over(site.down) and not any(map(pipelines_collectives, its.groups))
+    return found[product].ranks in replicated_over(site.down)
 
 
 def _by_product(sites: list[Site]) -> dict[Node, _Found]:
@@ -170,8 +167,7 @@ def _found(site: Site) -> _Found | None:
         chain = chain_to_scatter(node)
         after = None if chain is None else _scattered(node, chain)
         if chain is not None and after is not None and after == shared and _same_rows(node, whole, shared.dim):
-            groups = shared.group, after.group
-            found = _Found(product, mine, node, chain, shared.ranks, groups)
+            found = _Found(product, mine, node, chain, shared.ranks)
             return found if val(node).dtype == val(product).dtype else None
         users = list(node.users)
         follows = len(users) == 1 and (is_sum(users[0]) or is_row_view(users[0]) or is_call(users[0], CONVERT))
@@ -193,7 +189,7 @@ def _gathered(x: Any) -> tuple[Node, Node, _Shared] | None:
     ranks = group_ranks(group)
     if ranks is None or (whole is not source and len(whole.args[0]) != len(ranks)):
         return None
-    return mine, whole, _Shared(_along(whole, dim), ranks, group)
+    return mine, whole, _Shared(_along(whole, dim), ranks)
 
 
 def _along(node: Node, dim: int) -> int:
@@ -210,12 +206,11 @@ def _scattered(total: Node, chain: list[Node]) -> _Shared | None:
     """How ``total`` is shared after its chain, if that sums the ranks' terms and puts pieces in the ranks' order."""
     *moves, scatter, _ = chain
     theirs, reduction, _, name = scatter.args[:4]
-    group = str(name)
-    ranks = group_ranks(group)
+    ranks = group_ranks(str(name))
     if ranks is None or reduction != "sum":
         return None
     if not moves:
-        return _Shared(0, ranks, group) if theirs is total else None
+        return _Shared(0, ranks) if theirs is total else None
     if not is_call(theirs, aten.cat.default):
         return None
     pieces, *dims = theirs.args  # type: ignore[union-attr]  # a node, as is_call saw
@@ -226,7 +221,7 @@ def _scattered(total: Node, chain: list[Node]) -> _Shared | None:
     dim = cut.args[2] if len(cut.args) > 2 else cut.kwargs.get("dim", 0)
     if _cut(pieces, dim) is not total:
         return None
-    return _Shared(_along(total, dim), ranks, group)
+    return _Shared(_along(total, dim), ranks)
 
 
 def _cut(pieces: Any, dim: int) -> Any:

@@ -181,19 +181,16 @@ def test_by_hand_is_what_it_looks_like():
     assert result.count("backward")["scatter g"] == 1
 
 
-@pytest.mark.parametrize("pipelined", ["neither", "gather", "scatter"])
-def test_two_groups_of_the_same_ranks(pipelined):
-    """They are as one, and neither is to be pipelined."""
+def test_two_groups_of_the_same_ranks():
+    """They are as one."""
     x = torch.randn(2, 4, 16, requires_grad=True)
     with fake_world(2):
         names = dict(zip(("gather", "scatter"), (torch.distributed.group.WORLD, torch.distributed.new_group([0, 1]))))
-        chosen = names[pipelined].group_name if pipelined in names else None
         noted = mock.patch.object(scatter_gradient, "replicated_over", lambda node: ((0, 1),))
-        asked = mock.patch.object(scatter_gradient, "pipelines_collectives", lambda name: name == chosen)
-        with noted, asked:
+        with noted:
             result = by_hand(x, average=False, scatters=names["scatter"])
     assert names["gather"].group_name != names["scatter"].group_name
-    assert result.count("backward").get("scatter g", 0) == (pipelined == "neither")
+    assert result.count("backward")["scatter g"] == 1
 
 
 def test_a_group_that_nobody_knows():
