@@ -16,7 +16,8 @@ pass                    before                                        after
 ``recompute_dropout``   saves ``drop(x)`` and its mask                saves a seed
 ``unflatten_products``  ``tile(mm(reshape(x), W^T))``                 with reshapes in between, which Inductor looks
                                                                       for to pipeline products with collectives
-``fuse_tiles``          products of rank R, pointwise between         ``tile(program, inputs)``: one kernel (on a GPU)
+``fuse_tiles``          products of rank R, pointwise between; those  ``tile(program, inputs)``: one kernel (on a GPU)
+                        of experts as well
 ``orient_grouped``      ``grouped_mm(x^T, g, ends)``                  ``grouped_mm(g^T, x, ends)^T``
 ``pair_grouped``        grouped products ``g`` and ``dB``, scaled     ``grouped_gradient_pair(dy, B, h, ends, s)``
 ``fold_grouped_scale``  ``grouped_mm(h, B^T, ends) * s``              ``grouped_scaled_mm(h, B^T, ends, s)``
@@ -36,7 +37,7 @@ is to it, ``tile_copies`` what is computed twice for it, ``tile_siblings`` what 
 adds up what programs leave in parts, ``tile_outputs`` gives them memory that nobody else reads, ``tile_joint`` gives
 several of them one launch.
 ``kernels.tile_program`` says what a program means, ``kernels.tile_triton`` writes its kernel, ``kernels.tile_launch``
-says with what to launch it, ``kernels.tile_memory`` whether it fits a GPU, and ``kernels.inlined`` has Inductor launch
-it among its own. The entry points are :func:`lora_fx.passes.pipeline.hooks` and
+says with what to launch it, ``kernels.tile_experts`` whose rows a tile has, ``kernels.tile_memory`` whether it fits a
+GPU, and ``kernels.inlined`` has Inductor launch it among its own. The entry points are :func:`lora_fx.passes.pipeline.hooks` and
 :func:`lora_fx.passes.pipeline.rewrite_graph`.
 """

@@ -11,8 +11,8 @@ After::
     g, dB = lora_fx::grouped_gradient_pair(dy, B, h, ends, s)
 
 t, as large as the output, is gone, and dy can be read once: on a CPU each expert's rows stay in the cache between the
-two. On an accelerator it becomes the two products again, the scale being multiplied into B [E, N, R] and dB, which
-rounds as often as t did.
+two. On an accelerator it goes into a program (:mod:`lora_fx.passes.fuse_tiles`) or, above the ranks that those take,
+becomes the two products again, the scale being multiplied into B [E, N, R] and dB, which rounds as often as t did.
 """
 
 from __future__ import annotations

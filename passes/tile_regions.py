@@ -17,6 +17,8 @@ behind it, as far as every value that leaves the region is no wider than the mod
 brings along the pointwise operations that made it. What would need a value from outside that itself depends on the
 region is not taken. The large products stay where they are: cuBLAS has no equal at them.
 
+Products of experts, whose rows are sorted, grow regions of their own: all in one share the rows in the same way.
+
 It runs on the forward and the backward graph of a GPU, once they are apart; on the CPU nothing is cut.
 """
 

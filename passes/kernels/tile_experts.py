@@ -57,11 +57,12 @@ def owner(program: Program) -> list[str]:
 
 
 def summed(program: Program, idle: set[int]) -> set[int]:
-    """The values that are summed as they are in memory and read by nothing else: loaded as zeros in nobody's rows.
+    """The inputs that are summed as they are in memory and read by nothing else: loaded as zeros in nobody's rows.
+
+    What a kernel computes with it keeps in registers, where it waits for the latest load. A block of the example's
+    mixture on an H100 took 1.177 of the frozen block's time where zeros were chosen after the load, 1.158 so.
 
     ``idle``: the places of statements that are not written.
-
-    What a kernel computes with it keeps in registers, where it waits for the latest load.
     """
     places = {place: s[1] for place, s in enumerate(program.body) if s[0] == "load"}
     others = {
