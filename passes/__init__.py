@@ -38,6 +38,6 @@ adds up what programs leave in parts, ``tile_outputs`` gives them memory that no
 several of them one launch.
 ``kernels.tile_program`` says what a program means, ``kernels.tile_triton`` writes its kernel, ``kernels.tile_launch``
 says with what to launch it, ``kernels.tile_experts`` whose rows a tile has, ``kernels.tile_memory`` whether it fits a
-GPU, and ``kernels.inlined`` has Inductor launch it among its own. The entry points are :func:`lora_fx.passes.pipeline.hooks` and
-:func:`lora_fx.passes.pipeline.rewrite_graph`.
+GPU, and ``kernels.inlined`` has Inductor launch it among its own. The entry points are
+:func:`lora_fx.passes.pipeline.hooks` and :func:`lora_fx.passes.pipeline.rewrite_graph`.
 """

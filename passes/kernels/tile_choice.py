@@ -48,8 +48,8 @@ A forward and backward of 128 tokens took 467.4 with 64 x 512 and 16 x 512, 465.
 64 x 256 and 64 x 512. Products are fastest in 16 x 128 (of 16 to 64 x 64 to 256).
 
 Programs of experts get the same tiles, but for those that walk down more rows than twice an expert's share. On an H100
-(M 16384, N 5632, R 16, 8 experts; a copy moves 3.0 TB/s): silu(gate) * up and h of it 211 us (copy 190), SwiGLU backward
-and dA 347 (314), g and dB 104 (73).
+(M 16384, N 5632, R 16, 8 experts; a copy moves 3.0 TB/s): silu(gate) * up and h of it 211 us (copy 190), SwiGLU
+backward and dA 347 (314), g and dB 104 (73).
 
 A block of 512 tokens on an H100 (R 16, CUDA graphs, rounds in turn) took 993 us with as many programs as keep the GPU
 busy, 975 with half as many, 994 with a quarter; one of 2048 tokens 3645 and, with half as many, 3651.

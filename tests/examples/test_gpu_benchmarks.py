@@ -163,8 +163,8 @@ def test_all_forms_of_experts_compute_the_same():
     assert len(adapters) == 2 * (7 + 3) and not any("router" in name for name in adapters)
     found = {}
     for name in (PLAIN, OURS):
-        settings = {"rank": case.rank, "adapters": adapters, "compiled": False}
-        form = forms.build_form(name, copy.deepcopy(base).double(), **settings)
+        exact_base = copy.deepcopy(base).double()
+        form = forms.build_form(name, exact_base, rank=case.rank, adapters=adapters, compiled=False)
         found[name] = values(form, case, torch.float64)
         assert {p for p in form.model.parameters() if p.requires_grad} == set(form.adapters.values()), name
     exact = forms.exact_values(base, adapters, *runner.inputs(case, CPU, seed=3))
