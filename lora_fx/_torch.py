@@ -21,12 +21,15 @@ __all__ = [
     "copy_each",
     "data_parallel_wrapper",
     "dispatch_grouped_mm",
+    "divide_each",
+    "flat",
     "has_instance_forward",
     "is_compiled",
     "keep_address",
     "multiply_each",
     "norms",
     "own_frame",
+    "put_back",
     "reshard",
     "sizes_of_attributes_may_vary",
 ]
@@ -157,7 +160,8 @@ def check_collects_by_group(optimizer: type[torch.optim.Optimizer]) -> None:
         )
 
 
-# A loop over a model's adapters is a launch for each, and there are hundreds; these are a few on a GPU.
+# A loop over a model's adapters is a launch for each, and there are hundreds; these are a few on a GPU, which has done
+# its backward pass by then and waits.
 
 
 def norms(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -177,12 +181,27 @@ def multiply_each(tensors: Sequence[torch.Tensor], factor: torch.Tensor) -> None
         if dtype == factor.dtype:
             torch._foreach_mul_(alike, factor)
             continue
-        whole = torch.cat([tensor.reshape(-1) for tensor in alike]).mul_(factor)
-        parts = whole.split([tensor.numel() for tensor in alike])
-        copy_each(alike, [part.view_as(tensor) for part, tensor in zip(parts, alike)])
+        put_back(flat(alike).mul_(factor), alike)
+
+
+def divide_each(tensors: Sequence[torch.Tensor], divisor: float) -> None:
+    """Divide each of `tensors` in place by a number."""
+    if tensors:
+        torch._foreach_div_(list(tensors), divisor)
 
 
 def copy_each(tensors: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
     """Copy each of `values` into its one of `tensors`."""
     if tensors:
         torch._foreach_copy_(list(tensors), list(values))
+
+
+def flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """All elements of `tensors`, which are of one dtype and device, one after another: the memory of a single one, or a
+    copy."""
+    return torch._utils._flatten_dense_tensors(list(tensors))
+
+
+def put_back(values: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
+    """Copy what `flat` gave into `tensors`."""
+    copy_each(tensors, torch._utils._unflatten_dense_tensors(values, list(tensors)))

@@ -22,7 +22,7 @@ from lora_fx import _torch
 from lora_fx.experts import LoRAExpertsModule
 from lora_fx.install import adapter_parameters, thawed
 from lora_fx.linear import PARAMETERS, LoRAModule
-from lora_fx.placements import adapter_placements, deferred, is_dtensor, local
+from lora_fx.placements import adapter_placements, deferred, is_dtensor, local, local_parts
 from lora_fx.sharded_optimizer import ShardedAdamW
 from lora_fx.stored import StoredAdapter
 
@@ -102,11 +102,13 @@ def average_gradients(parameters: Iterable[nn.Parameter], groups: Sequence[Group
     """
     trained = [p for p in parameters if p.requires_grad or p.grad is not None]
     gradients = [torch.zeros_like(p, dtype=p.grad_dtype) if p.grad is None else p.grad for p in trained]
-    terms = [local(gradient) for gradient in gradients]
+    terms = local_parts(gradients)
     # Float16 may hold the average where it does not hold the sum, nor the terms of a small one once they are divided.
     sums = [term.float() if term.dtype == torch.float16 else term for term in terms]
     kinds = [(term.dtype, term.device) for term in sums]
-    here = {kind: [p.grad is not None for p, its in zip(trained, kinds) if its == kind] for kind in kinds}
+    here: dict[tuple[torch.dtype, torch.device], list[bool]] = {}
+    for parameter, kind in zip(trained, kinds, strict=True):
+        here.setdefault(kind, []).append(parameter.grad is not None)
     # How many ranks have each gradient. Where this one has all of them, no number comes from the CPU, nor goes there.
     ranks = {
         (dtype, device): torch.ones(len(flags), dtype=dtype, device=device)
@@ -115,10 +117,9 @@ def average_gradients(parameters: Iterable[nn.Parameter], groups: Sequence[Group
         for (dtype, device), flags in here.items()
     }
     count = _sum_over_groups([(tensor, list(groups)) for tensor in (*sums, *ranks.values())])
-    for term, total in zip(terms, sums):
-        total.div_(divisor)
-        if total is not term:
-            term.copy_(total)
+    _torch.divide_each(sums, divisor)
+    wide = [(term, total) for term, total in zip(terms, sums) if total is not term]
+    _torch.copy_each([term for term, _ in wide], [total for _, total in wide])
     for kind, flags in here.items():
         if not all(flags):
             its = [(p, gradient) for p, gradient, other in zip(trained, gradients, kinds) if other == kind]
@@ -185,12 +186,18 @@ class DeferredReduction:
         current = not done or any(id(factor.grad) in done for factor, _ in self._factors)
         averaged = self._missing if current else set()
         self._missing = {id(factor) for factor, _ in self._factors if factor.grad is None} | averaged
+        known: dict[Any, list[Group]] = {}  # by meshes and placements, of which there are few
         for factor, scale in self._factors:
-            if not is_dtensor(scale) or factor.grad is None or id(factor.grad) in done or id(factor) in averaged:
+            if not is_dtensor(scale) or (gradient := factor.grad) is None:
                 continue
-            if groups := _replica_groups(factor, scale.device_mesh):
-                terms.append((local(factor.grad), groups))
-                self._reduced.append(weakref.ref(factor.grad))
+            if id(gradient) in done or id(factor) in averaged:
+                continue
+            key = id(factor.device_mesh), id(scale.device_mesh), factor.placements
+            if key not in known:
+                known[key] = _replica_groups(factor.device_mesh, scale.device_mesh, factor.placements)
+            if groups := known[key]:
+                terms.append((local(gradient), groups))
+                self._reduced.append(weakref.ref(gradient))
         return _sum_over_groups(terms)
 
     def remove(self) -> None:
@@ -245,10 +252,14 @@ def clip_grad_norm(
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
     reduce_gradients(parameters)
     gradients: list[Any] = [parameter.grad for parameter in parameters]
-    parts = [local(gradient) for gradient in gradients]
+    parts = local_parts(gradients)
     norms: dict[tuple[Group, ...], list[Tensor]] = {}
+    known: dict[Any, tuple[Group, ...]] = {None: ()}  # by mesh and placements, of which there are few
     for gradient, norm in zip(gradients, _torch.norms(parts), strict=True):
-        norms.setdefault(_shard_groups(gradient), []).append(norm)
+        key = (id(gradient.device_mesh), gradient.placements) if is_dtensor(gradient) else None
+        if key not in known:
+            known[key] = _shard_groups(gradient.device_mesh, gradient.placements)
+        norms.setdefault(known[key], []).append(norm)
     sums = {key: torch.stack(values).square().sum() for key, values in norms.items()}
     # A gradient that is sharded over two dimensions is summed over one and then over the other.
     _sum_over_groups([(total, list(key)) for key, total in sums.items()])
@@ -337,23 +348,20 @@ def _as_sum(gradient: Any) -> Any:
     )
 
 
-def _replica_groups(factor: Any, mesh: Any) -> list[Group]:
-    """The groups of the tensor-parallel `mesh` over whose ranks a factor is replicated.
+def _replica_groups(mesh: Any, parallel: Any, placements: Sequence[Any]) -> list[Group]:
+    """The groups of the tensor-parallel mesh `parallel` over whose ranks a factor is replicated.
 
-    A factor that FSDP sharded lives on a larger mesh, which holds this one's dimensions by name.
+    A factor that FSDP sharded lives on a larger `mesh`, which holds that one's dimensions by name.
     """
-    dims = list(range(mesh.ndim))
-    if factor.device_mesh != mesh:
-        dims = [factor.device_mesh.mesh_dim_names.index(name) for name in mesh.mesh_dim_names]
-    return [factor.device_mesh.get_group(dim) for dim in dims if factor.placements[dim].is_replicate()]
+    dims = list(range(parallel.ndim))
+    if mesh != parallel:
+        dims = [mesh.mesh_dim_names.index(name) for name in parallel.mesh_dim_names]
+    return [mesh.get_group(dim) for dim in dims if placements[dim].is_replicate()]
 
 
-def _shard_groups(gradient: Any) -> tuple[Group, ...]:
-    """The groups over whose ranks a gradient is sharded."""
-    if not is_dtensor(gradient):
-        return ()
-    mesh = gradient.device_mesh
-    return tuple(mesh.get_group(dim) for dim, p in enumerate(gradient.placements) if not p.is_replicate())
+def _shard_groups(mesh: Any, placements: Sequence[Any]) -> tuple[Group, ...]:
+    """The groups over whose ranks a gradient with these placements is sharded."""
+    return tuple(mesh.get_group(dim) for dim, placement in enumerate(placements) if not placement.is_replicate())
 
 
 @torch.no_grad()
@@ -364,8 +372,7 @@ def _sum_over_groups(terms: list[tuple[Tensor, list[Group]]]) -> int:
         for group in groups:
             buckets.setdefault((group, tensor.dtype, tensor.device), []).append(tensor)
     for (group, *_), tensors in buckets.items():
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        flat = _torch.flat(tensors)
         torch.distributed.all_reduce(flat, group=group)
-        parts = flat.split([tensor.numel() for tensor in tensors])
-        _torch.copy_each(tensors, [part.view_as(tensor) for tensor, part in zip(tensors, parts)])
+        _torch.put_back(flat, tensors)
     return len(buckets)

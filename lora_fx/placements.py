@@ -14,7 +14,7 @@ the class is loaded.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -199,6 +199,15 @@ def local(tensor: Tensor) -> Tensor:
     theirs: Any = tensor
     part: Tensor = theirs.to_local() if is_dtensor(tensor) else tensor
     return part
+
+
+def local_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """`local` of each of hundreds of tensors, without two calls for each: a GPU may be waiting."""
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None:
+        return list(tensors)
+    kind: Any = module.DTensor
+    return [tensor.to_local() if isinstance(tensor, kind) else tensor for tensor in tensors]
 
 
 def gathered(tensor: Tensor) -> Tensor:

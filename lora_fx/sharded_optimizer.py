@@ -1,13 +1,11 @@
 """AdamW whose step over sharded adapters takes the CPU as long as one over plain tensors."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lora_fx import _torch
-from lora_fx.placements import is_dtensor, local
+from lora_fx.placements import is_dtensor, local_parts
 
 
 class ShardedAdamW(torch.optim.AdamW):
@@ -36,7 +34,7 @@ class ShardedAdamW(torch.optim.AdamW):
         has_complex: bool = super()._init_group(group, parameters, gradients, *others)
         gradients[:] = [_placed_as(parameter, g) for parameter, g in zip(parameters, gradients, strict=True)]
         for tensors in (parameters, gradients, *others):
-            tensors[:] = _locals(tensors)
+            tensors[:] = _local_parts(tensors)
         return has_complex
 
 
@@ -48,6 +46,4 @@ def _placed_as(parameter: Any, gradient: Any) -> Any:
 
 
 # Without gradients `to_local` is an attribute; with them, a node for each tensor.
-@torch.no_grad()
-def _locals(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [local(tensor) for tensor in tensors]
+_local_parts = torch.no_grad()(local_parts)

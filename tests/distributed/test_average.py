@@ -4,7 +4,12 @@
 # mypy: no-check-untyped-defs
 
 import copy
+import functools
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +20,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import lora_fx
-from lora_fx.distributed import DeferredReduction, average_gradients
+from lora_fx.distributed import DeferredReduction, ShardedAdamW, average_gradients, clip_grad_norm
 from lora_fx.placements import gathered
 from tests.distributed.processes import run_ranks
+from tests.distributed.simulated import fake_world
 from tests.toy_models import shake
 
 pytestmark = pytest.mark.distributed
@@ -179,3 +185,47 @@ def test_after_a_deferred_reduction(tmp_path: Path) -> None:
 def test_nothing_to_average() -> None:
     assert average_gradients([nn.Parameter(torch.zeros(2), requires_grad=False)], [None], 2) == 0
     assert average_gradients([], [None], 2) == 0
+
+
+def instructions(call: Callable[[], Any]) -> int:
+    """How many instructions of Python a call takes in this package's modules."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal count
+        frame.f_trace_opcodes = "lora_fx" in frame.f_code.co_filename
+        count += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_what_happens_between_backward_and_the_next_step_is_little_for_each_parameter(sharded):
+    """A GPU waits for it: four times as many parameters take four times as many instructions, and few of them."""
+    calls: dict[str, Callable[[list[nn.Parameter]], Any]] = {
+        "average": lambda parameters: average_gradients(parameters, [torch.distributed.group.WORLD], 2),
+        "clip": lambda parameters: clip_grad_norm(parameters, 1.0),
+        "step": lambda parameters: ShardedAdamW(parameters).step(),
+    }
+    found: dict[str, list[int]] = {name: [] for name in calls}
+    with fake_world(2):
+        mesh = init_device_mesh("cpu", (2,))
+        for count in (50, 200):
+            values = [torch.randn(4, 4) for _ in range(count)]
+            if sharded:
+                values = [distribute_tensor(value, mesh, [Shard(0)]) for value in values]
+            parameters = [nn.Parameter(value) for value in values]
+            for parameter in parameters:
+                parameter.grad = torch.ones_like(parameter)
+            for name, call in calls.items():
+                found[name].append(instructions(functools.partial(call, parameters)))
+    for name, (few, many) in found.items():
+        assert 0 < many < 4.2 * few, (name, few, many)
+        assert many < 200 * 300, (name, many)
