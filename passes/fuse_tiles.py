@@ -243,11 +243,16 @@ def _finish(
         largest = _compute(like, aten.amax.default, out, [])
         return _compute(like, CONVERT, largest, value.dtype)
     scale = scale_of_pair(member) if is_pair(member) else None
-    if statement[0] == "across" and region.ends is not None:
-        return _compute(like, operators.sum_expert_parts, out, region.ends, program.tile.rows, scale, value.dtype)
-    if not whole and (scale is None or val(scale).device == val(out).device):
+    beside = scale is None or val(scale).device == val(out).device
+    of_experts = statement[0] == "across" and region.ends is not None
+    if not whole and not of_experts and beside:
         return tile_sums.emit(like, out, scale, value.dtype)
-    total = out if whole else _compute(like, aten.sum.dim_IntList, out, [0])
+    if of_experts:
+        dtype, factor = (value.dtype, scale) if beside else (torch.float32, None)
+        total = _compute(like, operators.sum_expert_parts, out, region.ends, program.tile.rows, factor, dtype)
+        scale = None if beside else scale
+    else:
+        total = out if whole else _compute(like, aten.sum.dim_IntList, out, [0])
     if scale is not None:
         total = _compute(like, aten.mul.Tensor, total, scale)
     return total if val(total).dtype == value.dtype else _compute(like, CONVERT, total, value.dtype)

@@ -26,7 +26,12 @@ from lora_fx.passes.tile_regions import Region, fits, order_of
 
 
 def take(region: Region, graph: Graph) -> Region:
-    """The region with the largest magnitudes that others want to know of what it makes."""
+    """The region with the largest magnitudes that others want to know of what it makes.
+
+    Not of experts: others' magnitudes may be of rows that are nobody's as well, which no sum of a program contains.
+    """
+    if region.ends is not None:
+        return region
     order = order_of(graph)
     for value in sorted(region.nodes - region.copies, key=order.__getitem__):
         for found in _wanted(value, region) if value_of(value) is not None and is_half(value) else ():

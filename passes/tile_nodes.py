@@ -90,7 +90,7 @@ _ENDS = {grouped.grouped_scaled_mm: 2, grouped.grouped_gradient_pair: 3, GROUPED
 def ends_of(node: Node) -> Node | None:
     """Where the rows of each expert end, of a product with their matrices; None for any other node."""
     place = _ENDS.get(node.target) if node.op == "call_function" else None  # type: ignore[call-overload]  # any target
-    ends = None if place is None else node.args[place]
+    ends = node.args[place] if place is not None and len(node.args) > place else None
     return ends if isinstance(ends, Node) else None
 
 
@@ -119,6 +119,8 @@ def makes(node: Node) -> bool:
         return plain and _is_thin(thin, -1, _highest(node)) and _static(shape(node)[1]) is not None
     # What sums over a few tokens looks like a product of as low a rank.
     if not _is_marked(node) or is_transpose(node.args[0]) or not _is_thin(node.args[0], -1, _highest(node)):
+        return False
+    if len(shape(node)) != 2:
         return False
     # What has as few columns is h, of few inputs.
     rank, columns = shape(node.args[0])[1], _static(shape(node)[1])  # type: ignore[arg-type]  # _is_thin saw a tensor
@@ -166,8 +168,9 @@ def gradients_of(node: Node) -> set[int]:
 
 
 def _is_marked(node: Node) -> bool:
-    plain = is_call(node, MM) or (is_call(node, GROUPED_MM) and _has_experts(node))
-    return plain and bool(node.meta.get(MARK))
+    if not node.meta.get(MARK):
+        return False
+    return is_call(node, MM) or (is_call(node, GROUPED_MM) and _has_experts(node))
 
 
 def _has_experts(node: Node) -> bool:

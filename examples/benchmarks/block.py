@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.cases import BIASES, MODES, SUITE, Case
 from benchmarks.common import write_json
-from benchmarks.forms import FROZEN, LABELS, OURS, PEFT, PLAIN, TUNED, available
+from benchmarks.forms import FROZEN, LABELS, OURS, PLAIN, TUNED, available
 from benchmarks.runner import Outcome, Settings, case_table, kernel_table, run_case
 from benchmarks.suite import FORMS, Report, run_suite, suite_table
 from benchmarks.timing import Device, compile_caches, environment
@@ -141,8 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         device = Device(options.device)
     except ValueError as error:
         sys.exit(str(error))
-    experts = options.case.experts if options.case is not None else any(c.experts for c in options.cases.values())
-    forms, missing = available(options.forms - {PEFT} if experts else options.forms)
+    forms, missing = available(options.forms)
     settings = Settings(options.rounds, options.window, PROFILED if options.profile else (), options.strict)
     found = environment(device)
     print(", ".join(f"{name} {value}" for name, value in found.items()), *missing, sep="\n", flush=True)

@@ -27,8 +27,8 @@ list of several inputs [R, N], side by side: a stack of siblings that is nowhere
 
 A program of experts has rows that are sorted by expert, as ``ends`` says, and factors that are stacks with a matrix for
 each. Its tiles begin anew where an expert's rows do, so that one matrix is right for all of a tile, and its parts of a
-sum over rows are those of one expert each. Rows behind the last end are nobody's: they have tiles, in which products
-make zeros, and which no sum contains.
+sum over rows are those of one expert each. Rows behind the last end are nobody's: they have tiles, in which what
+products multiply is zero, and which no sum contains.
 
 Several programs over the same rows, none of which needs what another makes, may be one launch (:func:`join`).
 
@@ -140,7 +140,8 @@ class Program:
     def row_parts(self, rows: Any) -> Any:
         """Tiles along M = ``rows``: the parts of a sum over rows.
 
-        Of experts at most, as the last tile of each may be a part of one. Tiles that are not needed have no rows.
+        Of experts as many as there may be, for the last tile of each may not be full. Those that are not needed have no
+        rows.
         """
         return ceil_div(rows, self.tile.rows) + self.experts
 
@@ -225,7 +226,8 @@ POINTWISE: dict[str, Pointwise] = {
 def evaluate(program: Program, inputs: list[Tensor]) -> list[Tensor]:
     """What a program computes, as ATen: the form that runs everywhere, and the one that kernels are compared with.
 
-    The parts of an output are one part here, followed by zeros: their number belongs to the shape.
+    The parts of an output are one part here, followed by zeros: their number belongs to the shape. Of experts each has
+    one, where its parts begin.
     """
     m, dtype, wide = program.row_count(inputs), getattr(torch, program.dtype), torch.float32
     owned, first_part = _owners(program, inputs, m)
@@ -241,8 +243,7 @@ def evaluate(program: Program, inputs: list[Tensor]) -> list[Tensor]:
             value = dropout.keep_eager(inputs[statement[1]], (m, program.columns), statement[2]).to(wide)
         elif kind == "product":
             thin, factor = (_matrix(matrices, i) for i in statement[1:3])
-            value = thin.to(dtype).to(wide) @ factor.to(wide).mT
-            value = value if owned is None else _chosen(value, owned)
+            value = _product(thin.to(dtype).to(wide), factor.to(wide).mT, owned)
             for scale in numbers(statement[3]):
                 value = value * matrices[scale]
         elif kind == "op":
@@ -255,7 +256,6 @@ def evaluate(program: Program, inputs: list[Tensor]) -> list[Tensor]:
                 results.append(full.to(out_dtype).contiguous())
             elif kind == "largest":
                 found = full.new_zeros(shape, dtype=out_dtype)
-                full = full if owned is None else torch.where(owned.any(0), full, 0.0)
                 if len(found):
                     found[0, 0] = full.to(dtype).abs().amax()
                 results.append(found)
@@ -263,9 +263,9 @@ def evaluate(program: Program, inputs: list[Tensor]) -> list[Tensor]:
                 full = full.to(dtype).to(wide)
                 other = _matrix(matrices, statement[2]).to(dtype).to(wide)
                 if kind == "down":
-                    total = full @ other if owned is None else _chosen(full @ other, owned)
+                    total = _product(full, other, owned)
                 else:
-                    total = full.t() @ other if owned is None else _each(full, owned).mT @ _each(other, owned)
+                    total = full.t() @ other if owned is None else _sums(full, other, owned)
                     total = total.mT if statement[3] == "RN" else total
                 if program.is_whole(statement):
                     results.append(total.to(out_dtype))
@@ -292,14 +292,23 @@ def _owners(program: Program, inputs: list[Tensor], rows: int) -> tuple[Tensor |
     return ((row >= starts[:, None]) & (row < ends[:, None])).unsqueeze(-1), parts.cumsum(0) - parts
 
 
-def _each(rows: Tensor, owned: Tensor) -> Tensor:
-    """Rows [M, N] as each expert sees them: [E, M, N], with zeros where they are not its own, whatever is there."""
-    return torch.where(owned, rows, 0.0)
+# Expert by expert: all at once would take as many times the memory.
 
 
-def _chosen(rows: Tensor, owned: Tensor) -> Tensor:
-    """Of rows [E, M, N] as each expert would have them those of its own, and zeros where they are nobody's: [M, N]."""
-    return torch.where(owned, rows, 0.0).sum(0)
+def _product(rows: Tensor, matrices: Tensor, owned: Tensor | None) -> Tensor:
+    """Rows times a matrix, or each times its expert's, with zeros where it is nobody's."""
+    if owned is None:
+        return rows @ matrices
+    total = rows.new_zeros(rows.shape[0], matrices.shape[-1])
+    for matrix, own in zip(matrices, owned):
+        total = torch.where(own, rows @ matrix, total)
+    return total
+
+
+def _sums(left: Tensor, right: Tensor, owned: Tensor) -> Tensor:
+    """left^T @ right over each expert's rows, whatever is in the others: [E, N, R]."""
+    pairs = ((torch.where(own, left, 0.0), torch.where(own, right, 0.0)) for own in owned)
+    return torch.stack([a.t() @ b for a, b in pairs])
 
 
 def _constant(number: float, like: Tensor) -> Tensor:

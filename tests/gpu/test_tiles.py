@@ -102,6 +102,10 @@ def test_the_masks_of_experts() -> None:
     expert_cases.check_masks(run, "cuda")
 
 
+def test_anything_in_nobodys_rows() -> None:
+    expert_cases.check_nobodys_rows(run, "cuda")
+
+
 @pytest.mark.parametrize("case", pointwise_cases.every(), ids=str)
 def test_pointwise(case: Case) -> None:
     pointwise_cases.check(case, run, "cuda")

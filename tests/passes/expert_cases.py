@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_fx.passes.kernels.tile_program import OUTPUTS, evaluate
 from tests.passes import tile_checks
-from tests.passes.tile_cases import TILES, Case, branch, dropped, infinite, largest, norm, pair, swiglu, swiglu_backward
+from tests.passes.tile_cases import TILES, Case, branch, dropped, infinite, norm, pair, swiglu, swiglu_backward
 
 ROWS = {"full": 0, "row": 0, "thin": 0, "parts": 1}
 """The dimension of the rows, of inputs that have some."""
@@ -21,7 +21,7 @@ def of_experts(case: Case, experts: int) -> Case:
     """The case with a factor for each expert. Rows behind the last end are nobody's: products make zeros there."""
     inputs: list[list[Any]] = [[*kind, experts] if kind[0] == "factor" else kind for kind in case.inputs]
     kinds = [s[0] for s in case.body if s[0] in OUTPUTS]
-    of_the_largest = kinds == ["largest"] * len(kinds)
+    assert "largest" not in kinds  # of which there is none in a program of experts
 
     def exact(*tensors: Tensor) -> tuple[Tensor, ...]:
         *given, ends = tensors
@@ -37,13 +37,9 @@ def of_experts(case: Case, experts: int) -> Case:
                 else t
                 for kind, t in zip(inputs, given)
             ]
-            if stop == start and of_the_largest:
-                continue
             for kind, results, result in zip(kinds, found, case.exact(*own)):
                 if expert < experts or kind in ("store", "down"):
                     results.append(result)
-        if of_the_largest:
-            return tuple(torch.stack(each).amax() if each else torch.zeros(()) for each in found)
         joined = {"store": torch.cat, "down": torch.cat, "across": torch.stack}
         return tuple(joined[kind](each) for kind, each in zip(kinds, found))
 
@@ -61,8 +57,31 @@ CASES = [
     of_experts(swiglu_backward(16), 5),
     of_experts(norm(16).only(("across",)), 4),
     of_experts(infinite(4, outputs=("down", "across", "store")), 4),
-    of_experts(largest(4), 3),
 ]
+
+
+def check_nobodys_rows(run: tile_checks.Runner, device: str = "cpu") -> None:
+    """Whatever is in them, NaN as well, no sum over rows contains it, nor what a row of somebody's gives."""
+    for case in (of_experts(pair(16, "NR"), 4), of_experts(swiglu(8, 24), 4), of_experts(norm(16), 4)):
+        for tile in (TILES[1], TILES[3]):
+            program = case.program(72, torch.float16, tile)
+            inputs = tile_checks.operands(program, 90, device)
+            ends = next(t for kind, t in zip(program.inputs, inputs) if kind[0] == "ends")
+            ends.clamp_(max=70)
+            last = int(ends[-1])
+            clean = tile_checks.outputs(program, inputs, 90)
+            run(program, inputs, clean)
+            for kind, tensor in zip(program.inputs, inputs):
+                if kind[0] in ROWS:
+                    tensor[last:] = float("nan")
+            found = tile_checks.outputs(program, inputs, 90)
+            run(program, inputs, found)
+            pairs = zip(
+                *(tile_checks.totals(program, inputs, [t.contiguous() for t in each]) for each in (clean, found))
+            )
+            for statement, (before, after) in zip(program.outputs, pairs):
+                rows = slice(None) if statement[0] == "across" else slice(last)
+                assert torch.equal(before[rows], after[rows]), (case, statement)
 
 
 def check_sums(sums: Callable[[Tensor, Tensor, int, Tensor | None, torch.dtype], Tensor], device: str = "cpu") -> None:

@@ -191,6 +191,46 @@ def test_on_a_gpu_a_high_rank_is_left_to_torchs_grouped_products():
     assert not any(on_gpu.programs(graph.graph) for graph in (*captured.forward, *captured.backward))
 
 
+class Beside(nn.Module):
+    """A linear, and products with a batch of frozen matrices, which have no ends."""
+
+    w: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 128, bias=False, dtype=bf16)
+        self.register_buffer("w", torch.randn(4, 128, 32).to(bf16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.linear(x).view(4, 16, 128)
+        return F.grouped_mm(rows, self.w) if x.dtype == bf16 else rows @ self.w
+
+
+def test_on_a_gpu_a_batch_of_products_is_nobodys_branch():
+    one = case("beside", lambda: adapt(Beside(), std=0.2, rank=8), 1, forward={}, seeds=4)
+    result = compare(one, on_gpu.by_graphs)
+    result.assert_as_accurate()
+    assert all(on_gpu.programs(graph.graph) for graph in (*result.captured.forward, *result.captured.backward))
+
+
+def test_on_a_gpu_the_largest_of_a_value_is_that_of_nobodys_rows_as_well():
+    """Which may be anything by the time that somebody asks."""
+
+    stack, x = adapted(Stack(ends=(7, 7, 20, 40))), torch.randn(64, 32, dtype=bf16)
+
+    def scaled(x: Tensor) -> tuple[Tensor, Tensor]:
+        mine = (torch.arange(len(x)) < 40)[:, None]
+        y = torch.where(mine, stack(x), 0.0) + 10 * F.pad(x, (0, 16))
+        return y, y.abs().amax()
+
+    with torch.no_grad():
+        (graph,) = on_gpu.capture(scaled, x).forward
+    programs = on_gpu.programs(graph.graph)
+    assert any(program.experts for program in programs)
+    assert not any(statement[0] == "largest" for program in programs for statement in program.body)
+    assert graph.graph.find_nodes(op="call_function", target=torch.ops.aten.amax.default)
+
+
 class TwoGroupings(nn.Module):
     """One value that two groupings of its rows read, and a linear's branch."""
 

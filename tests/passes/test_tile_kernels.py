@@ -259,6 +259,9 @@ else:
     def test_programs_with_the_masks_of_experts() -> None:
         expert_cases.check_masks(run)
 
+    def test_programs_with_anything_in_nobodys_rows() -> None:
+        expert_cases.check_nobodys_rows(run)
+
     @pytest.mark.parametrize("case", HIGH_RANKS, ids=str)
     def test_program_of_a_high_rank(case: Case) -> None:
         """In the tile that is chosen for many rows."""
