@@ -42,8 +42,9 @@ CASES = [
     case("checkpointed", lambda: mlp(dropout=P), 3, wrap=checkpointed),
     case("x without a gradient", lambda: linear(dropout=P), 1, x_grad=False),
     case("any number of tokens", lambda: mlp(dropout=P), 3, shapes=((2, 160, K), (3, 150, K)), dynamic=True, seeds=1),
-    case("block", lambda: adapt(Block(K).to(bf16).requires_grad_(False), dropout=P), 7, seeds=2),
-    case("block with a GPU's norms", block, 7, seeds=2),
+    # Many: what reaches the values of attention comes from few tokens, so that few roundings decide an error.
+    case("block", lambda: adapt(Block(K).to(bf16).requires_grad_(False), dropout=P), 7, seeds=10),
+    case("block with a GPU's norms", block, 7, seeds=10),
 ]
 FAST = ("linear", "q, k, v of a norm", "q, k, v of a GPU's norm")
 
