@@ -127,7 +127,7 @@ def test_stages_are_equal_by_what_they_do() -> None:
     assert len({first[name].uuid() for name in pipeline.HOOKS}) == len(pipeline.HOOKS)
 
 
-@pytest.mark.parametrize("how", ["told when compiled", "found out"])
+@pytest.mark.parametrize("how", [pytest.param("told when compiled", marks=pytest.mark.slow), "found out"])
 def test_code_that_writes_over_saved_values_is_kept_apart(how: str) -> None:
     """A graph that is retained is not served code for one that is not: Inductor's key has no word of it."""
     torch.manual_seed(0)

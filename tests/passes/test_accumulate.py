@@ -151,6 +151,7 @@ def test_a_long_sum_that_leaves_the_cache() -> None:
     assert halves(without, x)[1] is False
 
 
+@pytest.mark.slow
 def test_large_siblings_are_as_accurate() -> None:
     case = Case("", lambda: adapt(QKV(520, 520).to(bf16)), 3, {}, dtype=bf16, shapes=((1, 1100, 520),) * 2)
     result = compare(case, by_kernels)
@@ -158,7 +159,8 @@ def test_large_siblings_are_as_accurate() -> None:
     result.assert_as_accurate()
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), bf16])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, bf16])
 def test_a_large_mlp_is_as_accurate(dtype: torch.dtype) -> None:
     """In both dtypes the gradient [1100, 1040] is added into a large base, in float32 the outputs of that size too."""
     case = Case("", lambda: adapt(Mlp(hidden=1040).to(dtype)), 3, {}, dtype=dtype, shapes=((1, 1100, 48),) * 3)
