@@ -14,7 +14,7 @@ from lora_fx.passes.kernels import tile_memory, tile_triton
 from lora_fx.passes.kernels.tile_choice import choose
 from lora_fx.passes.kernels.tile_names import Names
 from lora_fx.passes.kernels.tile_program import Program, Tile, join, loads, split
-from tests.passes import few_rows_cases
+from tests.passes import expert_cases, few_rows_cases
 from tests.passes.high_rank_cases import HIGH_RANKS
 from tests.passes.tile_cases import CASES, Case
 
@@ -29,7 +29,7 @@ def needed(program: Program, capability: int) -> int:
 
     names, signature, constants, attributes = Names(program), {}, {}, {}
     kinds = dict(zip(names.inputs, (kind[0] for kind in program.inputs)))
-    types = {"number": "*fp32", "parts": "*fp32", "seed": "*i64"}
+    types = {"number": "*fp32", "parts": "*fp32", "seed": "*i64", "ends": "*i32"}
     stores = dict(zip(names.outputs, program.outputs))
     for place, name in enumerate(names.all):
         if name in kinds:
@@ -40,10 +40,10 @@ def needed(program: Program, capability: int) -> int:
         elif name in names.constants:
             signature[name], constants[name] = "constexpr", True if name == "EVEN_ROWS" else program.columns
         elif "inner" in name:
-            order = program.inputs[int(name.removeprefix("inner"))][-1]
-            signature[name] = "i32" if order == "RN" else "constexpr"
-            constants |= {} if order == "RN" else {name: 1}
-        elif "outer" in name and program.inputs[int(name.removeprefix("outer"))][-1] == "RN":
+            wide = "RN" in program.inputs[int(name.removeprefix("inner"))]
+            signature[name] = "i32" if wide else "constexpr"
+            constants |= {} if wide else {name: 1}
+        elif "outer" in name and "RN" in program.inputs[int(name.removeprefix("outer"))]:
             signature[name], constants[name] = "constexpr", 1
         else:
             signature[name] = "i32"
@@ -59,7 +59,7 @@ def needed(program: Program, capability: int) -> int:
 
 MANY_ROWS, FEW_ROWS = (8192, 14336), (64, 4096)
 PROGRAMS = [
-    *((case, MANY_ROWS) for case in (*CASES, *HIGH_RANKS)),
+    *((case, MANY_ROWS) for case in (*CASES, *HIGH_RANKS, *expert_cases.CASES)),
     *((case, FEW_ROWS) for case in few_rows_cases.CASES),
 ]
 
