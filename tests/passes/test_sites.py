@@ -274,24 +274,20 @@ def test_graphs_of_layers(case: Case) -> None:
     check_case(case)
 
 
-# For each reason why kernels could differ from the graphs that they are made of: fused sums, in-place sums, random
-# numbers, symbolic sizes.
-SOME = ("bf16 2-D", "gate/up bf16", "dropout MLP bf16", "dynamic")
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if case.name in SOME], ids=str)
-def test_kernels(case: Case) -> None:
-    check_case(case, by_kernels)
-
-
 # Here plain Inductor adds the terms of every dX so far in float32 once more, rather than read the sum that it has
 # written: 5 reads for 3, and 0.85 of our error in the gradient of x. Its form has that by accident of what it fuses.
 EXTRA_PRECISION = "residual bf16"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", [case for case in CASES if case.name not in (*SOME, EXTRA_PRECISION)], ids=str)
-def test_all_kernels(case: Case) -> None:
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=() if case.name == "bf16 2-D" else pytest.mark.slow, id=str(case))
+        for case in CASES
+        if case.name != EXTRA_PRECISION
+    ],
+)
+def test_kernels(case: Case) -> None:
     check_case(case, by_kernels)
 
 
