@@ -4,7 +4,7 @@
 #
 #   make demo        fine-tune a Llama-3 debug model through lora_fx.compile; writes loss_curves.png
 #   make test        lint, then the fast tests, then the slow ones: what CI runs
-#   make test-fast   the tests to run while working (below five minutes)
+#   make test-fast   the tests to run while working (six minutes on 2 slow cores)
 #   make test-slow   the others
 #   make test-gpu    tests/gpu, on a machine with a CUDA device
 #   make lint        ruff (lint and format) and mypy

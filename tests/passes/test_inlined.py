@@ -178,6 +178,7 @@ if not INTERPRETED:
         check_same(found.ours, theirs.operators, even=False)
 
     @pytest.mark.slow
+    @pytest.mark.timeout(900)  # a machine that is three times as slow as usual, and busy, still passes
     def test_in_the_interpreter() -> None:
         run_interpreted(__file__)
 

@@ -162,9 +162,8 @@ def test_graphs(case: Case) -> None:
     check_case(case)
 
 
-# Of a case in two types, the kernels in bfloat16, which round.
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [c for c in CASES if f"{c} bf16" not in map(str, CASES)], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernels(case: Case) -> None:
     check_case(case, by_kernels)
 

@@ -101,7 +101,7 @@ def draw(rng: random.Random) -> Line:
     return Line(steps, adapted, [last, *more])
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 8))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 12))])
 def test_results_are_those_of_float64(seed: int) -> None:
     rng = random.Random(seed)
     for _ in range(PROGRAMS):

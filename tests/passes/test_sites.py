@@ -291,13 +291,10 @@ def test_kernels(case: Case) -> None:
     check_case(case, by_kernels)
 
 
-# A second layer is the first one's kernels again, except where the two meet: one case has two. The other cases' kernels
-# are those of the parts above, or of the last case, which is in bfloat16.
-IN_KERNELS = ("layers checkpoint", "layers dynamic")
-
-
+# A second layer is the first one's kernels again, except where the two meet: one case has two.
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [layers(2)[0], *(case for case in layers(1) if case.name in IN_KERNELS)], ids=str)
+@pytest.mark.timeout(900)  # a machine that is three times as slow as usual, and busy, still passes
+@pytest.mark.parametrize("case", [layers(2)[0], *layers(1)[1:]], ids=str)
 def test_kernels_of_layers(case: Case) -> None:
     check_case(case, by_kernels)
 

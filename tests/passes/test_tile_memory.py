@@ -65,6 +65,7 @@ PROGRAMS = [
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a machine that is three times as slow as usual, and busy, still passes
 @pytest.mark.parametrize(
     ("case", "size", "capability"),
     [
