@@ -269,7 +269,7 @@ def test_graphs(case: Case) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [*layers(2)[:2], *layers(1)[2:]], ids=str)
+@pytest.mark.parametrize("case", layers(2), ids=str)
 def test_graphs_of_layers(case: Case) -> None:
     check_case(case)
 
