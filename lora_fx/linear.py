@@ -67,7 +67,8 @@ class LoRAModule(Adapted, nn.Linear):
     _lora_rank: int
     _lora_base: ChangedBase | None
     _lora_stack: Any  # a lora_fx.rows.Stack, or None
-    _lora_replicated: tuple[tuple[int, ...], ...] = ()  # ranks of each process group on which lora_a is the same
+    # The ranks of each process group on which lora_a is the same, and lora_b; nothing where both are plain.
+    _lora_replicated: tuple[tuple[tuple[int, ...], ...], ...] = ()
 
     # The parameter is called `input` because `nn.Linear.forward`'s is, and callers may name it.
     def forward(self, input: Tensor) -> Tensor:
@@ -113,10 +114,11 @@ class LoRAModule(Adapted, nn.Linear):
             if is_dtensor(param):
                 for stored in self.stored_adapters().values():
                     stored.follow(param)
-        if name in ("weight", "lora_a") and self._lora_replicated != (
-            now := replica_ranks(self._parameters.get("lora_a"))
-        ):
-            self._lora_replicated = now
+        if name in ("weight", *PARAMETERS):
+            ranks = tuple(replica_ranks(self._parameters.get(factor)) for factor in PARAMETERS)
+            now = ranks if any(ranks) else ()
+            if self._lora_replicated != now:
+                self._lora_replicated = now
 
     def stored_adapters(self) -> dict[str, StoredAdapter]:
         """The adapters that are not active, by name."""

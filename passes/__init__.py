@@ -8,7 +8,9 @@ pass                    before                                        after
 ``pair_gradients``      ``mm(dy, B) * s, mm(dy^T, h) * s``            ``gradient_pair(dy, B, h, s)``
 ``scatter_branch``      ``scatter(mm(x, W^T) + u)``, u = ``h B^T``    ``scatter(mm(x, W^T)) + scatter(h) B^T``, where
                                                                       Inductor pipelines products with collectives
-``scatter_gradient``    dA from all ranks' tokens, gathered           dA from this rank's; g goes with dX's collective
+``scatter_low_rank``    ``scatter(base + h B^T)``, ``scatter(dX)``    ``scatter(base) + scatter(h) B^T``, likewise g; dA
+                                                                      from this rank's tokens
+``gather_low_rank``     h of x, and g and dB of dy, both gathered     of this rank's tokens, gathered with x and dy
 ``accumulate``          ``base + scaled_mm(h, B^T, s)``, written      ``accumulate(base, h, B^T, s)``
 ``recompute_branch``    saves ``base`` and the product                saves ``base``; on a GPU, ``residual + y`` if
                                                                       that is what reads y (``save sum``)

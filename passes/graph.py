@@ -277,7 +277,8 @@ PARAMETER = "lora_fx_parameter"
 """In the ``custom`` metadata of a branch's nodes: which parameter of its module it adapts, where there are several."""
 
 REPLICATED = "lora_fx_replicated"
-"""In the ``custom`` metadata of a branch's nodes: the ranks of each process group on which A is the same."""
+"""In the ``custom`` metadata of a branch's nodes: the ranks of each process group on which A is the same, and B."""
+FACTORS = ("lora_a", "lora_b")
 
 _STACKS = ("nn_module_stack", "fwd_nn_module_stack")
 
@@ -297,9 +298,10 @@ def parameter_of(node: Node) -> str:
     return str((node.meta.get("custom") or {}).get(PARAMETER, ""))
 
 
-def replicated_over(node: Node) -> tuple[tuple[int, ...], ...]:
-    """The ranks of each group on which the A of the branch is the same that ``node`` belongs to, as far as noted."""
-    return tuple((node.meta.get("custom") or {}).get(REPLICATED, ()))
+def replicated_over(node: Node, factor: str) -> tuple[tuple[int, ...], ...]:
+    """The ranks of each group on which a factor of the branch is the same that ``node`` belongs to, as far as noted."""
+    noted = (node.meta.get("custom") or {}).get(REPLICATED)
+    return tuple(noted[FACTORS.index(factor)]) if noted else ()
 
 
 def module_id(node: Node) -> int | None:

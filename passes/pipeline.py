@@ -20,6 +20,7 @@ from lora_fx.passes import (
     fold_grouped_scale,
     fold_scale,
     fuse_tiles,
+    gather_low_rank,
     keep_low_rank,
     orient_grouped,
     pair_gradients,
@@ -29,7 +30,7 @@ from lora_fx.passes import (
     recompute_grouped,
     recompute_input,
     scatter_branch,
-    scatter_gradient,
+    scatter_low_rank,
     stack_siblings,
     unflatten_products,
 )
@@ -65,8 +66,12 @@ PASSES = (
     Pass("pair_gradients", pair_gradients.find, pair_gradients.rewrite),
     # After pairing, which takes h from the up-projection. Before the sum is swallowed.
     Pass("scatter_branch", scatter_branch.find, scatter_branch.rewrite),
-    # After stacking, while the term in dX is still in its sum.
-    Pass("scatter_gradient", scatter_gradient.find, scatter_gradient.rewrite),
+    # After that one, which takes what Inductor pipelines. After stacking, while the terms are still in their sums.
+    Pass("scatter_h", scatter_low_rank.find_outputs, scatter_low_rank.rewrite_outputs),
+    Pass("scatter_g", scatter_low_rank.find_gradients, scatter_low_rank.rewrite_gradients),
+    # After what scatters h, of which dB is computed then.
+    Pass("gather_h", gather_low_rank.find_inputs, gather_low_rank.rewrite_inputs),
+    Pass("gather_g", gather_low_rank.find_gradients, gather_low_rank.rewrite_gradients),
     # It swallows the up-projection, its sum, and the (by now single) term in dX, where those are written to memory.
     Pass("accumulate", accumulate.find, accumulate.rewrite),
     # For the up-projections that are left.

@@ -21,7 +21,6 @@ keeps Inductor from pipelining the small product with it, which would read x onc
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +29,9 @@ import torch
 from torch.fx import Node
 
 from lora_fx.passes._torch import pipelines_collectives
-from lora_fx.passes.graph import CONVERT, MM, aten, is_call, is_row_view, is_sum, peel_views, same_shape, shape, val
+from lora_fx.passes.graph import CONVERT, MM, aten, is_call, is_row_view, is_sum, peel_views, same_shape, val
 from lora_fx.passes.rewriter import Rewriter
+from lora_fx.passes.shared_rows import chain_to_scatter
 from lora_fx.passes.site import Site
 
 _PRODUCTS = (MM, aten._scaled_mm.default)
@@ -121,26 +121,3 @@ def _found(total: Node, small: Node) -> _Scatter | None:
     reduction, _, group = chain[-2].args[1:4]
     linear = reduction in ("sum", "avg")
     return _Scatter(total, large, small, chain) if linear and pipelines_collectives(group) else None
-
-
-def chain_to_scatter(total: Node) -> list[Node] | None:
-    """Everything from the readers of ``total`` to the end of its reduce-scatter, or None if it is read otherwise."""
-    last, chain, pending = len(shape(total)) - 1, set[Node](), list(total.users)
-    while pending:
-        node = pending.pop()
-        if not (is_call(node, REDUCE, WAIT, operator.getitem) or _moves_rows(node, last)):
-            return None
-        if node not in chain:
-            chain.add(node)
-            pending += [] if is_call(node, WAIT) else list(node.users)
-    ends = [node for node in chain if is_call(node, REDUCE, WAIT)]
-    alone = all(operand is total or operand in chain for node in chain for operand in node.all_input_nodes)
-    ordered = sorted(chain)
-    return ordered if alone and len(ends) == 2 and is_call(ordered[-1], WAIT) else None
-
-
-def _moves_rows(node: Node, last: int) -> bool:
-    """Whether ``node`` takes values with dimensions up to ``last`` apart, or puts them together, along another one."""
-    place = 2 if is_call(node, aten.split.Tensor, aten.split_with_sizes.default) else 1
-    dim = node.args[place] if len(node.args) > place else node.kwargs.get("dim", 0)
-    return is_call(node, *_CUTS, aten.cat.default) and dim not in (last, -1)

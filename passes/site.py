@@ -63,10 +63,18 @@ class Site(Branch):
     grad_a_transposed: bool = False
     piece: Node | None = None
     """What dA is computed from in place of ``x``: the part of its rows that this rank had before it was gathered."""
+    gathered_x: Any = None
+    """``x``, where h is computed from such a part."""
+    scattered_h: Node | None = None
+    """h of this rank's rows, summed over the ranks, where it is scattered with the output."""
+    scattered: Any = None
+    """How, a `lora_fx.passes.shared_rows.Shared`."""
 
     @property
     def x(self) -> Any:
         """The input matrix [M, K] as it stands in the graph now, also where siblings take slices of one product."""
+        if self.gathered_x is not None:
+            return self.gathered_x
         down: Any = self.down
         while is_call(down, aten.slice.Tensor):
             down = down.args[0]

@@ -111,19 +111,26 @@ def test_deferred_gradients_are_not_reduced_in_the_graph():
     assert counts["deferred"] == counts["as they come"] == counts["frozen"]
 
 
-@pytest.mark.parametrize("sequence", [False, True])
-def test_every_branch_is_rewritten_and_enters_before_the_reduction(sequence):
-    result = captured(True, sequence)
+def test_every_branch_is_rewritten_and_enters_before_the_reduction():
+    """Where outputs are summed on all ranks."""
+    result = captured(True, sequence=False)
     separate = "stack: the siblings' input gradients do not end in one sum"  # each is reduced by itself
-    assert result.sites == 3 and result.reasons == ([] if sequence else [separate] * 2)
+    assert result.sites == 3 and result.reasons == [separate] * 2
     assert result.count("forward") == {"scale": 3, "stack(2)": 2, "accumulate": 1}
     assert result.count("backward")["stack(2)"] == 2
-    after = result.rewrite.after
     # Written once, then reduced: the branch is a part of what the collective reads.
-    kind = "reduce_scatter_tensor" if sequence else "all_reduce"
-    (forward,) = [line for line in after.splitlines() if kind in line and not line.startswith("|")]
-    (accumulate,) = [n for n, line in enumerate(after.splitlines()) if "accumulate(" in line and line[0] != "|"]
-    assert accumulate < after.splitlines().index(forward)
+    lines = [line for line in result.rewrite.after.splitlines() if not line.startswith("|")]
+    (reduced,) = [n for n, line in enumerate(lines) if "all_reduce" in line]
+    (accumulated,) = [n for n, line in enumerate(lines) if "accumulate(" in line]
+    assert accumulated < reduced
+
+
+def test_every_branch_is_rewritten_to_this_ranks_rows():
+    """Where outputs are scattered: see tests/passes/test_sequence_parallel.py."""
+    result = captured(True, sequence=True)
+    assert result.sites == 3 and result.reasons == []
+    assert result.count("forward") == {"scale": 3, "stack(2)": 2, "gather h": 2, "scatter h": 1, "accumulate": 1}
+    assert result.count("backward") == {"scale": 3, "stack(2)": 2, "pair": 3, "scatter g": 2, "gather g": 1}
 
 
 class TestRowWise(expecttest.TestCase):
