@@ -26,6 +26,7 @@ bfloat16), and on an H100 where the last column says so. Microseconds with a col
     dA of gate and up under a mask each            49.3    25  56.2 in one strip (H100)
     g, dB of dy, N 14336, R 64                    118.4   118  144.5 in parts of 128 columns
     silu(gate) * up, R 64                         338.8   237  353 by columns (H100)
+    SwiGLU backward, R 128                        507.8   277  635.5 in 64 x 64, 593.8 with 256 rows, 624.5 by 16
     dA = g^T x, N 4096, R 64                       37.4    22  39.1 with 512 rows and steps of 32 (H100)
     h = x A^T, N 4096, R 64                        39.3    22  42.7 with steps of 64 (H100)
     ===========================================  ======  ====  ====================================================
@@ -42,7 +43,10 @@ x, and of one that makes silu(gate) * up and h of it::
                 16 x 256, 16 x 512: 167.0;  16 x 256, 16 x 256: 165.7;  as sums that Inductor fuses: 167.0  (another)
 
 For 17 to 64 tokens the latter are two programs by now where a large product reads silu(gate) * up as well
-(:func:`lora_fx.passes.tile_nodes.has_few_rows_of_tiles`).
+(:func:`lora_fx.passes.tile_nodes.has_few_rows_of_tiles`). By the columns of a program that makes h of a value of 14336,
+and of one of 4096 (64 tokens)::
+
+    512 and 256: 198;  256 and 256: 199;  1024 and 256: 199;  512 and 512: 200;  1024 and 512: 200
 
 A forward and backward of 128 tokens took 467.4 with 64 x 512 and 16 x 512, 465.4 with 16 x 256 and 16 x 512, 460.2 with
 64 x 256 and 64 x 512. Products are fastest in 16 x 128 (of 16 to 64 x 64 to 256).
@@ -103,15 +107,16 @@ def _choose(kinds: list[list[Any]], body: list[Statement], m: int, columns: int)
     if rank > 64 and (m < FEW_ROWS or (names.count("product") == 1 and "load" not in names)):
         return None
     if m < FEW_ROWS and "across" not in names:
-        return _few(kinds, names, rank, m)
+        return _few(kinds, names, rank, m, columns)
     if "across" in names:
         return _across(names, rank, m, columns)
     if "down" in names:
         return _down(names, rank, m, columns)
     if rank > 32 and names.count("product") > 1 and "keep" not in names:
-        # One step a program where a step's operands fill shared memory.
-        height = 64 if rank > 64 else _shrunk(1024, 64, m, columns, 64, 2 * _enough(m))
-        return Tile(rows=height, columns=64, step=64, walk="rows")
+        if rank > 64:  # wide, so that the factors, which stay, are read by few programs
+            height = _shrunk(1024, 128, m, columns, 64, 2 * _enough(m))
+            return Tile(rows=height, columns=128, step=32, walk="rows", stages=3)
+        return Tile(rows=_shrunk(1024, 64, m, columns, 64, 2 * _enough(m)), columns=64, step=64, walk="rows")
     if "load" in names and rank <= 16 and "keep" not in names:
         return Tile(rows=32, columns=128, step=32, walk="rows", stages=3)
     return Tile(rows=64, columns=128, step=32 if "keep" in names else 64, walk="rows")
@@ -122,11 +127,11 @@ def _rank(kinds: list[list[Any]], factor: int | list[int]) -> int:
     return sum(int(kinds[index][1]) for index in (factor if isinstance(factor, list) else [factor]))
 
 
-def _few(kinds: list[list[Any]], names: list[str], rank: int, m: int) -> Tile:
-    """For a few rows: parts, which every program that needs their sum can add up."""
+def _few(kinds: list[list[Any]], names: list[str], rank: int, m: int, columns: int) -> Tile:
+    """For a few rows: parts, which every program that needs their sum can add up. The longest sums have wider ones."""
     if "down" not in names:
         return Tile(rows=16, columns=128, step=16, walk="rows", warps=8 if ["parts"] in [k[:1] for k in kinds] else 4)
-    width = 512 if "product" in names and m > 16 else 256
+    width = 512 if (m > 16 if "product" in names else columns > 8192) else 256
     narrow = rank > 32 or "keep" in names or "product" in names
     stages = 5 if "product" in names else 3
     return Tile(rows=16 if m <= 64 else 64, columns=width, step=64 if narrow else 128, walk="columns", stages=stages)

@@ -195,8 +195,8 @@ def test_choices_for_few_rows() -> None:
     product: list[Any] = [["product", 0, 1, None], ["store", 0, "bfloat16"]]
     both: list[Any] = [["product", 1, 2, None], ["store", 0, "bfloat16"], ["down", 0, 3]]
 
-    def found(kinds: list[Any], body: list[Any], rows: int) -> tuple[int, int, int]:
-        tile = tile_choice.choose(kinds, body, rows, 14336)
+    def found(kinds: list[Any], body: list[Any], rows: int, columns: int = 14336) -> tuple[int, int, int]:
+        tile = tile_choice.choose(kinds, body, rows, columns)
         assert tile is not None
         return tile.rows, tile.columns, tile.step
 
@@ -205,7 +205,9 @@ def test_choices_for_few_rows() -> None:
         for left, warps in ((thin, 4), (["parts", 16, 8, 0, 16], 8)):
             tile = tile_choice.choose([left, factor], product, rows, 14336)
             assert tile is not None and tile.warps == warps
-    assert [found([full, factor], down, m) for m in (1, 64, 255)] == [(16, 256, 128), (16, 256, 128), (64, 256, 128)]
+    for columns, width in ((4096, 256), (14336, 512)):
+        tiles = [found([full, factor], down, m, columns) for m in (1, 64, 255)]
+        assert tiles == [(16, width, 128), (16, width, 128), (64, width, 128)]
     for rows, expected in ((1, (16, 256, 64)), (64, (16, 512, 64)), (128, (64, 512, 64))):
         assert found([full, thin, factor, factor], both, rows) == expected
 
