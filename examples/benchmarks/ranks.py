@@ -2,6 +2,7 @@
 
     python examples/benchmarks/ranks.py --json ranks.json          # all meshes of Llama-3-8B that fit the GPUs
     python examples/benchmarks/ranks.py --mesh tp2 tp2-async --steps 20
+    python examples/benchmarks/ranks.py --mesh tp2 --reference ranks.json        # one GPU's losses, as found before
     python examples/benchmarks/ranks.py --model debug              # in float32: losses equal to one GPU's
     python examples/benchmarks/ranks.py --model tiny --mesh tp2 pp2 --device cpu         # does it run at all
 
@@ -261,6 +262,17 @@ def launch(arguments: Sequence[str], world: int, forms: Sequence[str], limit: fl
         return [Row(**row) for row in json.loads(file.read_text())["rows"]]
 
 
+def earlier(file: Path, model: str) -> dict[str, list[Row]]:
+    """What one GPU did, by the job, of results that ``--json`` wrote, as far as their jobs are those of today."""
+    document, found = json.loads(file.read_text()), {}
+    for mesh, row in document["one_gpu"].items():
+        line = document["jobs"][mesh]
+        steps = parse_job(line.split()).steps
+        if mesh in MESHES and line == " ".join(job(mesh, model, steps)):
+            found[" ".join(job(mesh, model, steps, whole=True))] = [Row(**row)]
+    return found
+
+
 def difference(row: Row, reference: Sequence[Row]) -> float:
     """The largest difference of a loss from that of lora_fx on one GPU."""
     (alone,) = reference
@@ -319,6 +331,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     option("--limit", type=float, default=900, help="seconds that one mesh may take (%(default)s)")
     option("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: wall clock, to try the program")
     option("--no-reference", action="store_true", help="do not compare losses with one GPU's")
+    option("--reference", nargs="+", type=Path, default=[], metavar="FILE", help="one GPU's losses of earlier results")
     option("--json", type=Path, metavar="FILE", help="write the result here, too")
     option("--worker", type=Path, help=argparse.SUPPRESS)
     option("--forms", nargs="+", choices=LABELS, default=list(FORMS), help=argparse.SUPPRESS)
@@ -351,6 +364,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     references: dict[str, list[Row]] = {}
     failed: dict[str, str] = {}
     alone: dict[str, list[Row] | None] = {}  # by the job: meshes of one batch share theirs
+    for file in options.reference:
+        try:
+            alone |= earlier(file, options.model)
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            sys.exit(f"{file} is no result of this program: {type(error).__name__}: {error}")
 
     def save() -> None:
         if options.json is not None:

@@ -86,8 +86,21 @@ def test_it_runs(tmp_path, capsys):
     assert theirs[0] != pytest.approx(rows["frozen"]["losses"][0], abs=1e-3)  # adapters add something from the start
     counts = {form: sum(found["collectives"].values()) for form, found in rows.items()}
     # What plain LoRA has more: the sum of gradients and that of their norm (the first block's input needs no gradient).
-    # Over gloo every tensor of a collective is one by itself: lora_fx sends g along with three input gradients.
-    assert 0 < counts["plain"] - counts["frozen"] <= 2 and counts["lora_fx"] - counts["plain"] == 3
+    # Over gloo every tensor of a reduce-scatter is one by itself: lora_fx sends h along with the two outputs of each of
+    # two blocks, and g with three input gradients.
+    assert 0 < counts["plain"] - counts["frozen"] <= 2 and counts["lora_fx"] - counts["plain"] == 4 + 3
+    # Another run with the same jobs need not repeat the one on one GPU.
+    ((whole, (row,)),) = ranks.earlier(file, "tiny").items()
+    assert whole == " ".join(ranks.job("tp2", "tiny", 5, whole=True)) and row.losses == alone
+    assert ranks.earlier(file, "debug") == {}
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"one_gpu": {"tp2": {}}, "jobs": {}}'])
+def test_a_reference_that_is_none(text, tmp_path):
+    file = tmp_path / "other.json"
+    file.write_text(text)
+    with pytest.raises(SystemExit, match=r"other[.]json is no result of this program"):
+        ranks.main(["--model", "tiny", "--device", "cpu", "--reference", str(file)])
 
 
 @pytest.mark.slow
