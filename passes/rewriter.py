@@ -78,7 +78,9 @@ class Rewriter:
         matrix = peel_views(node)
         if len(shape(matrix)) == 2:
             return matrix
-        return self.emit(aten.reshape.default, matrix, [-1, shape(matrix)[-1]], like=like)
+        # What autograd keeps is chosen as if a view were nothing, and a reshape something.
+        flatten = aten.view.default if val(matrix).is_contiguous() else aten.reshape.default
+        return self.emit(flatten, matrix, [-1, shape(matrix)[-1]], like=like)
 
     def view_like(self, matrix: Node, like: Node) -> Node:
         """``[M, N]`` in the shape of ``like``."""

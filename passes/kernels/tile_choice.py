@@ -113,10 +113,12 @@ def _choose(kinds: list[list[Any]], body: list[Statement], m: int, columns: int)
     if "down" in names:
         return _down(names, rank, m, columns)
     if rank > 32 and names.count("product") > 1 and "keep" not in names:
-        if rank > 64:  # wide, so that the factors, which stay, are read by few programs
+        if rank > 64 and names.count("product") > 2:  # wide: the factors, which stay, are read by fewer programs
             height = _shrunk(1024, 128, m, columns, 64, 2 * _enough(m))
             return Tile(rows=height, columns=128, step=32, walk="rows", stages=3)
-        return Tile(rows=_shrunk(1024, 64, m, columns, 64, 2 * _enough(m)), columns=64, step=64, walk="rows")
+        # One step a program where a step's operands fill shared memory.
+        height = 64 if rank > 64 else _shrunk(1024, 64, m, columns, 64, 2 * _enough(m))
+        return Tile(rows=height, columns=64, step=64, walk="rows")
     if "load" in names and rank <= 16 and "keep" not in names:
         return Tile(rows=32, columns=128, step=32, walk="rows", stages=3)
     return Tile(rows=64, columns=128, step=32 if "keep" in names else 64, walk="rows")

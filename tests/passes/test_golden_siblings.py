@@ -79,7 +79,7 @@ class TestSiblings(expecttest.TestCase):
 %51 = lora_fx.accumulate(%45, %50, %49, %46)       f32[6, 6]
 %52 = view(%51, [2, 3, 6])                         f32[2, 3, 6]
 | %53 = permute(%49, [1, 0])                       f32[6, 2]
-| %54 = reshape(%18, [-1, 6])                      f32[6, 6]
+| %54 = view(%18, [-1, 6])                         f32[6, 6]
 | %55 = lora_fx.gradient_pair(%54, %53, %50, %46)  (f32[6, 2], f32[6, 2])
 | %56 = getitem(%55, 1)                            f32[6, 2]
 | %57 = permute(%56, [1, 0])                       f32[2, 6]
@@ -90,7 +90,7 @@ class TestSiblings(expecttest.TestCase):
 | %62 = mm(%60, %61)                               f32[6, 8]
 | %63 = view(%62, [2, 3, 8])                       f32[2, 3, 8]
 | %64 = permute(%39, [1, 0])                       f32[6, 2]
-| %65 = reshape(%17, [-1, 6])                      f32[6, 6]
+| %65 = view(%17, [-1, 6])                         f32[6, 6]
 | %66 = lora_fx.gradient_pair(%65, %64, %40, %36)  (f32[6, 2], f32[6, 2])
 | %67 = getitem(%66, 1)                            f32[6, 2]
 | %68 = permute(%67, [1, 0])                       f32[2, 6]
@@ -102,7 +102,7 @@ class TestSiblings(expecttest.TestCase):
 | %74 = view(%73, [2, 3, 8])                       f32[2, 3, 8]
 | %75 = add(%63, %74)                              f32[2, 3, 8]
 | %76 = permute(%29, [1, 0])                       f32[8, 2]
-| %77 = reshape(%16, [-1, 8])                      f32[6, 8]
+| %77 = view(%16, [-1, 8])                         f32[6, 8]
 | %78 = lora_fx.gradient_pair(%77, %76, %30, %22)  (f32[6, 2], f32[8, 2])
 | %79 = getitem(%78, 1)                            f32[8, 2]
 | %80 = permute(%79, [1, 0])                       f32[2, 8]
@@ -196,7 +196,7 @@ return %32, %42, %52, None, %102, None, None, %97, %91, None, None, None, %90, %
 %58 = lora_fx.accumulate(%50, %57, %56, %51)                            bf16[6, 8]
 %59 = view(%58, [2, 3, 8])                                              bf16[2, 3, 8]
 | %60 = permute(%56, [1, 0])                                            bf16[8, 2]
-| %61 = reshape(%16, [-1, 8])                                           bf16[6, 8]
+| %61 = view(%16, [-1, 8])                                              bf16[6, 8]
 | %62 = lora_fx.gradient_pair(%61, %60, %57, %51)                       (bf16[6, 2], bf16[8, 2])
 | %63 = getitem(%62, 1)                                                 bf16[8, 2]
 | %64 = permute(%63, [1, 0])                                            bf16[2, 8]
@@ -219,7 +219,7 @@ return %32, %42, %52, None, %102, None, None, %97, %91, None, None, None, %90, %
 | %81 = mul(%80, %33)                                                   bf16[2, 3, 12]
 | %82 = mul(%80, %46)                                                   bf16[2, 3, 12]
 | %83 = permute(%42, [1, 0])                                            bf16[12, 2]
-| %84 = reshape(%81, [-1, 12])                                          bf16[6, 12]
+| %84 = view(%81, [-1, 12])                                             bf16[6, 12]
 | %85 = lora_fx.gradient_pair(%84, %83, %43, %39)                       (bf16[6, 2], bf16[12, 2])
 | %86 = getitem(%85, 1)                                                 bf16[12, 2]
 | %87 = permute(%86, [1, 0])                                            bf16[2, 12]
@@ -234,7 +234,7 @@ return %32, %42, %52, None, %102, None, None, %97, %91, None, None, None, %90, %
 | %96 = scalar_tensor(0, dtype=bf16, layout=torch.strided, device=cpu)  bf16[]
 | %97 = where(%95, %96, %82)                                            bf16[2, 3, 12]
 | %98 = permute(%28, [1, 0])                                            bf16[12, 2]
-| %99 = reshape(%97, [-1, 12])                                          bf16[6, 12]
+| %99 = view(%97, [-1, 12])                                             bf16[6, 12]
 | %100 = lora_fx.gradient_pair(%99, %98, %29, %21)                      (bf16[6, 2], bf16[12, 2])
 | %101 = getitem(%100, 1)                                               bf16[12, 2]
 | %102 = permute(%101, [1, 0])                                          bf16[2, 12]

@@ -16,7 +16,13 @@ from torch import nn
 from torch.distributed._functional_collectives import all_gather_tensor, reduce_scatter_tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 import lora_fx
 from lora_fx.distributed import reduce_gradients
@@ -28,6 +34,7 @@ from tests.distributed.simulated import fake_world, whole
 from tests.distributed.test_graphs import Gated, captured, collectives, parallel
 from tests.passes import on_gpu
 from tests.passes.harness import adapt, capture
+from tests.passes.modules import Mlp
 from tests.passes.test_scatter_branch import Alone, alone, pipelining
 from tests.passes.test_sites import checkpointed
 
@@ -244,6 +251,46 @@ def test_on_a_gpu(monkeypatch):
     for half in ("forward", "backward"):
         (before,), (after,) = getattr(frozen, half), getattr(ours, half)
         assert on_gpu.calls(after.graph) and collectives(after.graph) == collectives(before.graph)
+
+
+class Streams(nn.Module):
+    """Two gated MLPs behind norms, each of which adds to a residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"norm": nn.RMSNorm(64), "mlp": Mlp(64, 128)}) for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer["mlp"](layer["norm"](x))
+        return x
+
+
+def test_on_a_gpu_autograd_keeps_what_it_keeps_of_the_frozen_model(monkeypatch):
+    """And what is as small as h: no norm's output, which h and dA are computed from."""
+    monkeypatch.setattr(fuse_tiles.cut, "__defaults__", (on_gpu.one_tile,))
+    x = torch.randn(4, 32, 64, dtype=torch.bfloat16, requires_grad=True)
+    kept = []
+    with fake_world(2):
+        for adapted in (False, True):
+            torch.manual_seed(0)
+            torch._dynamo.reset()
+            model: Any = adapt(Streams(), rank=4) if adapted else Streams()
+            plan: dict[str, Any] = {}
+            for name in ("layers.0", "layers.1"):
+                plan[f"{name}.norm"] = SequenceParallel()
+                plan[f"{name}.mlp"] = PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate())
+                plan |= {f"{name}.mlp.gate": ColwiseParallel(), f"{name}.mlp.up": ColwiseParallel()}
+                plan[f"{name}.mlp.down"] = RowwiseParallel(output_layouts=Shard(1))
+            parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+            model = lora_fx.freeze(model) if adapted else model.requires_grad_(False)
+            result = on_gpu.capture(model.bfloat16(), x, step=pipeline.LoweringStage(strict=True))
+            kept.append(Counter(torch.Size(size).numel() for size in saved(result)))
+            assert not adapted or all(
+                "gather h" in s.forward for s in result.rewrite.report.sites if "down" not in s.path
+            )
+    frozen, ours = ({size: count for size, count in found.items() if size >= 128 * 64} for found in kept)
+    assert ours == frozen != {}
 
 
 @pytest.mark.parametrize("why", ["placements unknown", "average", "pipelined", "whole inputs", "dropout"])
