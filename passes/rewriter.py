@@ -12,12 +12,8 @@ from torch.fx import Graph, Node
 from lora_fx.passes._torch import detect_fake_mode, extract_tensor_metadata, stable_topological_sort
 from lora_fx.passes.graph import aten, is_row_view, is_tensor, is_transpose, peel_views, same_shape, shape, val
 
-# What a rewritten node inherits from the node that it stands for: the side of the partition, checkpointing tags,
-# and where it came from in the user's model.
-_INHERITED = (
-    "partitioner_tag",
-    "recompute",
-    "ac_graph_id",
+# Where a node came from in the user's model.
+PLACE = (
     "stack_trace",
     "nn_module_stack",
     "fwd_nn_module_stack",
@@ -27,6 +23,8 @@ _INHERITED = (
     "from_node",
     "custom",
 )
+# What a rewritten node inherits from the node that it stands for: that, the side of the partition, checkpointing tags.
+_INHERITED = ("partitioner_tag", "recompute", "ac_graph_id", *PLACE)
 
 _ABSENT = object()
 
@@ -63,6 +61,13 @@ class Rewriter:
             node.meta["val"] = target(*fake_args, **fake_kwargs)
         if isinstance(node.meta["val"], torch.Tensor):
             node.meta["tensor_meta"] = extract_tensor_metadata(node.meta["val"])
+        return node
+
+    def emit_in_place(self, target: Callable[..., Any], *args: Any, of: Node, half: Node) -> Node:
+        """As `emit`, like a node ``of`` whose place the new one takes, which may be of no half of the graph."""
+        node = self.emit(target, *args, like=of)
+        if "partitioner_tag" in half.meta:
+            node.meta.setdefault("partitioner_tag", half.meta["partitioner_tag"])
         return node
 
     def transpose(self, matrix: Any, *, like: Node) -> Node:

@@ -35,10 +35,6 @@ from lora_fx.passes.shared_rows import chain_to_scatter
 from lora_fx.passes.site import Site
 
 _PRODUCTS = (MM, aten._scaled_mm.default)
-REDUCE = torch.ops._c10d_functional.reduce_scatter_tensor.default
-WAIT = torch.ops._c10d_functional.wait_tensor.default
-# Before the reduce-scatter rows are put in the order of the ranks that get them.
-_CUTS = (aten.split.Tensor, aten.split_with_sizes.default, aten.slice.Tensor)
 
 
 @dataclass(frozen=True)

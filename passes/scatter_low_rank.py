@@ -16,15 +16,16 @@ After, with both in one collective::
 The sums over the ranks are the same, as B (or A) is the same on all of them: sum(h) B^T, sum(g) A, and sum(g)^T x over
 all tokens. Products that add to all tokens' rows become a T-th, behind the collective, where a residual stream is there
 to be added to. The frozen model does not keep x, which is T times the size of x_mine; now dA, too, is left with x_mine,
-or what that is made of (:mod:`lora_fx.passes.recompute_input`). There are as many collectives as before, and they carry
-R more numbers a token.
+or what that is made of (:mod:`lora_fx.passes.recompute_input`). There are as many collectives as before (over NCCL:
+gloo scatters one tensor after the other), and they carry R more numbers a token.
 
 That a factor is the same on all these ranks a graph does not show: whoever knows the placements notes the ranks
 (:data:`lora_fx.passes.graph.REPLICATED`). By DTensor's placements dA is then a term of a sum, as dX is, and whoever has
-it adds up the ranks' terms. h and g are summed in the dtype of what they travel with. Left alone where the dimension
-that ranks share is a symbol: then nothing shows that pieces are put together as they are cut. Where Inductor pipelines
-a product with its collective (async tensor parallelism), h is not put into that: :mod:`lora_fx.passes.scatter_branch`
-has it by then. Siblings' gradients, which are a sum, are not pipelined in the frozen model either.
+it adds up the ranks' terms. h and g are summed in the dtype of what they travel with. Where tokens do not lie in a row
+and their number is a symbol, nothing shows that pieces are put together as they are cut, and nothing is done. Where
+Inductor pipelines a product with its collective (async tensor parallelism), h is not put into that:
+:mod:`lora_fx.passes.scatter_branch` has it by then. Siblings' gradients, which are a sum, are not pipelined in the
+frozen model either.
 """
 
 from __future__ import annotations
@@ -52,13 +53,14 @@ from lora_fx.passes.graph import (
     source_of,
     val,
 )
-from lora_fx.passes.rewriter import Rewriter
+from lora_fx.passes.rewriter import PLACE, Rewriter
 from lora_fx.passes.shared_rows import (
     REDUCE_TOGETHER,
     Gathered,
     Shared,
     chain_to_scatter,
     gathered,
+    may_travel,
     moved,
     scattered,
     together,
@@ -100,8 +102,8 @@ def _output(site: Site) -> _Total | None:
     if chain is None or shared is None or shared.ranks not in replicated_over(site.up, "lora_b"):
         return None
     removable = _removable(site.up)
-    travels = removable is not None and removable[0] is site.add and not pipelines_collectives(chain[-2].args[3])
-    return _Total(site.add, chain, shared) if travels and _dtype(site.up.args[0]) == _dtype(site.add) else None
+    alone = removable is not None and removable[0] is site.add and not pipelines_collectives(chain[-2].args[3])
+    return _Total(site.add, chain, shared) if alone and may_travel(site.up.args[0], site.add) else None
 
 
 def rewrite_outputs(group: list[Site], rewriter: Rewriter) -> None:
@@ -111,7 +113,7 @@ def rewrite_outputs(group: list[Site], rewriter: Rewriter) -> None:
     assert total is not None
     thin: Any = site.up.args[0]
     base, (rows,), own = _scatter(total, [thin], [site.up], rewriter, like=site.up)
-    added = _added(site.up, base, rows, rewriter)
+    added = _added(site.up, base, rows, own, rewriter)
     rewriter.replace(own, added.total)
     site.add, site.scaled, site.up = added.total, added.term, added.product
     site.scattered_h, site.scattered = rows, total.shared
@@ -146,7 +148,7 @@ def rewrite_gradients(group: list[Site], rewriter: Rewriter) -> None:
     result, all_rows, own = _scatter(total, thin, removed, rewriter, like=like)
     for term, rows in zip(terms, all_rows, strict=True):
         if term is not None:
-            added = _added(term, result, rows, rewriter)
+            added = _added(term, result, rows, own, rewriter)
             result = added.total
             for site in group:
                 if site.grad_x is term:
@@ -222,8 +224,9 @@ def _dtype(node: Any) -> Any:
 def _removable(product: Node) -> tuple[Node, Node] | None:
     """The sum that a product is a term of, under row views, and the other term, which the sum is without it."""
     node = product
-    while len(node.users) == 1:
-        (user,) = node.users
+    # What another term was taken out of has no readers any more.
+    while len(users := [user for user in node.users if user.users]) == 1:
+        (user,) = users
         if is_sum(user):
             other: Any = user.args[1] if user.args[0] is node else user.args[0]
             alike = is_tensor(other) and same_shape(other, user) and _dtype(other) == _dtype(user) == _dtype(node)
@@ -244,12 +247,13 @@ def _scatter(
     whole = total.node
     for term in terms:
         removable = _removable(term)
-        assert removable is not None
+        if removable is None:
+            raise AssertionError(f"{term} cannot be taken out of {total.node}")
         node, other = removable
         whole = other if node is whole else whole
         rewriter.replace(node, other)
     *moves, scatter, own = total.chain
-    theirs, *how = scatter.args
+    theirs = scatter.args[0]
     assert isinstance(theirs, Node)
     last = total.node if not moves else theirs
     tensors = [theirs]
@@ -257,8 +261,7 @@ def _scatter(
         rows = rewriter.rows_like(each, total.node, like=like)
         # The first move reads what is left of the total by now.
         tensors.append(moved(rows, whole if moves else total.node, moves, last, rewriter, like))
-    base, *all_rows = together(REDUCE_TOGETHER, tensors, how, rewriter, like)
-    rewriter.discard(scatter, own)
+    base, *all_rows = together(REDUCE_TOGETHER, tensors, scatter, own, rewriter, like)
     return base, all_rows, own
 
 
@@ -269,11 +272,17 @@ class _Added:
     product: Node
 
 
-def _added(product: Node, base: Node, rows: Node, rewriter: Rewriter) -> _Added:
-    """``base`` and ``product`` of this rank's rows."""
-    matrix = rewriter.flatten_rows(rows, like=product)
-    own: Any = rewriter.emit(product.target, matrix, *product.args[1:], like=product)  # type: ignore[arg-type]  # a call
+def _added(product: Node, base: Node, rows: Node, result: Node, rewriter: Rewriter) -> _Added:
+    """``base`` and ``product`` of this rank's rows, in the place of a collective's ``result``."""
+
+    def emit(target: Any, *operands: Any) -> Node:
+        return rewriter.emit_in_place(target, *operands, of=result, half=product)
+
+    matrix = rewriter.flatten_rows(rows, like=rows)
+    own = emit(product.target, matrix, *product.args[1:])
     if is_call(own, MM):
         rewriter.tag(own, **{MARK: True})
+    # Whose module it is, for messages.
+    rewriter.tag(own, **{name: product.meta[name] for name in PLACE if name in product.meta})
     term = rewriter.view_like(own, base)
-    return _Added(rewriter.emit(aten.add.Tensor, base, term, like=product), term, own)
+    return _Added(emit(aten.add.Tensor, base, term), term, own)

@@ -64,14 +64,15 @@ class Gathered:
 
 
 def gathered(tensor: Any) -> Gathered | None:
-    """How ``tensor`` was gathered, under row views; None if it was not."""
+    """How the rows of ``tensor`` were gathered, under row views; None if they were not."""
     whole = source = peel_views(tensor)
     dim = 0
     moves: list[Node] = []
     if is_call(source, aten.cat.default):
         pieces, *dims = source.args
-        dim = dims[0] if dims else source.kwargs.get("dim", 0)
-        source = _cut(pieces, 0)
+        last = len(shape(source)) - 1
+        dim = (dims[0] if dims else source.kwargs.get("dim", 0)) % (last + 1)
+        source = None if dim == last else _cut(pieces, 0)
         moves = [] if source is None else [pieces[0].args[0], *pieces, whole]
     if not (is_call(source, WAIT) and is_call(source.args[0], GATHER)):
         return None
@@ -101,7 +102,7 @@ def scattered(total: Node, chain: list[Node]) -> Shared | None:
     dim = cut.args[2] if len(cut.args) > 2 else cut.kwargs.get("dim", 0)
     if _cut(pieces, dim) is not total:
         return None
-    return Shared(_along(total, dim), ranks)
+    return Shared(_along(total, dim % len(shape(total))), ranks)
 
 
 def chain_to_scatter(total: Node) -> list[Node] | None:
@@ -120,6 +121,15 @@ def chain_to_scatter(total: Node) -> list[Node] | None:
     return ordered if alone and len(ends) == 2 and is_call(ordered[-1], WAIT) else None
 
 
+def may_travel(thin: Any, tensor: Node) -> bool:
+    """Whether a matrix of R columns is worth taking along with ``tensor``, whose dtype it must have.
+
+    R is at most a quarter of its columns. (That is a guess: no rank near it was timed.)
+    """
+    rank, columns = shape(thin)[-1], shape(tensor)[-1]
+    return val(thin).dtype == val(tensor).dtype and bool(statically_known_true(4 * rank <= columns))
+
+
 def moved(rows: Node, start: Node, moves: list[Node], last: Node, rewriter: Rewriter, like: Node) -> Node:
     """``rows`` in the order in which ``moves`` put those of ``start``: what is to ``rows`` as ``last`` is to that."""
     made = {start: rows}
@@ -130,11 +140,21 @@ def moved(rows: Node, start: Node, moves: list[Node], last: Node, rewriter: Rewr
     return made[last]
 
 
-def together(target: Any, tensors: list[Node], how: list[Any], rewriter: Rewriter, like: Node) -> list[Node]:
-    """The results of one collective that takes several tensors."""
-    ran = rewriter.emit(target, tensors, *how, like=like)
-    results = [rewriter.emit(operator.getitem, ran, place, like=like) for place in range(len(tensors))]
-    return [rewriter.emit(WAIT, result, like=like) for result in results]
+def together(
+    target: Any, tensors: list[Node], collective: Node, result: Node, rewriter: Rewriter, like: Node
+) -> list[Node]:
+    """The results of one collective that takes several tensors, in the place of one that takes the first of them.
+
+    What a user's checkpoint says of the old one it says of the new one, and of what the first tensor becomes. New nodes
+    belong to the half of the graph that ``like`` belongs to: those that a user's autograd function made may name none.
+    """
+    ran = rewriter.emit_in_place(target, tensors, *collective.args[1:], of=collective, half=like)
+    found = []
+    for place in range(len(tensors)):
+        own = rewriter.emit_in_place(operator.getitem, ran, place, of=collective, half=like)
+        found.append(rewriter.emit_in_place(WAIT, own, of=result, half=like))
+    rewriter.discard(collective, result)
+    return found
 
 
 def _moves_rows(node: Node, last: int) -> bool:

@@ -64,7 +64,7 @@ class Site(Branch):
     piece: Node | None = None
     """What dA is computed from in place of ``x``: the part of its rows that this rank had before it was gathered."""
     gathered_x: Any = None
-    """``x``, where h is computed from such a part."""
+    """``x``, where h is computed from such a part: what the base multiplies."""
     scattered_h: Node | None = None
     """h of this rank's rows, summed over the ranks, where it is scattered with the output."""
     scattered: Any = None

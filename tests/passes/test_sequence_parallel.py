@@ -414,12 +414,12 @@ class TestOneLinear(expecttest.TestCase):
 %11 = mm(%0, %10) f32[3, 2]
 %12 = _c10d_functional.all_gather_into_tensor_coalesced([%7, %11], 2, '0') (f32[6, 16], f32[6, 2])
 %13 = getitem(%12, 0) f32[6, 16]
-%14 = getitem(%12, 1) f32[6, 2]
-%15 = _c10d_functional.wait_tensor(%13) f32[6, 16]
-%16 = mm(%15, %8) f32[6, 6]
-%17 = _c10d_functional.wait_tensor(%14) f32[6, 2]
+%14 = _c10d_functional.wait_tensor(%13) f32[6, 16]
+%15 = mm(%14, %8) f32[6, 6]
+%16 = getitem(%12, 1) f32[6, 2]
+%17 = _c10d_functional.wait_tensor(%16) f32[6, 2]
 %18 = permute(%5, [1, 0]) f32[2, 6]
-%19 = lora_fx.accumulate(%16, %17, %18, %9) f32[6, 6]
+%19 = lora_fx.accumulate(%15, %17, %18, %9) f32[6, 6]
 %20 = view(%19, [6, 6]) f32[6, 6]
 | %21 = view(%6, [6, 6]) f32[6, 6]
 | %22 = permute(%18, [1, 0]) f32[6, 2]
@@ -433,14 +433,14 @@ class TestOneLinear(expecttest.TestCase):
 | %30 = mm(%21, %29) f32[6, 16]
 | %31 = _c10d_functional.reduce_scatter_tensor_coalesced([%30, %26], 'sum', 2, '0') (f32[3, 16], f32[3, 2])
 | %32 = getitem(%31, 0) f32[3, 16]
-| %33 = _c10d_functional.wait_tensor(%32) f32[3, 16]
-| %34 = getitem(%31, 1) f32[3, 2]
-| %35 = _c10d_functional.wait_tensor(%34) f32[3, 2]
+| %33 = getitem(%31, 1) f32[3, 2]
+| %34 = _c10d_functional.wait_tensor(%32) f32[3, 16]
+| %35 = _c10d_functional.wait_tensor(%33) f32[3, 2]
 | %36 = permute(%35, [1, 0]) f32[2, 3]
 | %37 = mm(%36, %0) f32[2, 16]
 | %38 = permute(%37, [1, 0]) f32[16, 2]
 | %39 = permute(%38, [1, 0]) f32[2, 16]
-| %40 = lora_fx.accumulate(%33, %35, %28) f32[3, 16]
+| %40 = lora_fx.accumulate(%34, %35, %28) f32[3, 16]
 return %20, %40, None, None, None, None, %39, mesh, %27, mesh""",
         )
 

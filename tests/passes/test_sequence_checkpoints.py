@@ -1,0 +1,179 @@
+"""Sequence parallelism within checkpoints: what a policy says of a collective, it says of what takes its place."""
+
+# Submodules are reached by attribute, which torch types as `Tensor | Module`.
+# mypy: no-check-untyped-defs
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import lora_fx
+from lora_fx.passes import pipeline
+from tests.distributed.simulated import fake_world
+from tests.distributed.test_graphs import Gated, Inner, collectives
+from tests.passes.harness import Captured, adapt, capture
+from tests.passes.test_scatter_branch import Alone
+
+pytestmark = [pytest.mark.distributed]
+
+aten, c10d = torch.ops.aten, torch.ops._c10d_functional
+BEFORE = tuple(p for p in pipeline.PASSES if p.name not in ("scatter_h", "gather_h", "gather_g"))
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    """What Dynamo has seen of the same code in other tests, with other sizes, would make sizes symbols here."""
+    torch._dynamo.reset()
+
+
+class Streams(nn.Module):
+    """Two gated MLPs that add to a stream: the second needs the output of the first again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = Gated(), Gated()
+
+    def forward(self, x):
+        x = x + self.one(x)
+        return x + self.two(x)
+
+
+def streams(adapted: bool) -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = adapt(Streams(), rank=2) if adapted else Streams()
+    plan: dict[str, Any] = {}
+    for name in ("one", "two"):
+        plan[f"{name}.norm"] = SequenceParallel()
+        plan[f"{name}.mlp"] = PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate())
+        plan |= {f"{name}.mlp.gate": ColwiseParallel(), f"{name}.mlp.up": ColwiseParallel()}
+        plan[f"{name}.mlp.down"] = RowwiseParallel(output_layouts=Shard(1))
+    parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+    return lora_fx.freeze(model) if adapted else model.requires_grad_(False)
+
+
+class Partly(nn.Module):
+    """A checkpoint of the linears alone: one of their collectives is outside."""
+
+    def __init__(self, outside: str) -> None:
+        super().__init__()
+        self.norm, self.mlp, self.head, self.outside = nn.LayerNorm(16), Inner(), nn.LayerNorm(16), outside
+
+    def forward(self, x):
+        h = self.norm(x)
+        if self.outside == "gather":
+            y = checkpoint(self.mlp.__call__, h.redistribute(placements=[Replicate()]), use_reentrant=False)
+        else:
+            y = checkpoint(self.mlp.__call__, h, use_reentrant=False).redistribute(placements=[Shard(1)])
+        return self.head(y)
+
+
+def partly(outside: str, adapted: bool) -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = adapt(Partly(outside), rank=2) if adapted else Partly(outside)
+    local = outside == "gather"
+    plan: dict[str, Any] = {
+        "norm": SequenceParallel(use_local_output=False),
+        "head": SequenceParallel(use_local_output=True),
+        "mlp.gate": ColwiseParallel(use_local_output=False),
+        "mlp.up": ColwiseParallel(use_local_output=False),
+        "mlp.down": RowwiseParallel(output_layouts=Shard(1) if local else Partial(), use_local_output=False),
+    }
+    if not local:
+        plan["mlp"] = PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate())
+    parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+    return lora_fx.freeze(model) if adapted else model.requires_grad_(False)
+
+
+def saving(*operators: Any, every: int = 1) -> Callable[[], Callable[..., CheckpointPolicy]]:
+    """A policy that saves what these operators give, of products each `every`-th."""
+
+    def policy() -> Callable[..., CheckpointPolicy]:
+        seen = 0
+
+        def decide(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+            nonlocal seen
+            seen += operator is aten.mm.default and not context.is_recompute
+            saved = operator in operators and not (operator is aten.mm.default and seen % every)
+            return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+        return decide
+
+    return policy
+
+
+POLICIES = {
+    "nothing": None,
+    "reduce-scatters": saving(c10d.reduce_scatter_tensor.default),
+    "all-gathers": saving(c10d.all_gather_into_tensor.default),
+    "every second product and reduce-scatters": saving(aten.mm.default, c10d.reduce_scatter_tensor.default, every=2),
+}
+
+
+def checkpointed(model: nn.Module, policy: Any) -> Callable[..., Any]:
+    if policy is None:
+        return lambda x: checkpoint(model, x, use_reentrant=False)
+    context_fn = functools.partial(create_selective_checkpoint_contexts, policy())
+    return lambda x: checkpoint(model, x, use_reentrant=False, context_fn=context_fn)
+
+
+def kept(result: Captured) -> int:
+    """How many numbers that forward computes are left for backward."""
+    inputs = result.backward[0].graph.find_nodes(op="placeholder")
+    made = [node.meta["val"] for node in inputs if not str(node.target).startswith(("primals", "tangents"))]
+    return sum(value.numel() for value in made if isinstance(value, torch.Tensor))
+
+
+def check(build: Callable[[bool], Any], h: int) -> None:
+    """As many collectives as the frozen model in either half, and not more saved than without what we do, but h."""
+    results = []
+    x = torch.randn(2, 4, 16, requires_grad=True)
+    with fake_world(2):
+        for adapted, passes in ((False, ()), (True, BEFORE), (True, pipeline.PASSES)):
+            torch._dynamo.reset()
+            results.append(capture(build(adapted), x, rewrite=adapted, passes=passes, backward=True))
+    frozen, before, ours = results
+    assert ours.reasons == []
+    assert {"gather h", "scatter h"} <= {*ours.count("forward")} and "gather g" in ours.count("backward")
+    for half in ("forward", "backward"):
+        (theirs,), (after,) = getattr(frozen, half), getattr(ours, half)
+        assert collectives(after.graph) == collectives(theirs.graph)
+    assert kept(ours) <= kept(before) + h
+
+
+@pytest.mark.parametrize("saved", POLICIES)
+def test_what_a_policy_saves(saved):
+    # h of this rank's rows of two outputs; of all rows, of four products with inputs.
+    check(lambda adapted: checkpointed(streams(adapted), POLICIES[saved]), h=2 * 8 * 2 + 4 * 16 * 2)
+
+
+@pytest.mark.parametrize("outside", ["gather", "scatter"])
+def test_a_collective_outside(outside):
+    check(lambda adapted: partly(outside, adapted), h=8 * 2 + 2 * 16 * 2)
+
+
+def test_where_the_gradient_is_not_gathered_with_g_the_whole_h_is_kept():
+    """Tokens in a row, whose number is a symbol: DTensor cuts what it gathered."""
+    x = torch.randn(6, 256, requires_grad=True)
+    torch._dynamo.mark_dynamic(x, 0)
+    with fake_world(2):
+        torch.manual_seed(0)
+        model: nn.Module = adapt(Alone(256), rank=2)
+        plan = {"up": ColwiseParallel(input_layouts=Shard(0)), "down": RowwiseParallel(output_layouts=Shard(0))}
+        parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+        result = capture(checkpointed(lora_fx.freeze(model), None), x, backward=True, dynamic=None)
+    (down,) = (site for site in result.rewrite.report.sites if site.path == "down")
+    assert {"scatter h", "save h"} <= {*down.forward} and "gather g" not in down.backward
