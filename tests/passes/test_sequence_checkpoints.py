@@ -26,7 +26,7 @@ from lora_fx.passes import pipeline
 from tests.distributed.simulated import fake_world
 from tests.distributed.test_graphs import Gated, Inner, collectives
 from tests.passes.harness import Captured, adapt, capture
-from tests.passes.test_scatter_branch import Alone
+from tests.passes.test_scatter_branch import Alone, alone
 
 pytestmark = [pytest.mark.distributed]
 
@@ -177,3 +177,15 @@ def test_where_the_gradient_is_not_gathered_with_g_the_whole_h_is_kept():
         result = capture(checkpointed(lora_fx.freeze(model), None), x, backward=True, dynamic=None)
     (down,) = (site for site in result.rewrite.report.sites if site.path == "down")
     assert {"scatter h", "save h"} <= {*down.forward} and "gather g" not in down.backward
+
+
+def test_a_checkpointed_h_that_is_gathered_is_kept():
+    x = torch.randn(2, 4, 256, requires_grad=True)
+    with fake_world(2):
+        result = capture(checkpointed(alone(True, width=256), None), x, backward=True)
+    up, down = result.rewrite.report.sites
+    assert up.forward == ("scale", "gather h", "save h") and "scatter h" in down.forward
+    inputs = result.backward[0].graph.find_nodes(op="placeholder")
+    made = [node for node in inputs if not str(node.target).startswith(("primals", "tangents"))]
+    rows = [node.meta["val"].numel() // 2 for node in made if node.meta["val"].shape[-1:] == (2,)]
+    assert sorted(rows) == [8, 16]  # down's of this rank's rows, up's of all

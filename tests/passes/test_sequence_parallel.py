@@ -18,25 +18,20 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
-    PrepareModuleInput,
     RowwiseParallel,
-    SequenceParallel,
     parallelize_module,
 )
 
 import lora_fx
 from lora_fx.distributed import reduce_gradients
-from lora_fx.passes import fuse_tiles, gather_low_rank, pipeline, scatter_low_rank, stack_siblings
+from lora_fx.passes import gather_low_rank, pipeline, scatter_low_rank, stack_siblings
 from lora_fx.passes._torch import group_ranks
 from lora_fx.passes.printer import target_name
 from tests.distributed.processes import run_ranks
 from tests.distributed.simulated import fake_world, whole
 from tests.distributed.test_graphs import Gated, captured, collectives, parallel
-from tests.passes import on_gpu
 from tests.passes.harness import adapt, capture
-from tests.passes.modules import Mlp
 from tests.passes.test_scatter_branch import Alone, alone, pipelining
-from tests.passes.test_sites import checkpointed
 
 pytestmark = [pytest.mark.distributed]
 
@@ -166,32 +161,6 @@ def test_several_products_with_one_input_share_one_collective(which):
     assert collectives(after.graph) == collectives(before.graph)
 
 
-def test_a_checkpoint_computes_no_collective_again_for_us():
-    """Without h of this rank's rows, backward would scatter the output again."""
-    x = torch.randn(2, 4, 16, requires_grad=True)
-    with fake_world(2):
-        frozen, ours = (
-            capture(checkpointed(parallel(adapted, True)), x, rewrite=adapted, backward=True)
-            for adapted in (False, True)
-        )
-    assert ours.count("forward")["scatter h"] == ours.count("backward")["gather g"] == 1
-    for half in ("forward", "backward"):
-        (before,), (after,) = getattr(frozen, half), getattr(ours, half)
-        assert collectives(after.graph) == collectives(before.graph)
-
-
-def test_a_checkpointed_h_that_is_gathered_is_kept():
-    x = torch.randn(2, 4, 256, requires_grad=True)
-    with fake_world(2):
-        result = capture(checkpointed(alone(True, width=256)), x, backward=True)
-    up, down = result.rewrite.report.sites
-    assert up.forward == ("scale", "gather h", "save h") and "scatter h" in down.forward
-    inputs = result.backward[0].graph.find_nodes(op="placeholder")
-    made = [node for node in inputs if not str(node.target).startswith(("primals", "tangents"))]
-    rows = [node.meta["val"].numel() // 2 for node in made if node.meta["val"].shape[-1:] == (2,)]
-    assert sorted(rows) == [8, 16]  # down's of this rank's rows, up's of all
-
-
 def test_without_gradients():
     with fake_world(2), torch.no_grad():
         frozen, ours = (
@@ -239,58 +208,6 @@ def test_an_a_that_ranks_may_have_each_their_own():
     with fake_world(2), mock.patch.object(gather_low_rank, "replicated_over", lambda node, factor: ((0,),)):
         result = captured(True, sequence=True)
     assert "gather h" not in result.count("forward") and result.count("forward")["scatter h"] == 1
-
-
-def test_on_a_gpu(monkeypatch):
-    """Programs over this rank's rows, and products of A and B with the rest of it behind the collective."""
-    monkeypatch.setattr(fuse_tiles.cut, "__defaults__", (on_gpu.one_tile,))
-    x = torch.randn(2, 40, 16, dtype=torch.bfloat16, requires_grad=True)
-    with fake_world(2):
-        frozen = capture(parallel(False, True).bfloat16(), x, rewrite=False, backward=True)
-        ours = on_gpu.capture(parallel(True, True).bfloat16(), x, step=pipeline.LoweringStage(strict=True))
-    for half in ("forward", "backward"):
-        (before,), (after,) = getattr(frozen, half), getattr(ours, half)
-        assert on_gpu.calls(after.graph) and collectives(after.graph) == collectives(before.graph)
-
-
-class Streams(nn.Module):
-    """Two gated MLPs behind norms, each of which adds to a residual stream."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.ModuleDict({"norm": nn.RMSNorm(64), "mlp": Mlp(64, 128)}) for _ in range(2))
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = x + layer["mlp"](layer["norm"](x))
-        return x
-
-
-def test_on_a_gpu_autograd_keeps_what_it_keeps_of_the_frozen_model(monkeypatch):
-    """And what is as small as h: no norm's output, which h and dA are computed from."""
-    monkeypatch.setattr(fuse_tiles.cut, "__defaults__", (on_gpu.one_tile,))
-    x = torch.randn(4, 32, 64, dtype=torch.bfloat16, requires_grad=True)
-    kept = []
-    with fake_world(2):
-        for adapted in (False, True):
-            torch.manual_seed(0)
-            torch._dynamo.reset()
-            model: Any = adapt(Streams(), rank=4) if adapted else Streams()
-            plan: dict[str, Any] = {}
-            for name in ("layers.0", "layers.1"):
-                plan[f"{name}.norm"] = SequenceParallel()
-                plan[f"{name}.mlp"] = PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate())
-                plan |= {f"{name}.mlp.gate": ColwiseParallel(), f"{name}.mlp.up": ColwiseParallel()}
-                plan[f"{name}.mlp.down"] = RowwiseParallel(output_layouts=Shard(1))
-            parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
-            model = lora_fx.freeze(model) if adapted else model.requires_grad_(False)
-            result = on_gpu.capture(model.bfloat16(), x, step=pipeline.LoweringStage(strict=True))
-            kept.append(Counter(torch.Size(size).numel() for size in saved(result)))
-            assert not adapted or all(
-                "gather h" in s.forward for s in result.rewrite.report.sites if "down" not in s.path
-            )
-    frozen, ours = ({size: count for size, count in found.items() if size >= 128 * 64} for found in kept)
-    assert ours == frozen != {}
 
 
 @pytest.mark.parametrize("why", ["placements unknown", "average", "pipelined", "whole inputs", "dropout"])
