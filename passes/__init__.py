@@ -31,7 +31,7 @@ pass                    before                                        after
 that have ``grouped`` in their names; ``branch`` is what both find. ``rewriter`` is the only way to change a joint
 graph, ``snapshot`` the way back for those of a GPU; ``pipeline`` holds the order, the hooks in Inductor and the cache
 identity; ``printer`` and ``report`` say what happened; ``kernels`` holds the operators and their lowerings;
-``low_rank`` is the expression that all of this rewrites.
+``low_rank`` is the expression that all of this rewrites; ``shared_rows`` says how ranks share the rows of a tensor.
 ``tile_regions`` says what ``fuse_tiles`` cuts out of a GPU's forward and backward graphs, ``tile_nodes`` what a node
 is to it, ``tile_copies`` what is computed twice for it, ``tile_siblings`` what is read once, ``tile_pairs`` and
 ``tile_stacks`` what is left to the matrix library at high ranks, ``tile_residuals`` what is left to a norm,

@@ -62,7 +62,7 @@ class TestDropout(expecttest.TestCase):
 %22 = lora_fx.accumulate(%10, %21, %20, %11)                    f32[6, 6]
 %23 = view(%22, [2, 3, 6])                                      f32[2, 3, 6]
 | %24 = permute(%20, [1, 0])                                    f32[6, 2]
-| %25 = reshape(%7, [-1, 6])                                    f32[6, 6]
+| %25 = view(%7, [-1, 6])                                       f32[6, 6]
 | %26 = lora_fx.gradient_pair(%25, %24, %21, %11)               (f32[6, 2], f32[6, 2])
 | %27 = getitem(%26, 1)                                         f32[6, 2]
 | %28 = permute(%27, [1, 0])                                    f32[2, 6]
@@ -132,7 +132,7 @@ return %23, %0, %2, %5, %6, %10, %12, %19""",
 %5 = input                                      i64[]
 %6 = input                                      f32[6, 2]
 | %7 = tangent                                  f32[2, 3, 6]
-| %8 = reshape(%7, [-1, 6])                     f32[6, 6]
+| %8 = view(%7, [-1, 6])                        f32[6, 6]
 %9 = permute(%3, [1, 0])                        f32[2, 6]
 | %10 = permute(%9, [1, 0])                     f32[6, 2]
 | %11 = lora_fx.gradient_pair(%8, %10, %6, %4)  (f32[6, 2], f32[6, 2])
