@@ -199,7 +199,7 @@ def test_an_internal_failure_is_shown() -> None:
 @pytest.mark.slow
 def test_nothing_is_changed() -> None:
     """Parameters, buffers, compiled code, Dynamo's entries and the random state are what they were."""
-    model = adapted(lora_fx.LoRAConfig(rank=8, dropout=0.1), nn.Sequential(Mlp(), nn.BatchNorm1d(16), Mlp()))
+    model = adapted(lora_fx.LoRAConfig(rank=8, dropout=0.1), nn.Sequential(Mlp(), nn.BatchNorm1d(16)))
     state = copy.deepcopy(model.state_dict())
     x = inputs()
     lora_fx.compile(model)
