@@ -72,7 +72,7 @@ def rewrite_inputs(group: list[Site], rewriter: Rewriter) -> None:
     products = list(dict.fromkeys(downs))
     inputs: list[Any] = [_input(product) for product in products]
     x = inputs[0]
-    piece = rewriter.flatten_rows(x.mine, like=x.collective)
+    piece = rewriter.flatten_rows(x.mine, like=_beside(x, products[0]))
     own = [rewriter.emit_in_place(MM, piece, product.args[1], of=x.collective, half=product) for product in products]
     for product, h in zip(products, _gather(inputs, own, products, rewriter), strict=True):
         rewriter.replace(product, h)
@@ -155,7 +155,7 @@ def _gather(tensors: list[Gathered], own: list[Node], likes: list[Any], rewriter
     They are what the nodes in ``likes`` were, to a checkpoint as well.
     """
     first = tensors[0]
-    pieces = [rewriter.rows_like(matrix, first.mine, like=first.collective) for matrix in own]
+    pieces = [rewriter.rows_like(matrix, first.mine, like=_beside(first, likes[0])) for matrix in own]
     tensors_mine = [first.mine, *pieces]
     whole, *others = together(GATHER_TOGETHER, tensors_mine, first.collective, first.result, rewriter, likes[0])
     found = []
@@ -165,6 +165,11 @@ def _gather(tensors: list[Gathered], own: list[Node], likes: list[Any], rewriter
         found.append(rewriter.flatten_rows(rows, like=like))
     rewriter.replace(first.result, whole)
     return found
+
+
+def _beside(tensor: Gathered, half: Node) -> Node:
+    """What a node that a gather reads is like: the gather, if that says in which half of the graph it is."""
+    return tensor.collective if "partitioner_tag" in tensor.collective.meta else half
 
 
 def _same_tokens(a: Node, b: Node, dim: int) -> bool:

@@ -134,6 +134,41 @@ def test_terms_that_meet_before_the_bases():
     assert collectives(result.backward[0].graph).total() == 1
 
 
+class Scattered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return reduce_scatter_tensor(y, "sum", 0, group)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return all_gather_tensor(dy, 0, ctx.group), None
+
+
+@pytest.mark.parametrize("size", [(4, 16), (2, 5, 16)], ids=str)
+def test_collectives_by_hand(size):
+    """What an autograd function makes in its backward belongs to no half of the graph; all of ours belongs to one."""
+    torch.manual_seed(0)
+    model: Any = adapt(
+        nn.ModuleDict({"up": nn.Linear(16, 12, bias=False), "down": nn.Linear(12, 16, bias=False)}), rank=2
+    )
+    with fake_world(2):
+        group = init_device_mesh("cpu", (2,)).get_group()
+
+        def function(x: Tensor) -> Tensor:
+            return Scattered.apply(model["down"](torch.tanh(model["up"](Shared.apply(x, group)))), group)
+
+        noted = [
+            mock.patch.object(module, "replicated_over", lambda node, factor: ((0, 1),))
+            for module in (scatter_low_rank, gather_low_rank)
+        ]
+        with noted[0], noted[1]:
+            result = capture(function, torch.randn(size, requires_grad=True), backward=True)
+    assert {"gather h", "scatter h"} <= {*result.count("forward")}
+    assert {"gather g", "scatter g"} <= {*result.count("backward")}
+    assert all(collectives(half[0].graph).total() == 2 for half in (result.forward, result.backward))
+
+
 # ---- values ----------------------------------------------------------------------------------------------------------
 
 
