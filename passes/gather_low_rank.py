@@ -31,7 +31,7 @@ from typing import Any
 from torch.fx import Node
 
 from lora_fx.passes._torch import CheckpointPolicy, pipelines_collectives, statically_known_true
-from lora_fx.passes.graph import MM, aten, is_call, replicated_over, shape, val
+from lora_fx.passes.graph import MM, is_call, replicated_over, shape, under_slices, val
 from lora_fx.passes.kernels import operators
 from lora_fx.passes.rewriter import Rewriter
 from lora_fx.passes.shared_rows import GATHER_TOGETHER, Gathered, gathered, may_travel, moved, together
@@ -44,7 +44,7 @@ def find_inputs(sites: list[Site]) -> Iterator[list[Site]]:
     """Sites whose input is gathered, those of one gather together: of every product, all sites that read it."""
     readers: dict[Node, list[Site]] = {}
     for site in sites:
-        readers.setdefault(_down(site), []).append(site)
+        readers.setdefault(under_slices(site.down), []).append(site)
     groups: dict[Node, list[Site]] = {}
     for product, group in readers.items():
         x = _input(product)
@@ -58,17 +58,9 @@ def _input(product: Any) -> Gathered | None:
     return x if x is not None and _takes(x, product) else None
 
 
-def _down(site: Site) -> Any:
-    """The product with x, of which siblings take slices."""
-    node: Any = site.down
-    while is_call(node, aten.slice.Tensor):
-        node = node.args[0]
-    return node
-
-
 def rewrite_inputs(group: list[Site], rewriter: Rewriter) -> None:
     """Compute each h from the piece, and gather it."""
-    downs = [_down(site) for site in group]
+    downs = [under_slices(site.down) for site in group]
     products = list(dict.fromkeys(downs))
     inputs: list[Any] = [_input(product) for product in products]
     x = inputs[0]

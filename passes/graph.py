@@ -109,6 +109,14 @@ def peel_views(node: Any) -> Any:
     return node
 
 
+def under_slices(node: Any) -> Any:
+    """The value that a node is some rows or columns of, under row views: of a stack, what siblings take slices of."""
+    node = peel_views(node)
+    while is_call(node, aten.slice.Tensor):
+        node = peel_views(node.args[0])
+    return node
+
+
 def source_of(node: Any) -> Any:
     """The value under views, copies and transposes: the same numbers, in another arrangement."""
     while is_row_view(node) or is_transpose(node) or is_call(node, *COPIES):

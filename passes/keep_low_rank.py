@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from lora_fx.passes._torch import CheckpointPolicy
 from lora_fx.passes.branch import Branch
-from lora_fx.passes.graph import aten, is_call, peel_views, shape
+from lora_fx.passes.graph import shape, under_slices
 from lora_fx.passes.recompute_branch import REGION
 from lora_fx.passes.rewriter import Rewriter
 
@@ -45,10 +45,7 @@ def find(sites: list[Any]) -> Iterator[list[Any]]:
 
 def _product(site: Branch) -> Node:
     """h, of which siblings take slices: the product with x, or what was gathered of it."""
-    down: Any = peel_views(site.down)
-    while is_call(down, aten.slice.Tensor):
-        down = peel_views(down.args[0])
-    node: Node = down
+    node: Node = under_slices(site.down)
     return node
 
 

@@ -44,7 +44,7 @@ x, and of one that makes silu(gate) * up and h of it::
 
 For 17 to 64 tokens the latter are two programs by now where a large product reads silu(gate) * up as well
 (:func:`lora_fx.passes.tile_nodes.has_few_rows_of_tiles`). By the columns of a program that makes h of a value of 14336,
-and of one of 4096 (64 tokens)::
+and of one of 4096 (64 tokens, each in a process of its own)::
 
     512 and 256: 198;  256 and 256: 199;  1024 and 256: 199;  512 and 512: 200;  1024 and 512: 200
 

@@ -66,6 +66,18 @@ def parallel(adapted: bool, sequence: bool) -> nn.Module:
     return lora_fx.freeze(model) if adapted else model.requires_grad_(False)
 
 
+def share_tokens(model: nn.Module, mlps: dict[str, str]) -> nn.Module:
+    """Sequence parallelism on a mesh of two for gated MLPs, each behind a norm: the path of that, by the MLP's."""
+    plan: dict[str, Any] = {}
+    for mlp, norm in mlps.items():
+        plan[norm] = SequenceParallel()
+        plan[mlp] = PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate())
+        plan |= {f"{mlp}.gate": ColwiseParallel(), f"{mlp}.up": ColwiseParallel()}
+        plan[f"{mlp}.down"] = RowwiseParallel(output_layouts=Shard(1))
+    parallelize_module(model, init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), plan)
+    return model
+
+
 def captured(adapted: bool, sequence: bool, rewrite: bool = True) -> Captured:
     x = torch.randn(2, 4, 16, requires_grad=True)
     return capture(parallel(adapted, sequence), x, rewrite=rewrite, backward=True)

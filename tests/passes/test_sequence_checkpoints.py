@@ -24,7 +24,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import lora_fx
 from lora_fx.passes import pipeline
 from tests.distributed.simulated import fake_world
-from tests.distributed.test_graphs import Gated, Inner, collectives
+from tests.distributed.test_graphs import Gated, Inner, collectives, share_tokens
 from tests.passes.harness import Captured, adapt, capture
 from tests.passes.test_scatter_branch import Alone, alone
 
@@ -55,13 +55,7 @@ class Streams(nn.Module):
 def streams(adapted: bool) -> nn.Module:
     torch.manual_seed(0)
     model: nn.Module = adapt(Streams(), rank=2) if adapted else Streams()
-    plan: dict[str, Any] = {}
-    for name in ("one", "two"):
-        plan[f"{name}.norm"] = SequenceParallel()
-        plan[f"{name}.mlp"] = PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate())
-        plan |= {f"{name}.mlp.gate": ColwiseParallel(), f"{name}.mlp.up": ColwiseParallel()}
-        plan[f"{name}.mlp.down"] = RowwiseParallel(output_layouts=Shard(1))
-    parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+    share_tokens(model, {"one.mlp": "one.norm", "two.mlp": "two.norm"})
     return lora_fx.freeze(model) if adapted else model.requires_grad_(False)
 
 
@@ -176,8 +170,9 @@ def test_where_the_gradient_is_not_gathered_with_g_the_whole_h_is_kept():
         parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
         result = capture(checkpointed(lora_fx.freeze(model), None), x, backward=True, dynamic=None)
     (down,) = (site for site in result.rewrite.report.sites if site.path == "down")
-    assert "scatter h" in down.forward
-    assert ("save h" in down.forward) != ("gather g" in down.backward)
+    cuts = torch.__version__ >= "2.13"
+    assert "scatter h" in down.forward and ("save h" in down.forward) == cuts
+    assert ("gather g" in down.backward) == (not cuts)
 
 
 def test_a_checkpointed_h_that_is_gathered_is_kept():
