@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from benchmarks import ranks
-from benchmarks.ranks import FORMS, MESHES, Row, allowed, collective_table, difference, job, table
+from benchmarks.meshes import MESHES, job
+from benchmarks.ranks import FORMS, Row, allowed, collective_table, difference, table
 
 import options_3d
 
@@ -91,7 +92,7 @@ def test_it_runs(tmp_path, capsys):
     assert 0 < counts["plain"] - counts["frozen"] <= 2 and counts["lora_fx"] - counts["plain"] == 4 + 3
     # Another run with the same jobs need not repeat the one on one GPU.
     ((whole, (row,)),) = ranks.earlier(file, "tiny").items()
-    assert whole == " ".join(ranks.job("tp2", "tiny", 5, whole=True)) and row.losses == alone
+    assert whole == " ".join(job("tp2", "tiny", 5, whole=True)) and row.losses == alone
     assert ranks.earlier(file, "debug") == {}
 
 
