@@ -6,8 +6,6 @@ pass                    before                                        after
 ``fold_scale``          ``mm(h, B^T) * s``                            ``scaled_mm(h, B^T, s)``
 ``stack_siblings``      ``mm(x, A_q^T), mm(x, A_k^T), mm(x, A_v^T)``  ``mm(x, cat(A_q, A_k, A_v)^T)`` and slices of it
 ``pair_gradients``      ``mm(dy, B) * s, mm(dy^T, h) * s``            ``gradient_pair(dy, B, h, s)``
-``scatter_branch``      ``scatter(mm(x, W^T) + u)``, u = ``h B^T``    ``scatter(mm(x, W^T)) + scatter(h) B^T``, where
-                                                                      Inductor pipelines products with collectives
 ``scatter_low_rank``    ``scatter(base + h B^T)``, ``scatter(dX)``    ``scatter(base) + scatter(h) B^T``, likewise g; dA
                                                                       from this rank's tokens
 ``gather_low_rank``     h of x, and g and dB of dy, both gathered     of this rank's tokens, gathered with x and dy

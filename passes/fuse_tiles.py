@@ -14,8 +14,10 @@ from lora_fx.passes import tile_joint, tile_outputs, tile_pairs, tile_stacks, ti
 from lora_fx.passes._torch import auto_functionalized, detect_fake_mode, stable_topological_sort
 from lora_fx.passes.graph import (
     CONVERT,
+    VIEWS,
     aten,
     has_shape,
+    is_call,
     is_row_view,
     is_tensor,
     shape,
@@ -273,7 +275,7 @@ def _sizes(node: Node, region: Region, like: Node) -> list[Any]:
     pending, seen = [node], {node}
     while pending:
         source = pending.pop()
-        if is_row_view(source):
+        if is_row_view(source) and is_call(source, *VIEWS):
             return list(source.args[1])  # type: ignore[arg-type]  # the sizes that the view was made with
         if source not in region.nodes:
             return [

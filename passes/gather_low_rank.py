@@ -19,7 +19,8 @@ T-th; there are as many collectives as before, and they carry R more numbers a t
 gradient, scatters none, so that dA still reads all of x.)
 
 As there, A (or B) must be the same on all of these ranks: of siblings that are one product, that of each. Where
-Inductor pipelines the gather with products (async tensor parallelism), nothing is done.
+Inductor pipelines the gather with products (async tensor parallelism), h and g have a gather of their own. What reads
+all of x or dy is then the products of the frozen model alone, and nobody keeps what was gathered, nor puts it together.
 """
 
 from __future__ import annotations
@@ -65,7 +66,11 @@ def rewrite_inputs(group: list[Site], rewriter: Rewriter) -> None:
     inputs: list[Any] = [_input(product) for product in products]
     x = inputs[0]
     piece = rewriter.flatten_rows(x.mine, like=_beside(x, products[0]))
-    own = [rewriter.emit_in_place(MM, piece, product.args[1], of=x.collective, half=product) for product in products]
+    factors = [_in_time(product.args[1], x, product, rewriter) for product in products]
+    own = [
+        rewriter.emit_in_place(MM, piece, factor, of=x.collective, half=product)
+        for product, factor in zip(products, factors, strict=True)
+    ]
     for product, h in zip(products, _gather(inputs, own, products, rewriter), strict=True):
         rewriter.replace(product, h)
         for site, down in zip(group, downs, strict=True):
@@ -114,9 +119,11 @@ def rewrite_gradients(group: list[Site], rewriter: Rewriter) -> None:
     for site, dy, pair in zip(group, gradients, pairs, strict=True):
         h: Any = site.scattered_h
         _, b, _, *scale = pair.args
-        piece, rows = (rewriter.flatten_rows(tensor, like=pair) for tensor in (dy.mine, h))
-        own = rewriter.emit(operators.gradient_pair, piece, b, rows, *scale, like=pair)
-        grad_h, grad_b = (rewriter.emit(operator.getitem, own, place, like=pair) for place in (0, 1))
+        early = {"of": dy.collective if _is_pipelined(dy) else pair, "half": pair}
+        piece, rows = (rewriter.flatten_rows(tensor, like=early["of"]) for tensor in (dy.mine, h))
+        b, *scale = (_in_time(operand, dy, pair, rewriter) for operand in (b, *scale))
+        own = rewriter.emit_in_place(operators.gradient_pair, piece, b, rows, *scale, **early)
+        grad_h, grad_b = (rewriter.emit_in_place(operator.getitem, own, place, **early) for place in (0, 1))
         thin.append(grad_h)
         found.append(grad_b)
         if h.meta.get("recompute") is not None:
@@ -135,10 +142,17 @@ def rewrite_gradients(group: list[Site], rewriter: Rewriter) -> None:
 
 
 def _takes(tensor: Gathered, thin: Node) -> bool:
-    """Whether a matrix may travel with a gathered tensor: Inductor does not pipeline its gather, nor does another wait
-    for it."""
-    alone = len(tensor.collective.users) == 1 and not pipelines_collectives(tensor.collective.args[2])
-    return alone and may_travel(thin, tensor.mine)
+    """Whether a matrix may travel with a gathered tensor: nobody else waits for its gather."""
+    return len(tensor.collective.users) == 1 and may_travel(thin, tensor.mine)
+
+
+def _is_pipelined(tensor: Gathered) -> bool:
+    return pipelines_collectives(tensor.collective.args[2])
+
+
+def _in_time(operand: Any, tensor: Gathered, half: Node, rewriter: Rewriter) -> Any:
+    """What a product is computed from that has a gather of its own, before the one that is pipelined begins."""
+    return rewriter.raised(operand, of=tensor.collective, half=half) if _is_pipelined(tensor) else operand
 
 
 def _gather(tensors: list[Gathered], own: list[Node], likes: list[Any], rewriter: Rewriter) -> list[Node]:
@@ -149,7 +163,8 @@ def _gather(tensors: list[Gathered], own: list[Node], likes: list[Any], rewriter
     first = tensors[0]
     pieces = [rewriter.rows_like(matrix, first.mine, like=_beside(first, likes[0])) for matrix in own]
     tensors_mine = [first.mine, *pieces]
-    whole, *others = together(GATHER_TOGETHER, tensors_mine, first.collective, first.result, rewriter, likes[0])
+    gather = (first.collective, first.result)
+    whole, *others = together(GATHER_TOGETHER, tensors_mine, *gather, rewriter, likes[0], _is_pipelined(first))
     found = []
     for tensor, other, like in zip(tensors, others, likes, strict=True):
         rewriter.tag(other, **{name: like.meta[name] for name in ("recompute", "ac_graph_id") if name in like.meta})

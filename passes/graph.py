@@ -67,12 +67,18 @@ def has_shape(node: Node, *sizes: int | torch.SymInt | None) -> bool:
 
 
 def is_row_view(node: object) -> bool:
-    """Whether ``node`` only regroups leading dimensions: ``[B, T, K] <-> [B * T, K]``."""
-    if not (is_call(node, *VIEWS) and isinstance(node, Node)):
+    """Whether ``node`` only regroups leading dimensions, ``[B, T, K] <-> [B * T, K]``, or is a slice of everything.
+
+    DTensor (torch 2.13) cuts what it has gathered to the size that it has, where that is a number above 256: it asks
+    whether the two are one object.
+    """
+    if not (is_call(node, *VIEWS, aten.slice.Tensor) and isinstance(node, Node)):
         return False
     source = node.args[0]
     if not (is_tensor(source) and isinstance(source, Node)):
         return False
+    if node.target is aten.slice.Tensor:
+        return same_shape(node, source)
     ours, theirs = shape(node), shape(source)
     return len(ours) >= 2 and len(theirs) >= 2 and bool(statically_known_true(ours[-1] == theirs[-1]))
 

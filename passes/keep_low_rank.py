@@ -32,13 +32,11 @@ def find(sites: list[Any]) -> Iterator[list[Any]]:
     """Sites whose B is trained, which needs h, in a region which the user would rather compute again (and does not
     insist to); together where siblings take slices of one product.
 
-    Not where h is scattered by itself (async tensor parallelism: the product is that of all ranks' rows), nor where dB
-    is computed from what is left of h then, which is kept already.
+    Not where dB is computed from what is left of h after a scatter, which is kept already.
     """
     groups: dict[Node, list[Any]] = {}
     for site in sites:
-        elsewhere = "scatter" in site.forward_rewrites or "gather g" in site.backward_rewrites
-        if site.grad_b is not None and not elsewhere:
+        if site.grad_b is not None and "gather g" not in site.backward_rewrites:
             groups.setdefault(_product(site), []).append(site)
     return (group for product, group in groups.items() if _is_computed_again(product) and _is_small(product, group))
 

@@ -29,7 +29,6 @@ from lora_fx.passes import (
     recompute_dropout,
     recompute_grouped,
     recompute_input,
-    scatter_branch,
     scatter_low_rank,
     stack_siblings,
     unflatten_products,
@@ -64,9 +63,7 @@ PASSES = (
     Pass("stack_siblings", stack_siblings.find, stack_siblings.rewrite),
     # After stacking, which collects the g of siblings wherever they come from.
     Pass("pair_gradients", pair_gradients.find, pair_gradients.rewrite),
-    # After pairing, which takes h from the up-projection. Before the sum is swallowed.
-    Pass("scatter_branch", scatter_branch.find, scatter_branch.rewrite),
-    # After that one, which takes what Inductor pipelines. After stacking, while the terms are still in their sums.
+    # After pairing, which takes h from the up-projection. After stacking, while the terms are still in their sums.
     Pass("scatter_h", scatter_low_rank.find_outputs, scatter_low_rank.rewrite_outputs),
     Pass("scatter_g", scatter_low_rank.find_gradients, scatter_low_rank.rewrite_gradients),
     # After what scatters h, of which dB is computed then.

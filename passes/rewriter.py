@@ -10,7 +10,7 @@ import torch
 from torch.fx import Graph, Node
 
 from lora_fx.passes._torch import detect_fake_mode, extract_tensor_metadata, stable_topological_sort
-from lora_fx.passes.graph import aten, is_row_view, is_tensor, is_transpose, peel_views, same_shape, shape, val
+from lora_fx.passes.graph import VIEWS, aten, is_call, is_row_view, is_tensor, is_transpose, peel_views, same_shape, shape, val
 
 # Where a node came from in the user's model.
 PLACE = (
@@ -63,12 +63,23 @@ class Rewriter:
             node.meta["tensor_meta"] = extract_tensor_metadata(node.meta["val"])
         return node
 
-    def emit_in_place(self, target: Callable[..., Any], *args: Any, of: Node, half: Node) -> Node:
+    def emit_in_place(self, target: Callable[..., Any], *args: Any, of: Node, half: Node, **kwargs: Any) -> Node:
         """As `emit`, like a node ``of`` whose place the new one takes, which may be of no half of the graph."""
-        node = self.emit(target, *args, like=of)
+        node = self.emit(target, *args, like=of, **kwargs)
         if "partitioner_tag" in half.meta:
             node.meta.setdefault("partitioner_tag", half.meta["partitioner_tag"])
         return node
+
+    def raised(self, node: Any, *, of: Node, half: Node) -> Any:
+        """``node``, or where that comes after ``of``, its place in the graph taken: another one that does not.
+
+        For what is made of parameters in a few steps, such as the stacked factors of siblings.
+        """
+        if not isinstance(node, Node) or node < of:
+            return node
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: self.raised(n, of=of, half=half))
+        target: Any = node.target
+        return self.emit_in_place(target, *args, of=of, half=half, **kwargs)
 
     def transpose(self, matrix: Any, *, like: Node) -> Node:
         """The transpose of a matrix; undoes a transpose rather than stacking a second one."""
@@ -103,7 +114,7 @@ class Rewriter:
         """The shape of ``node`` as operands: numbers, or the nodes that hold symbolic sizes."""
         if all(isinstance(size, int) for size in shape(node)):
             return list(shape(node))
-        if is_row_view(node):
+        if is_row_view(node) and is_call(node, *VIEWS):
             return list(node.args[1])  # type: ignore[arg-type]  # the sizes that the view was made with
         for operand in node.all_input_nodes:
             # Not a size of node itself: that would keep what is being replaced alive.

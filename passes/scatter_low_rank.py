@@ -22,10 +22,11 @@ gloo scatters one tensor after the other), and they carry R more numbers a token
 That a factor is the same on all these ranks a graph does not show: whoever knows the placements notes the ranks
 (:data:`lora_fx.passes.graph.REPLICATED`). By DTensor's placements dA is then a term of a sum, as dX is, and whoever has
 it adds up the ranks' terms. h and g are summed in the dtype of what they travel with. Where tokens do not lie in a row
-and their number is a symbol, nothing shows that pieces are put together as they are cut, and nothing is done. Where
-Inductor pipelines a product with its collective (async tensor parallelism), h is not put into that:
-:mod:`lora_fx.passes.scatter_branch` has it by then. Siblings' gradients, which are a sum, are not pipelined in the
-frozen model either.
+and their number is a symbol, nothing shows that pieces are put together as they are cut, and nothing is done.
+
+Where Inductor pipelines a product with its collective (async tensor parallelism), it does so again, as nothing is added
+to the product any more; h, or g, has a collective of its own. Siblings' gradients, which are a sum, are not pipelined in
+the frozen model either.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from lora_fx.passes.graph import (
     is_sum,
     is_tensor,
     is_transpose,
+    peel_views,
     replicated_over,
     same_count,
     same_shape,
@@ -66,6 +68,10 @@ from lora_fx.passes.shared_rows import (
     together,
 )
 from lora_fx.passes.site import MARK, Site
+
+
+_PRODUCTS = (MM, aten._scaled_mm.default)
+"""What Inductor pipelines with a collective."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ def _output(site: Site) -> _Total | None:
     if chain is None or shared is None or shared.ranks not in replicated_over(site.up, "lora_b"):
         return None
     removable = _removable(site.up)
-    alone = removable is not None and removable[0] is site.add and not pipelines_collectives(chain[-2].args[3])
+    alone = removable is not None and removable[0] is site.add
     return _Total(site.add, chain, shared) if alone and may_travel(site.up.args[0], site.add) else None
 
 
@@ -261,7 +267,8 @@ def _scatter(
         rows = rewriter.rows_like(each, total.node, like=like)
         # The first move reads what is left of the total by now.
         tensors.append(moved(rows, whole if moves else total.node, moves, last, rewriter, like))
-    base, *all_rows = together(REDUCE_TOGETHER, tensors, scatter, own, rewriter, like)
+    product = is_call(peel_views(whole), *_PRODUCTS) and pipelines_collectives(scatter.args[3])
+    base, *all_rows = together(REDUCE_TOGETHER, tensors, scatter, own, rewriter, like, pipelined=product)
     return base, all_rows, own
 
 

@@ -141,20 +141,34 @@ def moved(rows: Node, start: Node, moves: list[Node], last: Node, rewriter: Rewr
 
 
 def together(
-    target: Any, tensors: list[Node], collective: Node, result: Node, rewriter: Rewriter, like: Node
+    target: Any,
+    tensors: list[Node],
+    collective: Node,
+    result: Node,
+    rewriter: Rewriter,
+    like: Node,
+    pipelined: bool = False,
 ) -> list[Node]:
     """The results of one collective that takes several tensors, in the place of one that takes the first of them.
 
     What a user's checkpoint says of the old one it says of the new one, and of what the first tensor becomes. New nodes
     belong to the half of the graph that ``like`` belongs to: those that a user's autograd function made may name none.
+
+    ``pipelined``: Inductor makes one operator of the collective and a product, and would not of one that takes several.
+    The others have one of their own then, in the form for several, which it does not take for what it could pipeline.
+    It begins before the operator, and is waited for after it.
     """
-    ran = rewriter.emit_in_place(target, tensors, *collective.args[1:], of=collective, half=like)
-    found = []
-    for place in range(len(tensors)):
-        own = rewriter.emit_in_place(operator.getitem, ran, place, of=collective, half=like)
-        found.append(rewriter.emit_in_place(WAIT, own, of=result, half=like))
+    others = tensors[1:] if pipelined else tensors
+    ran = rewriter.emit_in_place(target, others, *collective.args[1:], of=collective, half=like)
+    results = [
+        rewriter.emit_in_place(operator.getitem, ran, place, of=collective, half=like) for place in range(len(others))
+    ]
+    if pipelined:
+        first: Any = collective.target
+        ran = rewriter.emit_in_place(first, tensors[0], *collective.args[1:], of=collective, half=like)
+        results.insert(0, ran)
     rewriter.discard(collective, result)
-    return found
+    return [rewriter.emit_in_place(WAIT, own, of=result, half=like) for own in results]
 
 
 def _moves_rows(node: Node, last: int) -> bool:

@@ -26,7 +26,7 @@ from lora_fx.passes import pipeline
 from tests.distributed.simulated import fake_world
 from tests.distributed.test_graphs import Gated, Inner, collectives, share_tokens
 from tests.passes.harness import Captured, adapt, capture
-from tests.passes.test_scatter_branch import Alone, alone
+from tests.passes.test_async_tensor_parallel import Alone, alone
 
 pytestmark = [pytest.mark.distributed]
 

@@ -29,7 +29,7 @@ from tests.distributed.processes import run_ranks
 from tests.distributed.simulated import fake_world, whole
 from tests.distributed.test_graphs import Gated, captured, collectives, parallel
 from tests.passes.harness import adapt, capture
-from tests.passes.test_scatter_branch import Alone, alone, pipelining
+from tests.passes.test_async_tensor_parallel import Alone, alone, pipelining
 
 pytestmark = [pytest.mark.distributed]
 
