@@ -108,6 +108,11 @@ def lower_as_donated(operator: Any) -> None:
     lowering["register_lowering"](operator, type_promotion_kind=None)(lower)
 
 
+def force_stride_order() -> Any:
+    """The operator by which Inductor asks for an order of strides: ``force_stride_order(tensor, strides)``."""
+    return _private("torch._inductor.inductor_prims:force_stride_order")
+
+
 def given_away() -> tuple[int, ...]:
     """Which inputs of the backward graph that is being compiled may be written over: what forward saved, and nobody
     retains. It is settled when forward is compiled, or by the first backward that retains its graph."""
@@ -178,7 +183,7 @@ def in_memory(box: Any) -> Any:
     return made if isinstance(made, ir.TensorBox) else ir.TensorBox(made)
 
 
-def layout(box: Any) -> tuple[list[Any], list[Any]]:
+def layout(box: Any) -> tuple[Sequence[Any], Sequence[Any]]:
     """Sizes and strides of one of Inductor's tensors that is in memory: numbers or SymPy expressions."""
     sizes, strides = ([int(n) if _is_number(n) else n for n in each] for each in (box.get_size(), box.get_stride()))
     return sizes, strides

@@ -26,6 +26,7 @@ from lora_fx.passes.graph import (
 from lora_fx.passes.kernels import operators
 from lora_fx.passes.kernels.tile_choice import choose
 from lora_fx.passes.kernels.tile_program import Program, Statement, Tile
+from lora_fx.passes.shared_rows import is_pipelined
 from lora_fx.passes.site import MARK
 from lora_fx.passes.snapshot import Snapshot
 from lora_fx.passes.tile_copies import separate
@@ -186,13 +187,15 @@ def _in_shape(like: Node, node: Node, sizes: list[Any]) -> Node:
 def _outputs(program: Program, writer: Writer, region: Region, like: Node) -> list[Node]:
     """Memory for the outputs: fresh, or that of an input which nobody reads but the region.
 
-    That is a large product, or what forward saved: Inductor says whether backward may write over it.
+    That is a large product, or what forward saved: Inductor says whether backward may write over it. Not a product that
+    Inductor pipelines with a gather, whose rows lie in another order than others want them in.
     """
     source, kind = next(
         (node, kind[0]) for node, kind in zip(writer.inputs, writer.kinds) if kind[0] in ("full", "thin", "parts")
     )
     rows, parts = _row_sizes(source, kind, program, like)
-    spare = [n for n, kind in zip(writer.inputs, writer.kinds) if kind[0] == "full" and is_read_last_in(n, region)]
+    full = [node for node, kind in zip(writer.inputs, writer.kinds) if kind[0] == "full"]
+    spare = [node for node in full if is_read_last_in(node, region) and not is_pipelined(node)]
     spare.sort(key=lambda node: node.op == "placeholder")
     found = []
     for statement in program.outputs:

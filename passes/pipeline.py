@@ -29,6 +29,7 @@ from lora_fx.passes import (
     recompute_dropout,
     recompute_grouped,
     recompute_input,
+    row_order,
     scatter_low_rank,
     stack_siblings,
     unflatten_products,
@@ -258,6 +259,15 @@ class LoweringStage(Stage):
             raise LoRARewriteError("\n  ".join(failures))
 
 
+class OrderStage(Stage):
+    """Has programs take rows in the order that pipelined collectives need (``post_grad_custom_post_pass``)."""
+
+    def __call__(self, graph: Graph) -> None:
+        failures = [_failure("row_order", str(node), error) for node, error in row_order.settle(graph)]
+        if self.strict and failures:
+            raise LoRARewriteError("\n  ".join(failures))
+
+
 def _publish(report: GraphReport) -> None:
     rewritten = sum(site.rewritten for site in report.sites)
     log.info("rewrote %d of %d LoRA branches", rewritten, len(report.sites))
@@ -274,6 +284,7 @@ HOOKS: dict[str, type[Stage]] = {
     "joint_custom_pre_pass": RewriteStage,
     "joint_custom_post_pass": DropoutStage,
     "post_grad_custom_pre_pass": LoweringStage,
+    "post_grad_custom_post_pass": OrderStage,
 }
 """Inductor's configuration names and what we run there."""
 

@@ -10,7 +10,18 @@ import torch
 from torch.fx import Graph, Node
 
 from lora_fx.passes._torch import detect_fake_mode, extract_tensor_metadata, stable_topological_sort
-from lora_fx.passes.graph import VIEWS, aten, is_call, is_row_view, is_tensor, is_transpose, peel_views, same_shape, shape, val
+from lora_fx.passes.graph import (
+    VIEWS,
+    aten,
+    is_call,
+    is_row_view,
+    is_tensor,
+    is_transpose,
+    peel_views,
+    same_shape,
+    shape,
+    val,
+)
 
 # Where a node came from in the user's model.
 PLACE = (

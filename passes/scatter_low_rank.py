@@ -25,8 +25,8 @@ it adds up the ranks' terms. h and g are summed in the dtype of what they travel
 and their number is a symbol, nothing shows that pieces are put together as they are cut, and nothing is done.
 
 Where Inductor pipelines a product with its collective (async tensor parallelism), it does so again, as nothing is added
-to the product any more; h, or g, has a collective of its own. Siblings' gradients, which are a sum, are not pipelined in
-the frozen model either.
+to the product any more; h, or g, has a collective of its own. Siblings' gradients, which are a sum, are not pipelined
+in the frozen model either.
 """
 
 from __future__ import annotations
@@ -68,7 +68,6 @@ from lora_fx.passes.shared_rows import (
     together,
 )
 from lora_fx.passes.site import MARK, Site
-
 
 _PRODUCTS = (MM, aten._scaled_mm.default)
 """What Inductor pipelines with a collective."""

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from lora_fx.passes._torch import group_ranks, statically_known_true
-from lora_fx.passes.graph import aten, is_call, peel_views, shape, val
+from lora_fx.passes._torch import group_ranks, pipelines_collectives, statically_known_true
+from lora_fx.passes.graph import MM, aten, is_call, peel_views, shape, val
 from lora_fx.passes.rewriter import Rewriter
 
 GATHER = torch.ops._c10d_functional.all_gather_into_tensor.default
@@ -119,6 +119,13 @@ def chain_to_scatter(total: Node) -> list[Node] | None:
     alone = all(operand is total or operand in chain for node in chain for operand in node.all_input_nodes)
     ordered = sorted(chain)
     return ordered if alone and len(ends) == 2 and is_call(ordered[-1], WAIT) else None
+
+
+def is_pipelined(node: Node) -> bool:
+    """Whether ``node`` is a product with a gathered matrix that Inductor will make one operator of with the gather."""
+    product = peel_views(node)
+    x = gathered(product.args[0]) if is_call(product, MM, aten._scaled_mm.default) else None
+    return x is not None and pipelines_collectives(x.collective.args[2])
 
 
 def may_travel(thin: Any, tensor: Node) -> bool:

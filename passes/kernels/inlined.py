@@ -32,13 +32,13 @@ def tile(outputs: list[Any], program: str, inputs: list[Any]) -> Any:
     if (fitted := tile_memory.fitted(program, itemsizes, inputs[0].get_device())) is None:
         return NotImplemented
     given = [_torch.in_memory(each) for each in inputs]
-    found = tile_launch.launch(fitted, [_torch.layout(each) for each in given])
+    made = [_torch.in_memory(each) for each in outputs]
+    found = tile_launch.launch(fitted, [_torch.layout(each) for each in given], [_torch.layout(each) for each in made])
     if found.rows == 0:
         return None
     read = [_torch.laid_out(each, strides) for each, strides in zip(given, found.strides, strict=True)]
     # A copy where Inductor has laid it out in another way, which is copied back.
-    made = [_torch.in_memory(each) for each in outputs]
-    written = [_torch.laid_out(each, tile_launch.contiguous(_torch.layout(each)[0])) for each in made]
+    written = [_torch.laid_out(each, strides) for each, strides in zip(made, found.written, strict=True)]
     arguments = {**dict(zip(found.tensors, [*read, *written], strict=True)), **found.numbers}
     targets = found.tensors[len(inputs) :]
     _torch.launch(tile_triton.kernel(fitted), arguments, targets, found.grid, found.warps, found.stages)

@@ -23,7 +23,7 @@ from triton.runtime.errors import OutOfResources
 
 from lora_fx.passes._torch import ceil_div
 from lora_fx.passes.kernels.tile_names import Names, name_of_all
-from lora_fx.passes.kernels.tile_program import Program, evaluate, split
+from lora_fx.passes.kernels.tile_program import Program, Statement, evaluate, split
 from lora_fx.passes.kernels.tile_triton import kernel
 
 log = logging.getLogger("lora_fx.passes")
@@ -31,17 +31,35 @@ log = logging.getLogger("lora_fx.passes")
 Sizes = Sequence[Any]
 """Sizes or strides: numbers, or SymPy expressions where Inductor compiles for sizes that it does not know."""
 
+Layout = tuple[Sizes, Sizes]
+"""Sizes and strides of a tensor."""
+
 
 _SMALL = ("thin", "factor")
 """Inputs whose two strides are arguments."""
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Where the rows of a value lie: ``stride`` elements apart, or in blocks of ``along`` rows, themselves ``apart``.
+
+    ``along`` is 0 where there is one block. Rows that lie in the order [T, B] and are walked over in the order [B, T],
+    as with what Inductor pipelines with a gather along T, are blocks of T.
+    """
+
+    stride: int
+    along: int = 0
+    apart: int = 0
+
+
+@dataclass(frozen=True)
 class Launch:
-    """A launch of a kernel on inputs of certain sizes and strides."""
+    """A launch of a kernel on inputs, and into outputs, of certain sizes and strides."""
 
     strides: list[Sizes]
-    """Those that the inputs must have; all outputs are contiguous."""
+    """Those that the inputs must have."""
+    written: list[Sizes]
+    """Those that the outputs must have."""
     tensors: list[str]
     """What the kernel calls the inputs, and then the outputs."""
     numbers: dict[str, Any]
@@ -53,33 +71,46 @@ class Launch:
     """M."""
 
 
-def launch(text: str, inputs: list[tuple[Sizes, Sizes]]) -> Launch:
-    """How to launch the programs of ``text`` on inputs of these sizes and strides."""
-    programs = split(text, inputs)
+def launch(text: str, inputs: list[Layout], outputs: list[Layout]) -> Launch:
+    """How to launch the programs of ``text`` on inputs, and into outputs, of these sizes and strides."""
+    programs = split(text, inputs, outputs)
     joint = len(programs) > 1
-    names = [Names(program, f"p{k}_" if joint else "") for k, (program, _) in enumerate(programs)]
+    names = [Names(program, f"p{k}_" if joint else "") for k, (program, *_) in enumerate(programs)]
     strides: list[Sizes] = []
+    written: list[Sizes] = []
     numbers: dict[str, Any] = {}
-    for each, (program, layouts) in zip(names, programs):
-        m = _rows(program, layouts)
-        wanted = [_strides(program, i, *layout) for i, layout in enumerate(layouts)]
+    for each, (program, given, made) in zip(names, programs):
+        m = _rows(program, given)
+        wanted = [_strides(program, i, *layout) for i, layout in enumerate(given)]
         strides += wanted
-        kinds = list(zip(program.inputs, wanted, layouts))
+        kinds = list(zip(program.inputs, wanted, given))
         small = [found[:-3:-1] if "RN" in kind else found[-2:] for kind, found, _ in kinds if kind[0] in _SMALL]
         numbers.update(zip(each.strides, (stride for found in small for stride in found), strict=True))
-        full = [_row_stride(sizes, found) for kind, found, (sizes, _) in kinds if kind[0] == "full"]
+        values = [(sizes, found) for kind, found, (sizes, _) in kinds if kind[0] == "full"]
+        memory = [_written(program, statement, *layout) for statement, layout in zip(program.outputs, made)]
+        written += memory
+        stored = zip(program.outputs, memory, made)
+        values += [(sizes, found) for statement, found, (sizes, _) in stored if statement[0] == "store"]
+        rows: list[Any] = [_rows_of(program, sizes, found) for sizes, found in values]
         even = isinstance(m, int) and m % program.tile.rows == 0 and not program.experts
-        numbers.update(zip(each.constants, (*full, even), strict=True))
+        constants = [number for each_of in rows for number in (each_of.stride, each_of.along, each_of.apart)]
+        numbers.update(zip(each.constants, (*constants, even), strict=True))
     numbers["M"] = m
     tensors = [name for each in names for name in each.inputs] + [name for each in names for name in each.outputs]
     tile = programs[-1][0].tile
-    return Launch(strides, tensors, numbers, _grid([p for p, _ in programs], m), tile.warps, tile.stages, m)
+    grid = _grid([program for program, *_ in programs], m)
+    return Launch(strides, written, tensors, numbers, grid, tile.warps, tile.stages, m)
 
 
 def _grid(programs: list[Program], m: Any) -> tuple[Any, ...]:
     """Columns and rows of tiles; where programs share a launch, the tiles of one behind those of the other."""
     sizes = [(ceil_div(p.columns, p.tile.columns), p.row_parts(m)) for p in programs]
     return sizes[0] if len(sizes) == 1 else (sum(wide * high for wide, high in sizes),)
+
+
+def layouts(tensors: list[Tensor]) -> list[Layout]:
+    """Those of tensors."""
+    return [(tensor.shape, tensor.stride()) for tensor in tensors]
 
 
 def run(text: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
@@ -102,16 +133,15 @@ def run_kernel(text: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
     """Run the kernel of the program that ``text`` describes on ``inputs`` into ``outputs``.
 
     An output [M, N] may be the memory of an input of its program: a tile is loaded before it is stored, and by nobody
-    else (:mod:`lora_fx.passes.tile_outputs`). Kernels write contiguous memory; what is laid out in another way gets a
-    copy.
+    else (:mod:`lora_fx.passes.tile_outputs`). What is laid out in a way that kernels do not write gets a copy.
 
     Raises:
         OutOfResources: it does not fit the device.
     """
-    found = launch(text, [(t.shape, t.stride()) for t in inputs])
+    found = launch(text, layouts(inputs), layouts(outputs))
     if not found.rows:
         return
-    written = [t if t.is_contiguous() else t.new_empty(t.shape) for t in outputs]
+    written = [t if lies_in(t, strides) else t.new_empty(t.shape) for t, strides in zip(outputs, found.written)]
     tensors = [*(laid_out(t, strides) for t, strides in zip(inputs, found.strides)), *written]
     arguments = {**dict(zip(found.tensors, tensors, strict=True)), **found.numbers}
     kernel(text)[found.grid](**arguments, num_warps=found.warps, num_stages=found.stages)
@@ -125,9 +155,14 @@ def _warn_once(message: str) -> None:
     log.warning("%s. Please report this.", message)
 
 
+def lies_in(tensor: Tensor, strides: Sizes) -> bool:
+    """Whether a tensor has these strides, where they matter."""
+    return all(size == 1 or one == other for size, one, other in zip(tensor.shape, tensor.stride(), strides))
+
+
 def laid_out(tensor: Tensor, strides: Sizes) -> Tensor:
     """The tensor, or a copy where its strides are others."""
-    if all(size == 1 or one == other for size, one, other in zip(tensor.shape, tensor.stride(), strides)):
+    if lies_in(tensor, strides):
         return tensor
     return torch.empty_strided(tensor.shape, list(strides), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
@@ -137,7 +172,7 @@ def contiguous(sizes: Sizes) -> list[Any]:
     return [math.prod(sizes[place + 1 :]) for place in range(len(sizes))]
 
 
-def _rows(program: Program, layouts: list[tuple[Sizes, Sizes]]) -> Any:
+def _rows(program: Program, layouts: list[Layout]) -> Any:
     """M, as the inputs have it."""
     for kind, (sizes, _) in zip(program.inputs, layouts):
         if kind[0] == "full":
@@ -147,22 +182,36 @@ def _rows(program: Program, layouts: list[tuple[Sizes, Sizes]]) -> Any:
     raise AssertionError("a program reads something that has rows")
 
 
-def _row_stride(sizes: Sizes, strides: Sizes) -> Any:
-    """The distance between the rows of a value [..., N] with contiguous rows, or None where there is no such number."""
+def _rows_of(program: Program, sizes: Sizes, strides: Sizes) -> Rows | None:
+    """Where the rows of a value [..., N] lie, or None where they do not lie in a way that the program's kernel takes.
+
+    A step of its walk has rows of one block.
+    """
     if sizes[-1] != 1 and strides[-1] != 1:
         return None
-    step: Any = None
+    # Of neighbouring dimensions those that lie in a row are one; the last comes first.
+    groups: list[list[Any]] = []
     for size, stride in reversed(list(zip(sizes[:-1], strides[:-1]))):
         if size == 1:
             continue
-        if step is None:
-            step, rows = stride, size
-        elif stride != step * rows:
-            return None
+        if groups and stride == groups[-1][0] * groups[-1][1]:
+            groups[-1][0] *= size
         else:
-            rows = rows * size
-    step = sizes[-1] if step is None else step
-    return step if isinstance(step, int) else None
+            groups.append([size, stride])
+    if not all(isinstance(stride, int) for _, stride in groups):
+        return None
+    if len(groups) < 2:
+        return Rows(groups[0][1] if groups else sizes[-1]) if isinstance(sizes[-1], int) else None
+    (along, stride), (_, apart) = groups[:2]
+    step = program.tile.step if program.tile.walk == "rows" else program.tile.rows
+    whole = isinstance(along, int) and along % step == 0 and not program.experts
+    return Rows(stride, along, apart) if whole and len(groups) == 2 else None
+
+
+def _written(program: Program, statement: Statement, sizes: Sizes, strides: Sizes) -> Sizes:
+    """The strides that an output is to have: its own, or without gaps."""
+    takes = statement[0] == "store" and _rows_of(program, sizes, strides) is not None
+    return strides if takes else contiguous(sizes)
 
 
 def _strides(program: Program, index: int, sizes: Sizes, strides: Sizes) -> Sizes:
@@ -179,7 +228,7 @@ def _strides(program: Program, index: int, sizes: Sizes, strides: Sizes) -> Size
     if kind[0] in ("number", "seed"):
         return strides
     if kind[0] == "full":
-        return strides if _row_stride(sizes, strides) is not None else dense
+        return strides if _rows_of(program, sizes, strides) is not None else dense
     if kind[0] not in _SMALL or index in _stacked(program):
         return dense
     if program.sums_both_ways:

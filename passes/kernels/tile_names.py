@@ -14,7 +14,9 @@ class Names:
         small = [i for i, kind in enumerate(kinds) if kind in ("thin", "factor")]
         self.strides = [f"{prefix}{name}{i}" for i in small for name in ("outer", "inner")]
         self.outputs = [f"{prefix}out{i}" for i in range(len(program.outputs))]
-        self.constants = [f"{prefix}stride{i}" for i, kind in enumerate(kinds) if kind == "full"]
+        values = [f"in{i}" for i, kind in enumerate(kinds) if kind == "full"]
+        values += [f"out{i}" for i, statement in enumerate(program.outputs) if statement[0] == "store"]
+        self.constants = [f"{prefix}{value}_{name}" for value in values for name in ("stride", "along", "apart")]
         self.constants.append(f"{prefix}EVEN_ROWS")
         self.seeds = [f"{prefix}in{i}" for i, kind in enumerate(kinds) if kind == "seed"]
 

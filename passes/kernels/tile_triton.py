@@ -106,10 +106,12 @@ class _Writer:
         tile = self.program.tile
         return (tile.step, tile.columns // tile.strips) if self.down_rows else (tile.rows, tile.step)
 
-    def _place(self, stride: object) -> str:
-        """The address, from its first element, of this tile of a matrix with rows of ``stride`` elements."""
-        tile = f"(row.to(tl.int64) * {stride} + column{self.strip})"
-        return f"{tile} + (i[:, None] * {stride} + j[None, :])"
+    def _place(self, value: str) -> str:
+        """The address of this tile of a value in memory, an input or an output (:class:`tile_launch.Rows`)."""
+        stride, along, first = f"{value}_stride", f"{value}_along", f"{value}_row"
+        apart = f"(row // {along}).to(tl.int64) * {value}_apart + (row % {along}).to(tl.int64) * {stride}"
+        self._define(first, self._fixed(True), [f"{first} = {apart} if {along} else row.to(tl.int64) * {stride}"])
+        return f"{value} + ({first} + column{self.strip}) + (i[:, None] * {stride} + j[None, :])"
 
     # ---- names and masks -------------------------------------------------------------------------------------------
 
@@ -163,7 +165,7 @@ class _Writer:
         if kind == "full":
             name, where = f"{name}_{self.strip}", self.inside
             mask = self._mask("m[:, None]", f"{n}[None, :]", owned=index in self.summed)
-            text = self._load(f"in{index} + {self._place(f'stride{index}')}", mask)
+            text = self._load(self._place(f"in{index}"), mask)
         elif kind == "row":
             where, text = self._fixed(True), self._load(f"in{index} + m", self._mask("m", None)) + "[:, None]"
         elif kind == "column":
@@ -321,7 +323,7 @@ class _Writer:
         value = self._for_product(statement[1]) if same else f"{self._number(statement[1])}.to({_TYPES[statement[2]]})"
         value = f"tl.broadcast_to({value}, ({rows}, {columns}))"
         mask = self._mask("m[:, None]", f"{self._n}[None, :]")
-        self.inside.append(self._write(f"out{out} + {self._place(self.program.columns)}", value, mask))
+        self.inside.append(self._write(self._place(f"out{out}"), value, mask))
 
     def _down(self, out: int, statement: Statement) -> None:
         tile, whole = self.program.tile, self.program.rank(statement[2])

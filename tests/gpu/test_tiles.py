@@ -48,6 +48,13 @@ def test_against_float64(case: Case, tile: Tile, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [f16, bf16])
+@pytest.mark.parametrize("tile", TILES, ids=lambda t: f"{t.walk} {t.rows}x{t.columns}")
+@pytest.mark.parametrize("case", [c for c in CASES if any(kind[0] == "full" for kind in c.inputs)], ids=str)
+def test_sequences_in_turns(case: Case, tile: Tile, dtype: torch.dtype) -> None:
+    tile_checks.check_order(case, case.program(72, dtype, tile), run, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [f16, bf16])
 def test_the_largest_of_what_is_not_finite(dtype: torch.dtype) -> None:
     tile_checks.check_not_finite(run, dtype, "cuda")
 

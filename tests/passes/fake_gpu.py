@@ -198,9 +198,10 @@ def recorded(device: str = "meta", *, interpret: bool = False) -> Iterator[tuple
 
         def backend(graph: GraphModule, inputs: Sequence[Tensor]) -> Any:
             stages = {name: stage(strict=True) for name, stage in pipeline.HOOKS.items()}
-            lower = stages.pop("post_grad_custom_pre_pass")
-            options: dict[str, Any] = {name: on_gpu.OnGpu(stage) for name, stage in stages.items()}
-            options["post_grad_custom_pre_pass"] = lower
+            # Where forward and backward are apart, they are on a GPU already.
+            options: dict[str, Any] = {
+                name: stage if name.startswith("post_grad") else on_gpu.OnGpu(stage) for name, stage in stages.items()
+            }
             compiler: Any = compile_fx.compile_fx
             return compiler(graph, inputs, inner_compile=inner, config_patches=options)
 
@@ -290,8 +291,11 @@ def _pretend(patch: pytest.MonkeyPatch) -> None:
     """Have torch and Triton take this machine for one with an H100."""
     import triton
     from torch._dynamo import device_interface
+    from torch._inductor import inductor_prims
     from torch._inductor.runtime import triton_helpers
+    from torch._prims import TensorMeta
     from torch._subclasses import fake_tensor
+    from torch.distributed import _symmetric_memory
 
     cuda: Any = torch.cuda
     for name, value in {
@@ -329,6 +333,16 @@ def _pretend(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
     patch.setattr(
         torch._inductor.async_compile.AsyncCompile, "triton", lambda self, name, source, device_str="cuda": None
+    )
+    # Both would copy a tensor to learn its strides.
+    order = "make_contiguous_for_perm"
+    real = getattr(_symmetric_memory, order, None)
+    if real is not None:
+        patch.setattr(_symmetric_memory, order, lambda t, dims: real(_without_memory(t, "meta"), dims))
+    patch.setattr(
+        inductor_prims.force_stride_order,
+        "prim_meta_impl",
+        lambda t, strides: TensorMeta(shape=t.shape, strides=tuple(strides), dtype=t.dtype, device=t.device),
     )
 
 

@@ -29,9 +29,11 @@ from tests.distributed.simulated import fake_world, whole
 from tests.distributed.test_graphs import Gated, Inner, collectives, parallel
 from tests.passes import on_gpu
 from tests.passes.harness import Captured, adapt, capture
-from tests.passes.test_sites import checkpointed
 
 pytestmark = [pytest.mark.distributed]
+
+
+FUSED_GATHER = torch.ops.symm_mem.fused_all_gather_matmul.default
 
 
 class Alone(nn.Module):
@@ -89,22 +91,11 @@ def fused(result: Captured, half: str) -> tuple[list[int], int]:
     return [len(node.args[1]) for node in gathers], len(scatters)
 
 
-def test_a_checkpointed_h_that_is_scattered_is_not_kept():
-    """That of the linear beside it is."""
-    with fake_world(2), pipelining():
-        model = alone(True, width=256)
-        result = capture(checkpointed(model), torch.randn(2, 4, 256, requires_grad=True), backward=True)
-    assert [site.forward for site in result.rewrite.report.sites] == [
-        ("scale", "save h"),
-        ("scale", "scatter", "accumulate"),
-    ]
-    inputs = result.backward[0].graph.find_nodes(op="placeholder")
-    made = [node for node in inputs if not str(node.target).startswith(("primals", "tangents"))]
-    assert [tuple(node.meta["val"].shape) for node in made] == [(16, 2)]
+SHARED = ("scatter_h", "scatter_g", "gather_h", "gather_g")
 
 
 def test_inductor_finds_what_it_finds_in_the_frozen_model():
-    """Without this pass, every all-gather and no reduce-scatter, adapted by whomever and compiled by whomever."""
+    """Without these passes, every all-gather and no reduce-scatter, adapted by whomever and compiled by whomever."""
     halves = ("forward", "backward")
     for build, expected in (
         # q, k, v or gate and up: their input gradients are summed before they are scattered.
@@ -116,22 +107,39 @@ def test_inductor_finds_what_it_finds_in_the_frozen_model():
                 frozen, plain = (captured(build(adapted), rewrite=False) for adapted in (False, True))
             with pipelining():
                 ours = captured(build(True))
-                passes = tuple(p for p in pipeline.PASSES if p.name != "scatter_branch")
+                passes = tuple(p for p in pipeline.PASSES if p.name not in SHARED)
                 x = torch.randn(2, 4, 16, requires_grad=True)
                 without = capture(build(True), x, passes=passes, backward=True)
                 assert ours.reasons == []
-                # Of siblings, whose collective is not pipelined: no rank keeps the input of all.
-                assert ours.count("backward").get("scatter g", 0) == (0 if build is alone else 2)
                 assert [fused(frozen, half) for half in halves] == expected
                 assert [fused(ours, half) for half in halves] == expected
                 for result in (plain, without):
                     assert [fused(result, half) for half in halves] == [(gathers, 0) for gathers, _ in expected]
-        # One collective more for each: of R numbers a token.
-        for half, (_, scatters) in zip(halves, expected):
+        # One collective more for each that is pipelined: of R numbers a token.
+        for half, (gathers, scatters) in zip(halves, expected):
             (before,), (after,) = getattr(frozen, half), getattr(ours, half)
             more = collectives(after.graph) - collectives(before.graph)
-            assert dict(more) == ({"_c10d_functional.reduce_scatter_tensor": scatters} if scatters else {})
+            expected_more = {"all_gather_into_tensor": len(gathers), "reduce_scatter_tensor": scatters}
+            assert dict(more) == {f"_c10d_functional.{name}": n for name, n in expected_more.items() if n}
             assert collectives(getattr(without, half)[0].graph) == collectives(before.graph)
+
+
+def test_nobody_keeps_what_is_gathered_and_all_of_a_ranks_own_begins_before():
+    """The products of the frozen model alone read it; h and g of own rows are gathered beside the operator."""
+    with fake_world(2), pipelining():
+        result = captured(parallel(True, sequence=True))
+        assert result.count("forward")["gather h"] == result.count("backward")["scatter g"] == 2
+        assert result.count("backward")["gather g"] == result.count("forward")["scatter h"] == 1
+        for half in ("forward", "backward"):
+            (module,) = getattr(result, half)
+            view_to_reshape(module)
+            micro_pipeline_tp_pass(module.graph)
+            (gather,) = module.graph.find_nodes(op="call_function", target=FUSED_GATHER)
+            assert gather.kwargs["return_A"] is False
+            own = torch.ops._c10d_functional.all_gather_into_tensor_coalesced.default
+            (begins,) = module.graph.find_nodes(op="call_function", target=own)
+            (ends,) = (user for part in begins.users for user in part.users)
+            assert begins < gather < ends
 
 
 @pytest.mark.parametrize("build", [lambda adapted: parallel(adapted, sequence=True), alone], ids=["siblings", "alone"])
@@ -158,45 +166,44 @@ class TestRowWise(expecttest.TestCase):
         self.assertExpectedInline(
             result.rewrite.after,
             """\
-%0 = input                                                        f32[6, 8]
-%1 = input                                                        f32[12, 8]
-%2 = input                                                        f32[]
-%3 = input                                                        f32[]
-%4 = input                                                        f32[2, 8]
-%5 = input                                                        f32[12, 2]
-%6 = view(%0, [6, 8])                                             f32[6, 8]
-%7 = permute(%1, [1, 0])                                          f32[8, 12]
-%8 = mm(%6, %7)                                                   f32[6, 12]
-%9 = mul(%2, %3)                                                  f32[]
-%10 = permute(%4, [1, 0])                                         f32[8, 2]
-%11 = mm(%6, %10)                                                 f32[6, 2]
-%12 = permute(%5, [1, 0])                                         f32[2, 12]
-%13 = mul(%11, %9)                                                f32[6, 2]
-%14 = _c10d_functional.reduce_scatter_tensor(%13, 'sum', 2, '0')  f32[3, 2]
-%15 = _c10d_functional.reduce_scatter_tensor(%8, 'sum', 2, '0')   f32[3, 12]
-%16 = _c10d_functional.wait_tensor(%14)                           f32[3, 2]
-%17 = _c10d_functional.wait_tensor(%15)                           f32[3, 12]
-%18 = lora_fx.accumulate(%17, %16, %12)                           f32[3, 12]
+%0 = input                                                                    f32[6, 8]
+%1 = input                                                                    f32[12, 8]
+%2 = input                                                                    f32[]
+%3 = input                                                                    f32[]
+%4 = input                                                                    f32[2, 8]
+%5 = input                                                                    f32[12, 2]
+%6 = view(%0, [6, 8])                                                         f32[6, 8]
+%7 = permute(%1, [1, 0])                                                      f32[8, 12]
+%8 = mm(%6, %7)                                                               f32[6, 12]
+%9 = mul(%2, %3)                                                              f32[]
+%10 = permute(%4, [1, 0])                                                     f32[8, 2]
+%11 = mm(%6, %10)                                                             f32[6, 2]
+%12 = permute(%5, [1, 0])                                                     f32[2, 12]
+%13 = _c10d_functional.reduce_scatter_tensor_coalesced([%11], 'sum', 2, '0')  (f32[3, 2])
+%14 = getitem(%13, 0)                                                         f32[3, 2]
+%15 = _c10d_functional.reduce_scatter_tensor(%8, 'sum', 2, '0')               f32[3, 12]
+%16 = _c10d_functional.wait_tensor(%15)                                       f32[3, 12]
+%17 = _c10d_functional.wait_tensor(%14)                                       f32[3, 2]
+%18 = lora_fx.accumulate(%16, %17, %12, %9)                                   f32[3, 12]
 return %18""",
         )
 
 
 @pytest.mark.parametrize(
-    "down, groups",
+    "down",
     [
-        (None, set()),  # no symmetric memory
-        (RowwiseParallel(), None),  # summed on all ranks
-        (RowwiseParallel(output_layouts=Shard(2)), None),  # scattered along the features: h has none of them
-        (RowwiseParallel(use_local_output=False), None),
+        RowwiseParallel(),  # summed on all ranks
+        RowwiseParallel(output_layouts=Shard(2)),  # scattered along the features: h has none of them
+        RowwiseParallel(use_local_output=False),
     ],
-    ids=["not enabled", "all-reduce", "features", "not reduced"],
+    ids=["all-reduce", "features", "not reduced"],
 )
-def test_what_is_left_alone(down, groups):
-    with fake_world(2), pipelining(groups):
+def test_what_is_left_alone(down):
+    with fake_world(2), pipelining():
         model = alone(True, down)
-        distributed = down is not None and not down.use_local_output
+        distributed = not down.use_local_output
         result = capture(lambda x: model(x).to_local() if distributed else model(x), torch.randn(2, 4, 16))
-    assert "scatter" not in result.count("forward") and result.reasons == []
+    assert "scatter h" not in result.count("forward") and result.reasons == []
 
 
 def test_a_product_that_is_read_elsewhere_too_is_left_alone():
@@ -215,7 +222,7 @@ def test_a_product_that_is_read_elsewhere_too_is_left_alone():
         plan = RowwiseParallel(output_layouts=Partial(), use_local_output=False)
         parallelize_module(model, init_device_mesh("cpu", (2,)), {"inner.down": plan})
         result = capture(lambda x: model(x), torch.randn(2, 4, 16))
-    assert result.sites == 1 and "scatter" not in result.count("forward")
+    assert result.sites == 1 and "scatter h" not in result.count("forward")
 
 
 def two_ranks(rank: int, folder: Path) -> dict[str, Any]:

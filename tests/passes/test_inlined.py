@@ -49,7 +49,7 @@ def launched(arguments: tuple[Any, ...]) -> tuple[str, dict[str, Any], tuple[int
     """What an operator launches: the kernel's name, its arguments, its grid, its source."""
     if isinstance(arguments[1], str):
         outputs, program, inputs = arguments
-        found = tile_launch.launch(program, [(t.shape, t.stride()) for t in inputs])
+        found = tile_launch.launch(program, tile_launch.layouts(inputs), tile_launch.layouts(outputs))
         tensors = [*(tile_launch.laid_out(t, strides) for t, strides in zip(inputs, found.strides)), *outputs]
         function = tile_triton.kernel(program)
         given = {**dict(zip(found.tensors, tensors, strict=True)), **found.numbers}

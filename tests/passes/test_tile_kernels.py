@@ -30,6 +30,10 @@ tile_experts = pytest.importorskip("lora_fx.passes.kernels.tile_experts", reason
 part_sums = pytest.importorskip("lora_fx.passes.kernels.part_sums", reason="needs Triton", exc_type=ImportError)
 
 
+ORDERED = [case for case in CASES if any(kind[0] == "full" for kind in case.inputs)][::2]
+"""Those of which every walk is tried with values that lie in another order."""
+
+
 def run(program: Program, inputs: list[Tensor], outputs: list[Tensor]) -> None:
     tile_launch.run(program.dumps(), inputs, outputs)
 
@@ -45,11 +49,13 @@ def compiled(programs: list[Program], mask: int | None, full: str, laid_out: boo
     signature, constants = {}, {}
     kernel = tile_triton.kernel(join([program.dumps() for program in programs]))
     for name in kernel.arg_names:
-        found = re.fullmatch(r"(?:p(\d+)_)?([A-Za-z_]+)(\d*)", name)
+        found = re.fullmatch(r"(?:p(\d+)_)?([A-Za-z_]+)(\d*)(?:_(stride|along|apart))?", name)
         assert found is not None
-        number, what, place = found.groups()
+        number, what, place, rows = found.groups()
         program = programs[int(number or 0)]
-        if what == "in":
+        if rows:
+            signature[name], constants[name] = "constexpr", program.columns if rows == "stride" else 0
+        elif what == "in":
             kind = program.inputs[int(place)][0]
             types = {"number": "fp32", "parts": "fp32", "seed": "i64", "ends": "i32"}
             signature[name] = "*i1" if int(place) == mask else f"*{types.get(kind, full)}"
@@ -61,8 +67,8 @@ def compiled(programs: list[Program], mask: int | None, full: str, laid_out: boo
             wide = "RN" in kind  # [R, N]
             step = {"outer": 1 if wide else int(kind[1]), "inner": program.columns if wide else 1}
             signature[name], constants[name] = "constexpr", step[what]
-        elif what in ("stride", "EVEN_ROWS"):
-            signature[name], constants[name] = "constexpr", program.columns if what == "stride" else laid_out
+        elif what == "EVEN_ROWS":
+            signature[name], constants[name] = "constexpr", laid_out
         else:
             signature[name] = "i32"
     options = {"num_warps": programs[0].tile.warps, "num_stages": programs[0].tile.stages}
@@ -89,7 +95,8 @@ if not INTERPRETED:
         program = Program(24, "bfloat16", inputs, body, Tile(rows=64, columns=64, step=64, walk="rows"))
         factor = torch.randn((24, rank) if order == "NR" else (rank, 24))
         tensors = [torch.randn(40, 24), factor, torch.randn(40, 3 * rank)[:, rank : 2 * rank]]
-        found = tile_launch.launch(program.dumps(), [(t.shape, t.stride()) for t in tensors])
+        made = [((1, 40, rank), (40 * rank, rank, 1)), ((1, 24, rank), (24 * rank, rank, 1))]
+        found = tile_launch.launch(program.dumps(), [(t.shape, t.stride()) for t in tensors], made)
         outer = 1 if rank == 1 else 3 * rank
         assert [found.numbers[name] for name in ("outer1", "inner1", "outer2", "inner2")] == [rank, 1, outer, 1]
         for tensor, strides in zip(tensors, found.strides):
@@ -128,22 +135,29 @@ if not INTERPRETED:
         assert steps in tile_triton.source([Program(4096, "bfloat16", [["full"], ["factor", 16, "RN"]], body, tile)])
 
     @pytest.mark.parametrize(
-        ("sizes", "strides", "row"),
+        ("sizes", "strides", "rows"),
         [
-            ((3, 5, 8), (40, 8, 1), 8),
-            ((3, 5, 8), (60, 12, 1), 12),  # columns of something wider
-            ((3, 1, 8), (16, 999, 1), 16),  # what a dimension of one element strides by is nothing
-            ((1, 8), (999, 1), 8),
-            ((3, 5, 8), (8, 24, 1), None),  # transposed
+            ((3, 64, 8), (512, 8, 1), (8, 0, 0)),
+            ((3, 64, 8), (768, 12, 1), (12, 0, 0)),  # columns of something wider
+            ((3, 1, 8), (16, 999, 1), (16, 0, 0)),  # what a dimension of one element strides by is nothing
+            ((1, 8), (999, 1), (8, 0, 0)),
+            ((3, 64, 8), (8, 24, 1), (24, 64, 8)),  # transposed
+            ((3, 2, 32, 8), (8, 768, 24, 1), (24, 64, 8)),
+            ((3, 64, 8), (8192, 8, 1), (8, 64, 8192)),  # rows of something longer
+            ((3, 40, 8), (8, 24, 1), None),  # a step of 32 rows has some of two blocks
+            ((3, 2, 64, 8), (8, 24, 48, 1), None),
             ((5, 8), (1, 5), None),
         ],
     )
-    def test_rows_that_are_read_where_they_are(sizes: Any, strides: Any, row: int | None) -> None:
+    def test_rows_that_are_read_and_written_where_they_are(sizes: Any, strides: Any, rows: Any) -> None:
         tile = Tile(rows=64, columns=32, step=32, walk="rows")
         body: list[Any] = [["load", 0], ["store", 0, "bfloat16"]]
-        found = tile_launch.launch(Program(8, "bfloat16", [["full"]], body, tile).dumps(), [(sizes, strides)])
-        assert found.numbers["stride0"] == (row or 8)
-        assert tuple(found.strides[0]) == (strides if row else (8, 1) if len(sizes) == 2 else (40, 8, 1))
+        layout = (sizes, strides)
+        found = tile_launch.launch(Program(8, "bfloat16", [["full"]], body, tile).dumps(), [layout], [layout])
+        for value, taken in (("in0", found.strides), ("out0", found.written)):
+            numbers = tuple(found.numbers[f"{value}_{name}"] for name in ("stride", "along", "apart"))
+            assert numbers == (rows or (8, 0, 0))
+            assert tuple(taken[0]) == (strides if rows else tuple(tile_launch.contiguous(sizes)))
 
     @pytest.mark.slow
     @pytest.mark.timeout(900)  # a machine that is three times as slow as usual, and busy, still passes
@@ -274,6 +288,10 @@ else:
     @pytest.mark.parametrize("case", CASES[::3], ids=str)
     def test_program_with_a_batch(case: Case) -> None:
         tile_checks.check(case, case.program(72, torch.float16, TILES[0]), 90, run, batch=3)
+
+    @pytest.mark.parametrize(("case", "tile"), [(c, TILES[i % len(TILES)]) for i, c in enumerate(ORDERED)], ids=str)
+    def test_program_with_sequences_in_turns(case: Case, tile: Tile) -> None:
+        tile_checks.check_order(case, case.program(72, torch.float16, tile), run)
 
     @pytest.mark.parametrize(
         ("case", "tile", "size"),

@@ -39,7 +39,8 @@ def needed(program: Program, capability: int) -> int:
             whole = program.is_whole(stores[name]) and stores[name][-1] != "float32"
             signature[name] = "*bf16" if whole else "*fp32"
         elif name in names.constants:
-            signature[name], constants[name] = "constexpr", True if name == "EVEN_ROWS" else program.columns
+            values = {"stride": program.columns, "along": 0, "apart": 0, "ROWS": True}
+            signature[name], constants[name] = "constexpr", values[name.rpartition("_")[2]]
         elif "inner" in name:
             wide = "RN" in program.inputs[int(name.removeprefix("inner"))]
             signature[name] = "i32" if wide else "constexpr"

@@ -120,6 +120,30 @@ def check(case: Case, program: Program, rows: int, run: Runner, device: str = "c
     _check_in_place(program, inputs, results, rows, run)
 
 
+def check_order(case: Case, program: Program, run: Runner, device: str = "cpu") -> None:
+    """The same results, to the bit, where the rows of sequences lie in turns, as in what is gathered along them."""
+    from lora_fx.passes.kernels import tile_launch
+
+    batch, length = 3, 2 * max(program.tile.rows, 16)
+    rows = batch * length
+    inputs = operands(program, rows, device, batch)
+    if case.mask is not None:
+        inputs[case.mask] = inputs[case.mask] > 0
+    results = outputs(program, inputs, rows)
+    run(program, inputs, results)
+
+    def in_turns(tensor: Tensor) -> Tensor:
+        return tensor.view(batch, length, -1).transpose(0, 1).contiguous().transpose(0, 1)
+
+    mine = [in_turns(t) if kind[0] == "full" else t for kind, t in zip(program.inputs, inputs)]
+    made = [torch.full_like(t, float("nan")) for t in results]
+    made = [in_turns(t) if s[0] == "store" else t for s, t in zip(program.outputs, made)]
+    blocks = tile_launch.launch(program.dumps(), tile_launch.layouts(mine), tile_launch.layouts(made)).numbers
+    assert {blocks[name] for name in blocks if name.endswith("_along")} == {length}
+    run(program, mine, made)
+    assert all(torch.equal(a.reshape(b.shape), b) for a, b in zip(made, results, strict=True))
+
+
 def _equal(program: Program, inputs: list[Tensor], left: list[Tensor], right: list[Tensor]) -> bool:
     """Whether two runs have the same results, to the bit; of experts' sums the parts that count."""
     if program.experts:

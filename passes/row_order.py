@@ -1,0 +1,132 @@
+"""Under async tensor parallelism, let programs read and write rows in the order in which Inductor has them in memory.
+
+What it pipelines with a collective along the sequence, [B, T, K], it wants with T outermost, where a rank's piece is
+one block; and so it gives what comes out. Before, where every ``a`` and every ``reshape`` is a copy::
+
+    y: f[B, T, N] of strides [N, B N, 1] = gathered and multiplied;    z = tile(reshape(y, [B T, N]), ...)
+    z: f[B T, K] = tile(...);    a = force_stride_order(reshape(z, [B, T, K]), [K, B K, 1]);    multiplied and scattered
+    x: f[B, T, K] = ...;    h = tile(x, ...);    a = force_stride_order(x, [K, B K, 1]);    gathered and multiplied
+
+After, as kernels take their rows in either order (:class:`lora_fx.passes.kernels.tile_launch.Rows`)::
+
+    z = tile(y, ...)
+    z: f[B, T, K] of strides [K, B K, 1] = tile(...);    multiplied and scattered
+    x: f[B, T, K] = ...;    a = force_stride_order(x, [K, B K, 1]);    h = tile(a, ...)
+
+where the kernel that computes x writes it as a.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from lora_fx.passes._torch import auto_functionalized, detect_fake_mode, force_stride_order
+from lora_fx.passes.graph import aten, is_call, peel_views, shape, val
+from lora_fx.passes.kernels import operators
+from lora_fx.passes.kernels.tile_program import split
+
+
+def settle(graph: Graph) -> Iterator[tuple[Node, Exception]]:
+    """Do so where an order is asked for; gives each node where that failed."""
+    orders = list(graph.find_nodes(op="call_function", target=force_stride_order()))
+    calls = list(graph.find_nodes(op="call_function", target=auto_functionalized)) if orders else []
+    asked: dict[Node, Node] = {}
+    for order in orders:
+        try:
+            if not _written(order):
+                asked[order.args[0]] = order
+        except Exception as error:
+            yield order, error
+    for call in calls:
+        try:
+            if call.args[0] is operators.tile_:
+                _read(call, asked)
+        except Exception as error:
+            yield call, error
+
+
+def _read(call: Node, asked: dict[Node, Node]) -> None:
+    """Have a program read values as they are in memory, or are asked for in another order."""
+    inputs: Any = call.kwargs["inputs"]
+    outputs: Any = call.kwargs["outputs"]
+    kinds = [kind[0] for (program,) in split(str(call.kwargs["program"])) for kind in program.inputs]
+    found = []
+    for kind, node in zip(kinds, inputs, strict=True):
+        value = _in_memory(node)
+        # What is written over is as it is. What autograd keeps, as the matrix that it was, is copied sooner or later:
+        # if nothing reads the copy, at the end of forward, until when both would take memory.
+        stays = node in outputs or value in outputs or any(user.op == "output" for user in node.users)
+        if kind != "full" or stays:
+            value = node
+        elif (order := asked.get(value)) is not None and value.op != "placeholder":
+            value.append(order)
+            order.meta.setdefault("val", _laid_out(value, order))
+            value = order
+        found.append(value)
+    call.update_kwarg("inputs", found)
+
+
+def _written(order: Node) -> bool:
+    """Have a program write its output in the order that is asked for; says whether one made it."""
+    source: Any = order.args[0]
+    out = peel_views(source)
+    if not (is_call(out, operator.getitem) and is_call(out.args[0], operator.getitem)):
+        return False
+    results, place = out.args
+    call, which = results.args
+    if not (is_call(call, auto_functionalized) and call.args[0] is operators.tile_ and which == 1):
+        return False
+    memory = call.kwargs["outputs"][place]
+    statement = [s for (program,) in split(str(call.kwargs["program"])) for s in program.outputs][place]
+    if statement[0] != "store" or not is_call(memory, aten.empty.memory_format):
+        return False
+    sizes, strides = list(shape(source)), list(order.args[1])  # type: ignore[arg-type]  # a list of numbers
+    dims = sorted(range(len(sizes)), key=lambda dim: -strides[dim])
+    value = _laid_out(source, order)
+    outputs, values = [*call.kwargs["outputs"]], [*results.meta["val"]]
+    with order.graph.inserting_before(memory):
+        fresh = order.graph.call_function(aten.empty.memory_format, ([sizes[dim] for dim in dims],), memory.kwargs)
+        made = order.graph.call_function(aten.permute.default, (fresh, [dims.index(dim) for dim in range(len(dims))]))
+    with detect_fake_mode([val(source)]):
+        fresh.meta["val"] = aten.empty.memory_format(*fresh.args, **fresh.kwargs)
+        made.meta["val"] = aten.permute.default(fresh.meta["val"], made.args[1])
+    if list(made.meta["val"].stride()) != strides:
+        order.graph.erase_node(made)
+        order.graph.erase_node(fresh)
+        return False
+    # As matrices, and in other shapes, it is read through a view of what it was.
+    with order.graph.inserting_after(out):
+        matrix = order.graph.call_function(aten.reshape.default, (out, list(shape(out))))
+    matrix.meta["val"] = val(out)
+    out.replace_all_uses_with(matrix, delete_user_cb=lambda user: user is not matrix)
+    outputs[place], values[place] = made, value
+    call.update_kwarg("outputs", outputs)
+    call.meta["val"], results.meta["val"], out.meta["val"] = (None, values), values, value
+    order.replace_all_uses_with(out)
+    while order is not matrix and not order.users:
+        above: Any = order.args[0]
+        order.graph.erase_node(order)
+        order = above
+    if not matrix.users:
+        order.graph.erase_node(matrix)
+    return True
+
+
+def _in_memory(node: Node) -> Any:
+    """The value under views of rows. What Inductor makes of a product and a gather it gives no fake value, and reshapes
+    it to what the product was."""
+    value = peel_views(node)
+    source: Any = value.args[0] if is_call(value, aten.reshape.default) else None
+    return source if is_call(source, operator.getitem) and "val" not in source.meta else value
+
+
+def _laid_out(source: Node, order: Node) -> torch.Tensor:
+    """A fake value as ``source`` has it, in an order."""
+    like = val(source)
+    with detect_fake_mode([like]):
+        return torch.empty_strided(like.shape, order.args[1], dtype=like.dtype, device=like.device)  # type: ignore[arg-type]
