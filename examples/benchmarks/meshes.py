@@ -31,11 +31,17 @@ MESHES: dict[str, list[str]] = {
 # model -> sequences a step for each rank, tokens of a sequence, dtype, rank.
 SIZES: dict[str, tuple[int, int, str, int]] = {
     "8B": (2, 4096, "bfloat16", 16),
+    "mixtral": (2, 4096, "bfloat16", 16),
     "moe": (2, 4096, "bfloat16", 16),
     "debug": (4, 512, "float32", 8),
     "tiny": (4, 128, "float32", 4),
     "tiny-moe": (4, 128, "float32", 4),
 }
+
+
+def fits(model: str, mesh: str) -> bool:
+    """Whether a model is for a mesh: one with experts needs ranks to spread them over."""
+    return model != "mixtral" or "--ep" in MESHES[mesh]
 
 
 def job(mesh: str, model: str, steps: int, *, whole: bool = False) -> list[str]:

@@ -3,6 +3,7 @@
     python examples/benchmarks/ranks.py --json ranks.json          # all meshes of Llama-3-8B that fit the GPUs
     python examples/benchmarks/ranks.py --mesh tp2 tp2-async --steps 20
     python examples/benchmarks/ranks.py --mesh tp2 --reference ranks.json        # one GPU's losses, as found before
+    python examples/benchmarks/ranks.py --mesh ep2 --model mixtral # experts of 8B's widths, and not of half of them
     python examples/benchmarks/ranks.py --model debug              # in float32: losses equal to one GPU's
     python examples/benchmarks/ranks.py --model tiny --mesh tp2 pp2 --device cpu         # does it run at all
 
@@ -35,7 +36,7 @@ import torch.distributed
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.common import compiling, format_table, write_json
-from benchmarks.meshes import MESHES, job
+from benchmarks.meshes import MESHES, fits, job
 from benchmarks.runner import free
 from benchmarks.timing import Device, environment
 from torch.autograd import DeviceType
@@ -275,7 +276,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
-    option("--model", choices=("8B", "debug", "tiny"), default="8B", help="the model (%(default)s)")
+    models = ("8B", "mixtral", "debug", "tiny")
+    option("--model", choices=models, default="8B", help="the model; mixtral: for meshes with experts (%(default)s)")
     option("--mesh", nargs="+", choices=MESHES, help="meshes (all of as many ranks as GPUs)")
     option("--steps", type=int, default=12, help=f"steps of each form, the first {1 + WARM} untimed (%(default)s)")
     option("--limit", type=float, default=900, help="seconds that one mesh may take (%(default)s)")
@@ -289,6 +291,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.steps < 3 + WARM:
         parser.error(f"--steps must be at least {3 + WARM}")
+    if not all(fits(options.model, mesh) for mesh in options.mesh or ()):
+        meshes = ", ".join(mesh for mesh in MESHES if fits(options.model, mesh))
+        parser.error(f"--model {options.model} is for {meshes}")
     return options
 
 
@@ -303,7 +308,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         device = Device(options.device)
     except ValueError as error:
         sys.exit(str(error))
-    worlds = {mesh: parse_job(job(mesh, options.model, options.steps)).degrees.world for mesh in MESHES}
+    jobs = {mesh: job(mesh, options.model, options.steps) for mesh in MESHES if fits(options.model, mesh)}
+    worlds = {mesh: parse_job(line).degrees.world for mesh, line in jobs.items()}
     gpus = torch.cuda.device_count() if device.cuda else max(worlds.values())
     meshes = options.mesh or [mesh for mesh, world in worlds.items() if world == gpus > 1]
     if not meshes or max(worlds[mesh] for mesh in meshes) > gpus:
@@ -324,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.json is not None:
             rows_of = {name: [dataclasses.asdict(row) for row in rows] for name, rows in found.items()}
             one_gpu = {name: dataclasses.asdict(rows[0]) for name, rows in references.items()}
-            settings = {mesh: " ".join(job(mesh, options.model, options.steps)) for mesh in found}
+            settings = {mesh: " ".join(jobs[mesh]) for mesh in found}
             document = {**where, "jobs": settings, "meshes": rows_of, "one_gpu": one_gpu, "failed": failed}
             write_json(options.json, document)
 
@@ -338,7 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return rows
 
     for mesh in meshes:
-        rows = run(mesh, job(mesh, options.model, options.steps), worlds[mesh], options.forms)
+        rows = run(mesh, jobs[mesh], worlds[mesh], options.forms)
         if rows is not None:
             found[mesh] = rows
             save()  # whatever comes of the rest

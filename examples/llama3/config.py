@@ -1,8 +1,9 @@
 """Sizes of Llama 3, and the LoRA configuration of the debug model.
 
 `debug` is torchtitan's debug model (`llama3_debugmodel`): 256 wide, 6 layers, 16 heads, a vocabulary of 2048.
-`8B` is Llama-3-8B. `moe` is half as wide, with eight experts a layer. `tiny` is for tests: two layers and grouped
-key/value heads; `tiny-moe` has experts as well.
+`8B` is Llama-3-8B. `mixtral` has the widths and the eight experts of Mixtral-8x7B and a quarter of its layers, `moe` is
+half as wide; both have a shared expert, too. `tiny` is for tests: two layers and grouped key/value heads; `tiny-moe`
+has experts as well.
 """
 
 from dataclasses import dataclass
@@ -79,6 +80,16 @@ CONFIGS: dict[str, LlamaConfig] = {
         vocab_size=128256,
         multiple_of=1024,
         ffn_dim_multiplier=1.3,
+    ),
+    "mixtral": LlamaConfig(
+        dim=4096,
+        n_layers=8,
+        n_heads=32,
+        n_kv_heads=8,
+        vocab_size=32000,
+        multiple_of=1024,
+        ffn_dim_multiplier=1.3,
+        n_experts=8,
     ),
     "moe": LlamaConfig(dim=2048, n_layers=16, n_heads=16, n_kv_heads=8, vocab_size=32000, n_experts=8),
 }

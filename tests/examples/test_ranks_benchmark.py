@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from benchmarks import ranks
-from benchmarks.meshes import MESHES, job
+from benchmarks.meshes import MESHES, fits, job
 from benchmarks.ranks import FORMS, Row, allowed, collective_table, difference, table
 
 import options_3d
@@ -23,8 +23,10 @@ def row(form: str, milliseconds: float = 100.0, peak: int | None = 1000, **more:
     return Row(form=form, milliseconds=milliseconds, peak_bytes=peak, **(found | more))
 
 
-@pytest.mark.parametrize("model", ["8B", "debug", "tiny"])
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    ("mesh", "model"),
+    [(mesh, model) for mesh in MESHES for model in ("8B", "debug", "tiny", "mixtral") if fits(model, mesh)],
+)
 def test_jobs(mesh, model):
     """Each is one that `train_3d.py` takes, with as many tokens a rank on every mesh, which one GPU has one by one."""
     ours, alone = (options_3d.parse(job(mesh, model, 9, whole=whole)) for whole in (False, True))
@@ -61,6 +63,7 @@ def test_tables():
         (["--steps", "4"], "--steps must be at least 5"),
         (["--mesh", "tp3"], "invalid choice: 'tp3'"),
         (["--mesh", "one"], "invalid choice: 'one'"),
+        (["--model", "mixtral", "--mesh", "ep2", "tp2"], "--model mixtral is for ep2, ep4, ep2-tp2, ep8"),
     ],
 )
 def test_bad_arguments(arguments, text, capsys):
