@@ -161,7 +161,11 @@ class Writer:
         source = peel_views(operand) if kind in ("full", "row") else operand
         if source not in self.places:
             wide = kind == "full" and val(source).dtype.itemsize > 2
-            self.places[source] = self._append(["load", self._input(source, [kind, *["wide"] * wide])])
+            # With the same ends, as what is computed of rows of nobody is looked at as one.
+            ends = source.args[2:3] if kind == "full" and is_call(source, GROUPED_MM) else ()
+            of_experts = ends == (self.region.ends,) and self.region.ends is not None
+            what = [kind, *["wide"] * wide, *["grouped"] * of_experts]
+            self.places[source] = self._append(["load", self._input(source, what)])
         return self.places[source]
 
     def _pointwise(self, member: Node) -> int:

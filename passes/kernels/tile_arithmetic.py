@@ -1,4 +1,4 @@
-"""How the source of a kernel computes pointwise operations, in float32."""
+"""How the source of a kernel computes pointwise operations, in float32, and how wide its products are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import math
 
 import torch
 import triton
+
+
+def padded(rank: int) -> int:
+    """The inner size that the tensor cores get for a rank: a power of two, 16 at least."""
+    return max(16, triton.next_power_of_2(rank))
+
 
 _OPS = {
     "identity": "{0}",

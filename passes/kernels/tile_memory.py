@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from lora_fx.passes.kernels.tile_arithmetic import padded
 from lora_fx.passes.kernels.tile_program import Program, join, split
-from lora_fx.passes.kernels.tile_triton import padded
 
 
 def bound(program: Program, itemsizes: tuple[int, ...], major: int) -> int:

@@ -28,7 +28,8 @@ list of several inputs [R, N], side by side: a stack of siblings that is nowhere
 A program of experts has rows that are sorted by expert, as ``ends`` says, and factors that are stacks with a matrix for
 each. Its tiles begin anew where an expert's rows do, so that one matrix is right for all of a tile, and its parts of a
 sum over rows are those of one expert each. Rows behind the last end are nobody's: they have tiles, in which what
-products multiply is zero, and which no sum contains.
+products multiply is zero, and which no sum contains. What torch's grouped products leave there is unspecified, and so
+is what is computed from it: a program that stores nothing else writes nothing there but zeros for its sums.
 
 Several programs over the same rows, none of which needs what another makes, may be one launch (:func:`join`).
 
@@ -86,12 +87,11 @@ class Program:
     dtype: str
     """Of the matrices that products multiply: ``bfloat16`` or ``float16``."""
     inputs: list[list[Any]]
-    """What each input is: ``["full"]`` [..., N] (``["full", "wide"]`` of more
-    than 16 bits), ``["row"]`` [..., 1], ``["column"]`` [N], ``["number"]`` [],
-    ``["seed"]`` [], ``["thin", R]`` [M, R], or parts that it is the sum of, ``["parts", R, P, start, all]``: columns
-    from ``start`` on of [P, M, all] in float32; ``["factor", R, order]`` [N, R] for the order ``"NR"``, [R, N] for
-    ``"RN"``, and of E experts ``["factor", R, order, E]``, a stack of those; ``["ends", E]`` [E] in int32, where each
-    expert's rows end."""
+    """What each input is: ``["full"]`` [..., N] (``["full", "wide"]`` of more than 16 bits, ``["full", "grouped"]`` a
+    grouped product), ``["row"]`` [..., 1], ``["column"]`` [N], ``["number"]`` [], ``["seed"]`` [], ``["thin", R]``
+    [M, R], or parts that it is the sum of, ``["parts", R, P, start, all]``: columns from ``start`` on of [P, M, all] in
+    float32; ``["factor", R, order]`` [N, R] for the order ``"NR"``, [R, N] for ``"RN"``, and of E experts
+    ``["factor", R, order, E]``, a stack of those; ``["ends", E]`` [E] in int32, where each expert's rows end."""
     body: list[Statement]
     tile: Tile
 
@@ -117,6 +117,17 @@ class Program:
     def experts(self) -> int:
         """E, or 0 where rows are not sorted by expert."""
         return next((int(kind[1]) for kind in self.inputs if kind[0] == "ends"), 0)
+
+    @property
+    def leaves_nobodys_rows(self) -> bool:
+        """Whether whatever it stores in rows of nobody is computed from what grouped products leave there."""
+        unspecified: set[int] = set()
+        for place, (kind, what, *rest) in enumerate(self.body):
+            loaded = kind == "load" and "grouped" in self.inputs[what]
+            # A choice may be of something else.
+            if loaded or (kind == "op" and what != "where" and unspecified & {*_places(rest[0])}):
+                unspecified.add(place)
+        return bool(self.experts) and all(s[1] in unspecified for s in self.outputs if s[0] in ("store", "largest"))
 
     def rank(self, index: int | list[int]) -> int:
         """R of a thin or factor input, or of several side by side."""
@@ -153,6 +164,11 @@ class Program:
             if kind[0] in ("thin", "parts"):
                 return tensor.shape[-2]
         raise AssertionError("a program reads something that has rows")
+
+
+def _places(operands: list[Any]) -> list[int]:
+    """The operands of a pointwise operation that are values, and not constants."""
+    return [operand for operand in operands if isinstance(operand, int)]
 
 
 def loads(text: str) -> Program:

@@ -11,13 +11,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import triton
-
 from lora_fx.passes.kernels import dropout
 from lora_fx.passes.kernels.define import define
 from lora_fx.passes.kernels.dropout import MIX, ODD, Steps, threshold
-from lora_fx.passes.kernels.tile_arithmetic import constant, operation
-from lora_fx.passes.kernels.tile_experts import owner, summed
+from lora_fx.passes.kernels.tile_arithmetic import constant, operation, padded
+from lora_fx.passes.kernels.tile_experts import count, owner, summed, zeros
 from lora_fx.passes.kernels.tile_factors import factored, idle
 from lora_fx.passes.kernels.tile_names import Names, head, name_of_all
 from lora_fx.passes.kernels.tile_program import OUTPUTS, Program, Statement, numbers, split
@@ -25,11 +23,6 @@ from lora_fx.passes.kernels.tile_program import OUTPUTS, Program, Statement, num
 # The line that defines the rows of a step: what is loaded first comes after it.
 _ROWS = "m = row + i"
 _TYPES = {"bfloat16": "tl.bfloat16", "float16": "tl.float16", "float32": "tl.float32"}
-
-
-def padded(rank: int) -> int:
-    """The inner size that the tensor cores get for a rank: a power of two, 16 at least."""
-    return max(16, triton.next_power_of_2(rank))
 
 
 class _Writer:
@@ -77,6 +70,7 @@ class _Writer:
             f"    for step in tl.range(0, {self._steps()}, num_stages={tile.stages}):",
             *(f"        {line}" for line in self.inside),
             *(f"    {line}" for line in self.after),
+            *(f"    {line}" for line in zeros(program)),
         ]
         return "\n".join(lines) + "\n"
 
@@ -96,7 +90,8 @@ class _Writer:
         tile = self.program.tile
         steps = (tile.rows if self.down_rows else tile.columns) // tile.step
         if self.program.experts:
-            there = f"tl.cdiv(stop - first, {tile.step})" if self.down_rows else f"(stop - first) * {steps}"
+            rows = count(self.program)
+            there = f"tl.cdiv({rows}, {tile.step})" if self.down_rows else f"{rows} * {steps}"
             return f"tl.minimum({there}, {steps})"
         is_short = {statement[0] for statement in self.program.body} <= {"load", "op", "down"}
         return f"{steps} + tl.minimum(M, 0)" if is_short and not self.down_rows else f"{steps}"

@@ -47,6 +47,12 @@ def of_experts(case: Case, experts: int) -> Case:
     return replace(case, name=name, inputs=[*inputs, ["ends", experts]], exact=exact)
 
 
+def grouped(case: Case) -> Case:
+    """The case with values that are grouped products: what is stored of them has any values in rows of nobody."""
+    inputs = [[*kind, "grouped"] if kind[0] == "full" else kind for kind in case.inputs]
+    return replace(case, name=f"{case.name}, of grouped products", inputs=inputs)
+
+
 CASES = [
     of_experts(branch(16, "NR", scaled=True), 3),
     of_experts(branch(5, "RN", scaled=False), 8),
@@ -56,13 +62,15 @@ CASES = [
     of_experts(swiglu(8, 24), 4),
     of_experts(swiglu_backward(16), 5),
     of_experts(norm(16).only(("across",)), 4),
+    *(grouped(of_experts(case, 4)) for case in (branch(5, "RN", scaled=False), swiglu(8, 24), swiglu_backward(16))),
     of_experts(infinite(4, outputs=("down", "across", "store")), 4),
 ]
 
 
 def check_nobodys_rows(run: tile_checks.Runner, device: str = "cpu") -> None:
     """Whatever is in them, NaN as well, no sum over rows contains it, nor what a row of somebody's gives."""
-    for case in (of_experts(pair(16, "NR"), 4), of_experts(swiglu(8, 24), 4), of_experts(norm(16), 4)):
+    cases = (of_experts(pair(16, "NR"), 4), *(of_experts(swiglu(8, 24), 4),) * 2, of_experts(norm(16), 4))
+    for case in (*cases[:2], grouped(cases[2]), cases[3]):
         for tile in (TILES[1], TILES[3]):
             program = case.program(72, torch.float16, tile)
             inputs = tile_checks.operands(program, 90, device)

@@ -1,6 +1,7 @@
 """Tile programs as data and as ATen: each statement against float64, text, and the shapes of outputs."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -144,3 +145,24 @@ def test_opcheck() -> None:
 def test_reading_a_program_twice_gives_one() -> None:
     text = CASES[0].program(40, f16, TILES[0]).dumps()
     assert tile_program.loads(text) is tile_program.loads(text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "operation", "leaves"),
+    [
+        (["full", "grouped"], ["mul", [0, 1]], True),
+        (["full", "grouped"], ["mul", [1, 0]], True),
+        (["full"], ["mul", [0, 1]], False),
+        (["full", "grouped"], ["where", [1, 0, [0.0]]], False),  # zeros in rows of nobody, say
+    ],
+    ids=["grouped", "of the other", "of anything", "chosen"],
+)
+def test_rows_of_nobody_are_left_where_all_that_is_stored_is_of_grouped_products(kind, operation, leaves):
+    body: list[Any] = [["load", 0], ["load", 1], ["op", *operation], ["store", 2, "bfloat16"]]
+    kinds: list[list[Any]] = [kind, ["full"], ["ends", 4], ["factor", 8, "RN", 4]]
+    tile = Tile(rows=64, columns=64, step=64, walk="rows")
+    assert Program(64, "bfloat16", kinds, body, tile).leaves_nobodys_rows == leaves
+    assert Program(64, "bfloat16", kinds, [*body, ["down", 2, 3]], tile).leaves_nobodys_rows == leaves
+    assert not Program(64, "bfloat16", kinds, [*body, ["store", 1, "bfloat16"]], tile).leaves_nobodys_rows
+    assert not Program(64, "bfloat16", kinds[:2], body, tile).leaves_nobodys_rows  # of no experts
+    assert Program(64, "bfloat16", kinds, [*body[:2], ["down", 1, 3]], tile).leaves_nobodys_rows  # stores nothing
