@@ -48,7 +48,8 @@ def compile(  # the name that torch and nn.Module use for it
         backend: ``"inductor"``, the only backend that the passes run in.
         mode: As for ``torch.compile``; may be given together with ``options``, which win where both speak.
         options: Inductor options, as for ``torch.compile``. Passes of your own on the hooks that this package uses
-            (``joint_custom_pre_pass``, ``joint_custom_post_pass``, ``post_grad_custom_pre_pass``) run before ours.
+            (``joint_custom_pre_pass`` and ``joint_custom_post_pass``, ``post_grad_custom_pre_pass`` and
+            ``post_grad_custom_post_pass``) run before ours.
         dynamic: As for ``torch.compile``.
         **kwargs: Everything else that ``torch.compile`` takes (``fullgraph``, ``disable``, ...).
 

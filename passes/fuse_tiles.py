@@ -26,7 +26,7 @@ from lora_fx.passes.graph import (
 from lora_fx.passes.kernels import operators
 from lora_fx.passes.kernels.tile_choice import choose
 from lora_fx.passes.kernels.tile_program import Program, Statement, Tile
-from lora_fx.passes.shared_rows import is_pipelined
+from lora_fx.passes.shared_rows import reads_pipelined_gather
 from lora_fx.passes.site import MARK
 from lora_fx.passes.snapshot import Snapshot
 from lora_fx.passes.tile_copies import separate
@@ -195,7 +195,7 @@ def _outputs(program: Program, writer: Writer, region: Region, like: Node) -> li
     )
     rows, parts = _row_sizes(source, kind, program, like)
     full = [node for node, kind in zip(writer.inputs, writer.kinds) if kind[0] == "full"]
-    spare = [node for node in full if is_read_last_in(node, region) and not is_pipelined(node)]
+    spare = [node for node in full if is_read_last_in(node, region) and not reads_pipelined_gather(node)]
     spare.sort(key=lambda node: node.op == "placeholder")
     found = []
     for statement in program.outputs:

@@ -20,7 +20,8 @@ gradient, scatters none, so that dA still reads all of x.)
 
 As there, A (or B) must be the same on all of these ranks: of siblings that are one product, that of each. Where
 Inductor pipelines the gather with products (async tensor parallelism), h and g have a gather of their own. What reads
-all of x or dy is then the products of the frozen model alone, and nobody keeps what was gathered, nor puts it together.
+all of x or dy is then the products of the frozen model alone (and dA of a first layer), and nobody else keeps what was
+gathered, nor puts it together.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def rewrite_gradients(group: list[Site], rewriter: Rewriter) -> None:
     for site, dy, pair in zip(group, gradients, pairs, strict=True):
         h: Any = site.scattered_h
         _, b, _, *scale = pair.args
-        early = {"of": dy.collective if _is_pipelined(dy) else pair, "half": pair}
+        early = {"of": dy.collective if _gather_is_pipelined(dy) else pair, "half": pair}
         piece, rows = (rewriter.flatten_rows(tensor, like=early["of"]) for tensor in (dy.mine, h))
         b, *scale = (_in_time(operand, dy, pair, rewriter) for operand in (b, *scale))
         own = rewriter.emit_in_place(operators.gradient_pair, piece, b, rows, *scale, **early)
@@ -142,17 +143,17 @@ def rewrite_gradients(group: list[Site], rewriter: Rewriter) -> None:
 
 
 def _takes(tensor: Gathered, thin: Node) -> bool:
-    """Whether a matrix may travel with a gathered tensor: nobody else waits for its gather."""
-    return len(tensor.collective.users) == 1 and may_travel(thin, tensor.mine)
+    """Whether a matrix may travel with a gathered tensor, or beside it: nobody else waits for its gather."""
+    return len(tensor.collective.users) == 1 and (_gather_is_pipelined(tensor) or may_travel(thin, tensor.mine))
 
 
-def _is_pipelined(tensor: Gathered) -> bool:
+def _gather_is_pipelined(tensor: Gathered) -> bool:
     return pipelines_collectives(tensor.collective.args[2])
 
 
 def _in_time(operand: Any, tensor: Gathered, half: Node, rewriter: Rewriter) -> Any:
     """What a product is computed from that has a gather of its own, before the one that is pipelined begins."""
-    return rewriter.raised(operand, of=tensor.collective, half=half) if _is_pipelined(tensor) else operand
+    return rewriter.raised(operand, of=tensor.collective, half=half) if _gather_is_pipelined(tensor) else operand
 
 
 def _gather(tensors: list[Gathered], own: list[Node], likes: list[Any], rewriter: Rewriter) -> list[Node]:
@@ -164,7 +165,7 @@ def _gather(tensors: list[Gathered], own: list[Node], likes: list[Any], rewriter
     pieces = [rewriter.rows_like(matrix, first.mine, like=_beside(first, likes[0])) for matrix in own]
     tensors_mine = [first.mine, *pieces]
     gather = (first.collective, first.result)
-    whole, *others = together(GATHER_TOGETHER, tensors_mine, *gather, rewriter, likes[0], _is_pipelined(first))
+    whole, *others = together(GATHER_TOGETHER, tensors_mine, *gather, rewriter, likes[0], _gather_is_pipelined(first))
     found = []
     for tensor, other, like in zip(tensors, others, likes, strict=True):
         rewriter.tag(other, **{name: like.meta[name] for name in ("recompute", "ac_graph_id") if name in like.meta})

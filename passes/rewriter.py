@@ -82,15 +82,21 @@ class Rewriter:
         return node
 
     def raised(self, node: Any, *, of: Node, half: Node) -> Any:
-        """``node``, or where that comes after ``of``, its place in the graph taken: another one that does not.
+        """``node``, or where that comes after ``of``, another one like it that comes before.
 
-        For what is made of parameters in a few steps, such as the stacked factors of siblings.
+        For what is made of parameters in a few steps, such as the stacked factors of siblings. What has effects, as a
+        collective has, stays where it is, and :meth:`commit` moves what reads it.
         """
-        if not isinstance(node, Node) or node < of:
+        if not isinstance(node, Node) or node < of or node.op != "call_function" or node.is_impure():
             return node
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: self.raised(n, of=of, half=half))
         target: Any = node.target
-        return self.emit_in_place(target, *args, of=of, half=half, **kwargs)
+        made = self.emit_in_place(target, *args, of=of, half=half, **kwargs)
+        # A user's checkpoint says of it what it said of the other, and not what it says of a collective.
+        for name in ("recompute", "ac_graph_id"):
+            made.meta.pop(name, None)
+        made.meta.update({name: node.meta[name] for name in ("recompute", "ac_graph_id") if name in node.meta})
+        return made
 
     def transpose(self, matrix: Any, *, like: Node) -> Node:
         """The transpose of a matrix; undoes a transpose rather than stacking a second one."""

@@ -7,7 +7,7 @@ one block; and so it gives what comes out. Before, where every ``a`` and every `
     z: f[B T, K] = tile(...);    a = force_stride_order(reshape(z, [B, T, K]), [K, B K, 1]);    multiplied and scattered
     x: f[B, T, K] = ...;    h = tile(x, ...);    a = force_stride_order(x, [K, B K, 1]);    gathered and multiplied
 
-After, as kernels take their rows in either order (:class:`lora_fx.passes.kernels.tile_launch.Rows`)::
+After, as kernels take their rows in either order (:class:`lora_fx.passes.kernels.tile_rows.Rows`)::
 
     z = tile(y, ...)
     z: f[B, T, K] of strides [K, B K, 1] = tile(...);    multiplied and scattered
@@ -28,7 +28,8 @@ from torch.fx import Graph, Node
 from lora_fx.passes._torch import auto_functionalized, detect_fake_mode, force_stride_order
 from lora_fx.passes.graph import aten, is_call, peel_views, shape, val
 from lora_fx.passes.kernels import operators
-from lora_fx.passes.kernels.tile_program import split
+from lora_fx.passes.kernels.tile_program import Program, Statement, split
+from lora_fx.passes.kernels.tile_rows import rows_of
 
 
 def settle(graph: Graph) -> Iterator[tuple[Node, Exception]]:
@@ -54,16 +55,17 @@ def _read(call: Node, asked: dict[Node, Node]) -> None:
     """Have a program read values as they are in memory, or are asked for in another order."""
     inputs: Any = call.kwargs["inputs"]
     outputs: Any = call.kwargs["outputs"]
-    kinds = [kind[0] for (program,) in split(str(call.kwargs["program"])) for kind in program.inputs]
+    programs = [program for (program,) in split(str(call.kwargs["program"]))]
+    kinds = [(program, kind[0]) for program in programs for kind in program.inputs]
     found = []
-    for kind, node in zip(kinds, inputs, strict=True):
+    for (program, kind), node in zip(kinds, inputs, strict=True):
         value = _in_memory(node)
         # What is written over is as it is. What autograd keeps, as the matrix that it was, is copied sooner or later:
         # if nothing reads the copy, at the end of forward, until when both would take memory.
         stays = node in outputs or value in outputs or any(user.op == "output" for user in node.users)
         if kind != "full" or stays:
             value = node
-        elif (order := asked.get(value)) is not None and value.op != "placeholder":
+        elif (order := asked.get(value)) is not None and _takes(program, value, order):
             value.append(order)
             order.meta.setdefault("val", _laid_out(value, order))
             value = order
@@ -82,10 +84,12 @@ def _written(order: Node) -> bool:
     if not (is_call(call, auto_functionalized) and call.args[0] is operators.tile_ and which == 1):
         return False
     memory = call.kwargs["outputs"][place]
-    statement = [s for (program,) in split(str(call.kwargs["program"])) for s in program.outputs][place]
-    if statement[0] != "store" or not is_call(memory, aten.empty.memory_format):
-        return False
+    program, statement = _statement(call, place)
     sizes, strides = list(shape(source)), list(order.args[1])  # type: ignore[arg-type]  # a list of numbers
+    takes = statement[0] == "store" and is_call(memory, aten.empty.memory_format)
+    # What a kernel cannot write where it is wanted is copied once, and not twice.
+    if not (takes and all(isinstance(n, int) for n in sizes + strides) and rows_of(program, sizes, strides)):
+        return False
     dims = sorted(range(len(sizes)), key=lambda dim: -strides[dim])
     value = _laid_out(source, order)
     outputs, values = [*call.kwargs["outputs"]], [*results.meta["val"]]
@@ -117,12 +121,25 @@ def _written(order: Node) -> bool:
     return True
 
 
+def _takes(program: Program, value: Node, order: Node) -> bool:
+    """Whether a program reads what is in this order where it is; an input of the graph is copied for it anyway."""
+    numbers = [*shape(value), *order.args[1]]  # type: ignore[misc]  # a list of numbers
+    known = value.op != "placeholder" and all(isinstance(n, int) for n in numbers)
+    return known and rows_of(program, shape(value), order.args[1]) is not None  # type: ignore[arg-type]  # likewise
+
+
 def _in_memory(node: Node) -> Any:
     """The value under views of rows. What Inductor makes of a product and a gather it gives no fake value, and reshapes
     it to what the product was."""
     value = peel_views(node)
     source: Any = value.args[0] if is_call(value, aten.reshape.default) else None
     return source if is_call(source, operator.getitem) and "val" not in source.meta else value
+
+
+def _statement(call: Node, place: int) -> tuple[Program, Statement]:
+    """The statement that makes an output of a call, and its program."""
+    programs = [program for (program,) in split(str(call.kwargs["program"]))]
+    return [(program, statement) for program in programs for statement in program.outputs][place]
 
 
 def _laid_out(source: Node, order: Node) -> torch.Tensor:

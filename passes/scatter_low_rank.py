@@ -21,7 +21,7 @@ gloo scatters one tensor after the other), and they carry R more numbers a token
 
 That a factor is the same on all these ranks a graph does not show: whoever knows the placements notes the ranks
 (:data:`lora_fx.passes.graph.REPLICATED`). By DTensor's placements dA is then a term of a sum, as dX is, and whoever has
-it adds up the ranks' terms. h and g are summed in the dtype of what they travel with. Where tokens do not lie in a row
+it adds up the ranks' terms. h and g are summed in the dtype that they have. Where tokens do not lie in a row
 and their number is a symbol, nothing shows that pieces are put together as they are cut, and nothing is done.
 
 Where Inductor pipelines a product with its collective (async tensor parallelism), it does so again, as nothing is added
@@ -107,8 +107,10 @@ def _output(site: Site) -> _Total | None:
     if chain is None or shared is None or shared.ranks not in replicated_over(site.up, "lora_b"):
         return None
     removable = _removable(site.up)
-    alone = removable is not None and removable[0] is site.add
-    return _Total(site.add, chain, shared) if alone and may_travel(site.up.args[0], site.add) else None
+    if removable is None or removable[0] is not site.add:
+        return None
+    worth = _is_pipelined(removable[1], chain[-2]) or may_travel(site.up.args[0], site.add)
+    return _Total(site.add, chain, shared) if worth else None
 
 
 def rewrite_outputs(group: list[Site], rewriter: Rewriter) -> None:
@@ -242,6 +244,11 @@ def _removable(product: Node) -> tuple[Node, Node] | None:
     return None
 
 
+def _is_pipelined(whole: Node, scatter: Node) -> bool:
+    """Whether Inductor makes one operator of a product and its reduce-scatter."""
+    return is_call(peel_views(whole), *_PRODUCTS) and pipelines_collectives(scatter.args[3])
+
+
 def _scatter(
     total: _Total, thin: list[Node], terms: list[Node], rewriter: Rewriter, like: Node
 ) -> tuple[Node, list[Node], Node]:
@@ -266,8 +273,8 @@ def _scatter(
         rows = rewriter.rows_like(each, total.node, like=like)
         # The first move reads what is left of the total by now.
         tensors.append(moved(rows, whole if moves else total.node, moves, last, rewriter, like))
-    product = is_call(peel_views(whole), *_PRODUCTS) and pipelines_collectives(scatter.args[3])
-    base, *all_rows = together(REDUCE_TOGETHER, tensors, scatter, own, rewriter, like, pipelined=product)
+    apart = _is_pipelined(whole, scatter)
+    base, *all_rows = together(REDUCE_TOGETHER, tensors, scatter, own, rewriter, like, apart)
     return base, all_rows, own
 
 

@@ -121,7 +121,7 @@ def chain_to_scatter(total: Node) -> list[Node] | None:
     return ordered if alone and len(ends) == 2 and is_call(ordered[-1], WAIT) else None
 
 
-def is_pipelined(node: Node) -> bool:
+def reads_pipelined_gather(node: Node) -> bool:
     """Whether ``node`` is a product with a gathered matrix that Inductor will make one operator of with the gather."""
     product = peel_views(node)
     x = gathered(product.args[0]) if is_call(product, MM, aten._scaled_mm.default) else None
@@ -154,23 +154,23 @@ def together(
     result: Node,
     rewriter: Rewriter,
     like: Node,
-    pipelined: bool = False,
+    apart: bool = False,
 ) -> list[Node]:
     """The results of one collective that takes several tensors, in the place of one that takes the first of them.
 
     What a user's checkpoint says of the old one it says of the new one, and of what the first tensor becomes. New nodes
     belong to the half of the graph that ``like`` belongs to: those that a user's autograd function made may name none.
 
-    ``pipelined``: Inductor makes one operator of the collective and a product, and would not of one that takes several.
-    The others have one of their own then, in the form for several, which it does not take for what it could pipeline.
-    It begins before the operator, and is waited for after it.
+    ``apart``: Inductor makes one operator of the collective and a product, and would not of one that takes several. The
+    others have one of their own then, in the form for several, which it does not take for what it could pipeline. It
+    begins before the operator, and is waited for after it.
     """
-    others = tensors[1:] if pipelined else tensors
+    others = tensors[1:] if apart else tensors
     ran = rewriter.emit_in_place(target, others, *collective.args[1:], of=collective, half=like)
     results = [
         rewriter.emit_in_place(operator.getitem, ran, place, of=collective, half=like) for place in range(len(others))
     ]
-    if pipelined:
+    if apart:
         first: Any = collective.target
         ran = rewriter.emit_in_place(first, tensors[0], *collective.args[1:], of=collective, half=like)
         results.insert(0, ran)

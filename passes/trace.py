@@ -115,6 +115,7 @@ def _prepare(graph: GraphModule, noted: _Noted | None) -> GraphModule:
         "joint_custom_pre_pass": None if noted is None else noted.rewrite,
         "joint_custom_post_pass": None if noted is None else noted.tag_dropout,
         "post_grad_custom_pre_pass": None,
+        "post_grad_custom_post_pass": None,
     }
     with _torch.inductor_config().patch(hooks):
         return _torch.joint_graph_passes(graph)

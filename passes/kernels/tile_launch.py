@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +23,10 @@ from triton.runtime.errors import OutOfResources
 from lora_fx.passes._torch import ceil_div
 from lora_fx.passes.kernels.tile_names import Names, name_of_all
 from lora_fx.passes.kernels.tile_program import Program, Statement, evaluate, split
+from lora_fx.passes.kernels.tile_rows import Sizes, rows_of
 from lora_fx.passes.kernels.tile_triton import kernel
 
 log = logging.getLogger("lora_fx.passes")
-
-Sizes = Sequence[Any]
-"""Sizes or strides: numbers, or SymPy expressions where Inductor compiles for sizes that it does not know."""
 
 Layout = tuple[Sizes, Sizes]
 """Sizes and strides of a tensor."""
@@ -37,19 +34,6 @@ Layout = tuple[Sizes, Sizes]
 
 _SMALL = ("thin", "factor")
 """Inputs whose two strides are arguments."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Where the rows of a value lie: ``stride`` elements apart, or in blocks of ``along`` rows, themselves ``apart``.
-
-    ``along`` is 0 where there is one block. Rows that lie in the order [T, B] and are walked over in the order [B, T],
-    as with what Inductor pipelines with a gather along T, are blocks of T.
-    """
-
-    stride: int
-    along: int = 0
-    apart: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,7 +75,7 @@ def launch(text: str, inputs: list[Layout], outputs: list[Layout]) -> Launch:
         written += memory
         stored = zip(program.outputs, memory, made)
         values += [(sizes, found) for statement, found, (sizes, _) in stored if statement[0] == "store"]
-        rows: list[Any] = [_rows_of(program, sizes, found) for sizes, found in values]
+        rows: list[Any] = [rows_of(program, sizes, found) for sizes, found in values]
         even = isinstance(m, int) and m % program.tile.rows == 0 and not program.experts
         constants = [number for each_of in rows for number in (each_of.stride, each_of.along, each_of.apart)]
         numbers.update(zip(each.constants, (*constants, even), strict=True))
@@ -182,35 +166,9 @@ def _rows(program: Program, layouts: list[Layout]) -> Any:
     raise AssertionError("a program reads something that has rows")
 
 
-def _rows_of(program: Program, sizes: Sizes, strides: Sizes) -> Rows | None:
-    """Where the rows of a value [..., N] lie, or None where they do not lie in a way that the program's kernel takes.
-
-    A step of its walk has rows of one block.
-    """
-    if sizes[-1] != 1 and strides[-1] != 1:
-        return None
-    # Of neighbouring dimensions those that lie in a row are one; the last comes first.
-    groups: list[list[Any]] = []
-    for size, stride in reversed(list(zip(sizes[:-1], strides[:-1]))):
-        if size == 1:
-            continue
-        if groups and stride == groups[-1][0] * groups[-1][1]:
-            groups[-1][0] *= size
-        else:
-            groups.append([size, stride])
-    if not all(isinstance(stride, int) for _, stride in groups):
-        return None
-    if len(groups) < 2:
-        return Rows(groups[0][1] if groups else sizes[-1]) if isinstance(sizes[-1], int) else None
-    (along, stride), (_, apart) = groups[:2]
-    step = program.tile.step if program.tile.walk == "rows" else program.tile.rows
-    whole = isinstance(along, int) and along % step == 0 and not program.experts
-    return Rows(stride, along, apart) if whole and len(groups) == 2 else None
-
-
 def _written(program: Program, statement: Statement, sizes: Sizes, strides: Sizes) -> Sizes:
     """The strides that an output is to have: its own, or without gaps."""
-    takes = statement[0] == "store" and _rows_of(program, sizes, strides) is not None
+    takes = statement[0] == "store" and rows_of(program, sizes, strides) is not None
     return strides if takes else contiguous(sizes)
 
 
@@ -228,7 +186,7 @@ def _strides(program: Program, index: int, sizes: Sizes, strides: Sizes) -> Size
     if kind[0] in ("number", "seed"):
         return strides
     if kind[0] == "full":
-        return strides if _rows_of(program, sizes, strides) is not None else dense
+        return strides if rows_of(program, sizes, strides) is not None else dense
     if kind[0] not in _SMALL or index in _stacked(program):
         return dense
     if program.sums_both_ways:

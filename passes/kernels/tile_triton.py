@@ -102,7 +102,7 @@ class _Writer:
         return (tile.step, tile.columns // tile.strips) if self.down_rows else (tile.rows, tile.step)
 
     def _place(self, value: str) -> str:
-        """The address of this tile of a value in memory, an input or an output (:class:`tile_launch.Rows`)."""
+        """The address of this tile of a value in memory, an input or an output (:mod:`tile_rows`)."""
         stride, along, first = f"{value}_stride", f"{value}_along", f"{value}_row"
         apart = f"(row // {along}).to(tl.int64) * {value}_apart + (row % {along}).to(tl.int64) * {stride}"
         self._define(first, self._fixed(True), [f"{first} = {apart} if {along} else row.to(tl.int64) * {stride}"])

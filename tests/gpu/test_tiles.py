@@ -111,6 +111,7 @@ def test_the_masks_of_experts() -> None:
 
 def test_anything_in_nobodys_rows() -> None:
     expert_cases.check_nobodys_rows(run, "cuda")
+    expert_cases.check_left(run, "cuda")
 
 
 @pytest.mark.parametrize("case", pointwise_cases.every(), ids=str)

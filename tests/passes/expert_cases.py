@@ -92,6 +92,19 @@ def check_nobodys_rows(run: tile_checks.Runner, device: str = "cpu") -> None:
                 assert torch.equal(before[rows], after[rows]), (case, statement)
 
 
+def check_left(run: tile_checks.Runner, device: str = "cpu") -> None:
+    """A kernel does not write what is unspecified: rows of nobody, computed from grouped products, are as they were."""
+    for case in (branch(5, "RN", scaled=False), swiglu(8, 24), swiglu_backward(16)):
+        for tile in TILES:
+            program = grouped(of_experts(case, 4)).program(72, torch.float16, tile)
+            inputs = tile_checks.operands(program, 200, device)
+            next(t for kind, t in zip(program.inputs, inputs) if kind[0] == "ends").clamp_(max=70)
+            results = tile_checks.outputs(program, inputs, 200)
+            run(program, inputs, results)
+            stored = [result for s, result in zip(program.outputs, results) if s[0] == "store"]
+            assert stored and all(bool(result[70:].isnan().all()) for result in stored), (case, tile)
+
+
 def check_sums(sums: Callable[[Tensor, Tensor, int, Tensor | None, torch.dtype], Tensor], device: str = "cpu") -> None:
     """Of any share of rows, of some experts none; what is in the parts of nobody's rows, or of no rows, is not added.
 

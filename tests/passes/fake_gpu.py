@@ -346,7 +346,7 @@ def _pretend(patch: pytest.MonkeyPatch) -> None:
     )
 
 
-def train(function: nn.Module, backend: Any, *inputs: Tensor, dynamic: bool = False) -> Tensor:
+def train(function: nn.Module, backend: Any, *inputs: Tensor, dynamic: bool | None = False) -> Tensor:
     """Compile, run forward and backward."""
     y = torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=True)(*inputs)
     if y.requires_grad:

@@ -3,6 +3,7 @@
 # Submodules are reached by attribute, which torch types as `Tensor | Module`.
 # mypy: no-check-untyped-defs
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +27,7 @@ from lora_fx.passes import pipeline
 from tests.distributed.simulated import fake_world
 from tests.distributed.test_graphs import Gated, Inner, collectives, share_tokens
 from tests.passes.harness import Captured, adapt, capture
-from tests.passes.test_async_tensor_parallel import Alone, alone
+from tests.passes.test_async_tensor_parallel import Alone, alone, fused, pipelining
 
 pytestmark = [pytest.mark.distributed]
 
@@ -186,3 +187,20 @@ def test_a_checkpointed_h_that_is_gathered_is_kept():
     made = [node for node in inputs if not str(node.target).startswith(("primals", "tangents"))]
     rows = [node.meta["val"].numel() // 2 for node in made if node.meta["val"].shape[-1:] == (2,)]
     assert sorted(rows) == [8, 16]  # down's of this rank's rows, up's of all
+
+
+@pytest.mark.parametrize("saved", POLICIES)
+def test_with_pipelined_collectives(saved):
+    """As much is kept as where h and g travel with others; Inductor pipelines what it does in the frozen model."""
+    x = torch.randn(2, 4, 16, requires_grad=True)
+    results = []
+    for adapted, pipelined in ((False, True), (True, True), (True, False)):
+        torch._dynamo.reset()
+        with fake_world(2), pipelining() if pipelined else contextlib.nullcontext():
+            function = checkpointed(streams(adapted), POLICIES[saved])
+            passes = pipeline.PASSES if adapted else ()
+            result = capture(function, x, rewrite=adapted, passes=passes, backward=True)
+            results.append((result, [fused(result, half) for half in ("forward", "backward")] if pipelined else []))
+    (_, theirs), (ours, mine), (together, _) = results
+    assert ours.reasons == [] and mine == theirs
+    assert kept(ours) == kept(together)

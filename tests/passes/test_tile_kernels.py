@@ -38,10 +38,11 @@ def run(program: Program, inputs: list[Tensor], outputs: list[Tensor]) -> None:
     tile_launch.run(program.dumps(), inputs, outputs)
 
 
-def compiled(programs: list[Program], mask: int | None, full: str, laid_out: bool = False) -> Any:
+def compiled(programs: list[Program], mask: int | None, full: str, laid_out: bool = False, along: int = 0) -> Any:
     """The kernel of a program, or of several in one launch, compiled for M that is a multiple of nothing.
 
     `laid_out`: as for what models have, memory that begins at multiples of 16 bytes, contiguous ranks, whole tiles.
+    `along`: of values whose rows lie in blocks of so many, in turns.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -54,7 +55,9 @@ def compiled(programs: list[Program], mask: int | None, full: str, laid_out: boo
         number, what, place, rows = found.groups()
         program = programs[int(number or 0)]
         if rows:
-            signature[name], constants[name] = "constexpr", program.columns if rows == "stride" else 0
+            apart = program.columns if along else 0
+            values = {"stride": program.columns * (4 if along else 1), "along": along, "apart": apart}
+            signature[name], constants[name] = "constexpr", values[rows]
         elif what == "in":
             kind = program.inputs[int(place)][0]
             types = {"number": "fp32", "parts": "fp32", "seed": "i64", "ends": "i32"}
@@ -184,12 +187,14 @@ if not INTERPRETED:
         ],
         ids=str,
     )
-    def test_no_step_waits_for_a_load(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("along", [0, 512])
+    def test_no_step_waits_for_a_load(case: Case, along: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """In what Triton makes of a walk, every matrix is on its way to shared memory some steps ahead."""
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
         tile = choose(case.inputs, case.body, 8192, 4096)
         assert tile is not None and tile.rows > tile.step
-        ir = compiled([case.program(4096, torch.bfloat16, tile)], None, "bf16", laid_out=True).asm["ttgir"]
+        program = case.program(4096, torch.bfloat16, tile)
+        ir = compiled([program], None, "bf16", laid_out=True, along=along).asm["ttgir"]
         (loop,) = re.findall(r"scf\.for .*?\n(.*?)scf\.yield", ir, re.DOTALL)
         assert "async_copy_global_to_local" in loop
         assert not re.findall(r"tt\.load .*tensor<\d+x\d+x", loop)
@@ -276,6 +281,7 @@ else:
 
     def test_programs_with_anything_in_nobodys_rows() -> None:
         expert_cases.check_nobodys_rows(run)
+        expert_cases.check_left(run)
 
     @pytest.mark.parametrize("case", HIGH_RANKS, ids=str)
     def test_program_of_a_high_rank(case: Case) -> None:

@@ -127,9 +127,15 @@ def check(case: Case, program: Program, rows: int, run: Runner, device: str = "c
 
 def check_order(case: Case, program: Program, run: Runner, device: str = "cpu") -> None:
     """The same results, to the bit, where the rows of sequences lie in turns, as in what is gathered along them."""
+    step = program.tile.step if program.tile.walk == "rows" else program.tile.rows
+    for length in {step, 2 * program.tile.rows}:  # a tile has rows of several blocks, or a block some tiles
+        _check_order(case, program, run, device, length)
+
+
+def _check_order(case: Case, program: Program, run: Runner, device: str, length: int) -> None:
     from lora_fx.passes.kernels import tile_launch
 
-    batch, length = 3, 2 * max(program.tile.rows, 16)
+    batch = 3
     rows = batch * length
     inputs = operands(program, rows, device, batch)
     if case.mask is not None:
