@@ -26,7 +26,7 @@ import torch
 from torch.fx import Graph, Node
 
 from lora_fx.passes._torch import auto_functionalized, detect_fake_mode, force_stride_order
-from lora_fx.passes.graph import aten, is_call, peel_views, shape, val
+from lora_fx.passes.graph import VIEWS, aten, is_call, peel_views, shape, val
 from lora_fx.passes.kernels import operators
 from lora_fx.passes.kernels.tile_program import Program, Statement, split
 from lora_fx.passes.kernels.tile_rows import rows_of
@@ -60,10 +60,7 @@ def _read(call: Node, asked: dict[Node, Node]) -> None:
     found = []
     for (program, kind), node in zip(kinds, inputs, strict=True):
         value = _in_memory(node)
-        # What is written over is as it is. What autograd keeps, as the matrix that it was, is copied sooner or later:
-        # if nothing reads the copy, at the end of forward, until when both would take memory.
-        stays = node in outputs or value in outputs or any(user.op == "output" for user in node.users)
-        if kind != "full" or stays:
+        if kind != "full" or node in outputs or value in outputs or _is_kept(value):  # written over, or copied anyway
             value = node
         elif (order := asked.get(value)) is not None and _takes(program, value, order):
             value.append(order)
@@ -86,7 +83,7 @@ def _written(order: Node) -> bool:
     memory = call.kwargs["outputs"][place]
     program, statement = _statement(call, place)
     sizes, strides = list(shape(source)), list(order.args[1])  # type: ignore[arg-type]  # a list of numbers
-    takes = statement[0] == "store" and is_call(memory, aten.empty.memory_format)
+    takes = statement[0] == "store" and is_call(memory, aten.empty.memory_format) and not _is_kept(out)
     # What a kernel cannot write where it is wanted is copied once, and not twice.
     if not (takes and all(isinstance(n, int) for n in sizes + strides) and rows_of(program, sizes, strides)):
         return False
@@ -121,11 +118,22 @@ def _written(order: Node) -> bool:
     return True
 
 
+def _is_kept(value: Node) -> bool:
+    """Whether forward returns a value, or a view of it: autograd keeps it as the matrix that it was.
+
+    What lies in another order is copied for that sooner or later: if nothing reads the copy, at the end of forward,
+    until when both would take memory.
+    """
+    return any(user.op == "output" or (is_call(user, *VIEWS) and _is_kept(user)) for user in value.users)
+
+
 def _takes(program: Program, value: Node, order: Node) -> bool:
     """Whether a program reads what is in this order where it is; an input of the graph is copied for it anyway."""
+    if "val" not in value.meta:
+        return False
     numbers = [*shape(value), *order.args[1]]  # type: ignore[misc]  # a list of numbers
-    known = value.op != "placeholder" and all(isinstance(n, int) for n in numbers)
-    return known and rows_of(program, shape(value), order.args[1]) is not None  # type: ignore[arg-type]  # likewise
+    is_known = value.op != "placeholder" and all(isinstance(n, int) for n in numbers)
+    return is_known and rows_of(program, shape(value), order.args[1]) is not None  # type: ignore[arg-type]  # likewise
 
 
 def _in_memory(node: Node) -> Any:

@@ -125,15 +125,17 @@ def test_nothing_is_done_where_no_order_is_asked_for():
 
 
 @pytest.mark.parametrize(
-    ("strides", "is_written"),
+    ("strides", "kept", "is_written"),
     [
-        ([8, 16, 1], True),  # in turns
-        ([512, 8, 1], True),  # as it was
-        ([16, 32, 1], False),  # with gaps
-        ([1, 2, 128], False),  # columns apart
+        ([8, 16, 1], False, True),
+        ([512, 8, 1], False, True),
+        ([16, 32, 1], False, False),
+        ([1, 2, 128], False, False),
+        ([8, 16, 1], True, False),
     ],
+    ids=["in turns", "as it was", "with gaps", "columns apart", "kept for backward"],
 )
-def test_which_orders_a_program_writes(strides, is_written):
+def test_which_orders_a_program_writes(strides, kept, is_written):
     tile = Tile(rows=64, columns=32, step=32, walk="rows")
     program = Program(8, "bfloat16", [["full"]], [["load", 0], ["store", 0, "bfloat16"]], tile)
     graph = torch.fx.Graph()
@@ -155,7 +157,8 @@ def test_which_orders_a_program_writes(strides, is_written):
         out = call(operator.getitem, (written, 0), results[1][0])
         wide = call(aten.reshape.default, (out, [2, 64, 8]), value.view(2, 64, 8))
         order = graph.call_function(force_stride_order(), (wide, strides))
-        graph.output((call(aten.neg.default, (out,), value.neg()), order))
+        again = call(aten.reshape.default if kept else aten.neg.default, (out, [128, 8])[: 1 + kept], value.clone())
+        graph.output((again, order))
         assert [*row_order.settle(graph)] == []
     graph.lint()
     (negative, last) = graph.output_node().args[0]
