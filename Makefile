@@ -18,7 +18,8 @@
 #   PYTHON=python3.12   the interpreter that makes .venv (default: the first of the list below that is new enough)
 #   PY=python           an interpreter that has everything already: nothing is installed, .venv is not used
 #   TORCH_INDEX=auto    where torch comes from, see below; `none`, or the address of a package index
-#   JOBS=4              processes that run the tests (default: half as many again as cores, at most 8)
+#   JOBS=4              processes that run the tests (default: one per core, half as many again for the slow ones, at
+#                       most 8)
 #   ARGS="-k stack"     passed on to pytest, or to the program that the target runs
 
 TORCH_INDEX ?= auto
@@ -36,11 +37,11 @@ endif
 # of its own, beats fewer processes with more. Measured: Inductor's pool of compile workers costs a tenth more than it
 # gives on kernels this small.
 pytest := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(PY) -m pytest
-# More processes than cores, as a test that waits for its ranks leaves one idle: two cores took 1,057 seconds for the slow
-# tests with three, 1,172 with two.
+# Among the slow ones are some that wait for their ranks: on two cores three processes took 1,057 seconds for them, two
+# 1,172. (For the fast ones 343 and 304.)
 cores  := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
-JOBS   ?= $(shell n=$$(( $(cores) + ($(cores) + 1) / 2 )); echo $$(( n < 8 ? n : 8 )))
-spread := -n $(JOBS) --dist worksteal
+most    = $(shell echo $$(( $(1) < 8 ? $(1) : 8 )))
+spread  = -n $(or $(JOBS),$(call most,$(1))) --dist worksteal
 
 .PHONY: demo test test-fast test-slow test-gpu lint format docs bench bench-gpu clean distclean
 .NOTPARALLEL:
@@ -52,10 +53,10 @@ demo: $(call ready,examples)
 test: lint test-fast test-slow
 
 test-fast: $(call ready,test)
-	$(pytest) -m "not slow and not gpu" $(spread) $(ARGS)
+	$(pytest) -m "not slow and not gpu" $(call spread,$(cores)) $(ARGS)
 
 test-slow: $(call ready,test)
-	$(pytest) -m "slow and not gpu" $(spread) $(ARGS)
+	$(pytest) -m "slow and not gpu" $(call spread,($(cores) * 3 + 1) / 2) $(ARGS)
 
 test-gpu: $(call ready,test)
 	$(PY) -m pytest tests/gpu $(ARGS)
