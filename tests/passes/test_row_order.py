@@ -10,48 +10,22 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import lora_fx
 from lora_fx.passes import row_order
 from lora_fx.passes._torch import auto_functionalized, force_stride_order
 from lora_fx.passes.graph import aten
 from lora_fx.passes.kernels import operators
 from lora_fx.passes.kernels.tile_program import Program, Tile
 from tests.distributed.simulated import fake_world
-from tests.distributed.test_graphs import share_tokens
 from tests.passes import fake_gpu
-from tests.passes.harness import adapt
 from tests.passes.interpreter import INTERPRETED
-from tests.passes.modules import Mlp
 from tests.passes.test_async_tensor_parallel import pipelining
+from tests.passes.test_sequence_on_gpu import streams
 
 pytestmark = [pytest.mark.distributed]
 
 TOKENS, WIDTH, HIDDEN = (4, 512), 512, 2048
-
-
-class Streams(nn.Module):
-    """Two gated MLPs behind norms, each of which adds to a residual stream."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(
-            nn.ModuleDict({"norm": nn.RMSNorm(WIDTH), "mlp": Mlp(WIDTH, HIDDEN)}) for _ in range(2)
-        )
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = x + layer["mlp"](layer["norm"](x))
-        return x
-
-
-def streams(adapted: bool) -> nn.Module:
-    torch.manual_seed(0)
-    model: nn.Module = adapt(Streams(), rank=16) if adapted else Streams()
-    share_tokens(model, {f"layers.{i}.mlp": f"layers.{i}.norm" for i in range(2)})
-    return (lora_fx.freeze(model) if adapted else model.requires_grad_(False)).bfloat16()
 
 
 def codes(adapted: bool, length: int = TOKENS[1]) -> list[str]:
@@ -59,7 +33,7 @@ def codes(adapted: bool, length: int = TOKENS[1]) -> list[str]:
     torch._dynamo.reset()
     x = torch.randn(TOKENS[0], length, WIDTH, dtype=torch.bfloat16, requires_grad=True)
     with fake_world(2), pipelining(), fake_gpu.recorded() as (found, backend):
-        fake_gpu.train(streams(adapted), backend, x)
+        fake_gpu.train(streams(adapted, WIDTH, HIDDEN, rank=16), backend, x)
     assert len(found.codes) == 2
     return found.codes
 
@@ -109,7 +83,7 @@ def test_any_number_of_sequences():
     """Which is a symbol then: values are as they were, and copied."""
     torch._dynamo.reset()
     with fake_world(2), pipelining(), fake_gpu.recorded() as (found, backend):
-        model = streams(True)
+        model = streams(True, WIDTH, HIDDEN, rank=16)
         for sequences in (4, 3):
             x = torch.randn(sequences, TOKENS[1], WIDTH, dtype=torch.bfloat16, requires_grad=True)
             fake_gpu.train(model, backend, x, dynamic=None)

@@ -37,9 +37,10 @@ def fresh() -> None:
 class Streams(nn.Module):
     """Two gated MLPs behind norms, each of which adds to a residual stream."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 64, hidden: int = 128) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.ModuleDict({"norm": nn.RMSNorm(64), "mlp": Mlp(64, 128)}) for _ in range(2))
+        blocks = ({"norm": nn.RMSNorm(width), "mlp": Mlp(width, hidden)} for _ in range(2))
+        self.layers = nn.ModuleList(nn.ModuleDict(block) for block in blocks)
 
     def forward(self, x):
         for layer in self.layers:
@@ -47,9 +48,9 @@ class Streams(nn.Module):
         return x
 
 
-def streams(adapted: bool) -> nn.Module:
+def streams(adapted: bool, *sizes: int, rank: int = 4) -> nn.Module:
     torch.manual_seed(0)
-    model: nn.Module = adapt(Streams(), rank=4) if adapted else Streams()
+    model: nn.Module = adapt(Streams(*sizes), rank=rank) if adapted else Streams(*sizes)
     share_tokens(model, {f"layers.{i}.mlp": f"layers.{i}.norm" for i in range(2)})
     return (lora_fx.freeze(model) if adapted else model.requires_grad_(False)).bfloat16()
 
