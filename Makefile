@@ -18,8 +18,7 @@
 #   PYTHON=python3.12   the interpreter that makes .venv (default: the first of the list below that is new enough)
 #   PY=python           an interpreter that has everything already: nothing is installed, .venv is not used
 #   TORCH_INDEX=auto    where torch comes from, see below; `none`, or the address of a package index
-#   JOBS=4              processes that run the tests (default: one per core, half as many again for the slow ones, at
-#                       most 8)
+#   JOBS=4              processes that run the tests (default: one per core, at most 8)
 #   ARGS="-k stack"     passed on to pytest, or to the program that the target runs
 
 TORCH_INDEX ?= auto
@@ -37,11 +36,7 @@ endif
 # of its own, beats fewer processes with more. Measured: Inductor's pool of compile workers costs a tenth more than it
 # gives on kernels this small.
 pytest := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(PY) -m pytest
-# Among the slow ones are some that wait for their ranks: on two cores three processes took 1,057 seconds for them, two
-# 1,172. (For the fast ones 343 and 304.)
-cores  := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
-most    = $(shell echo $$(( $(1) < 8 ? $(1) : 8 )))
-spread  = -n $(or $(JOBS),$(call most,$(1))) --dist worksteal
+spread := -n $(or $(JOBS),auto --maxprocesses 8) --dist worksteal
 
 .PHONY: demo test test-fast test-slow test-gpu lint format docs bench bench-gpu clean distclean
 .NOTPARALLEL:
@@ -53,10 +48,10 @@ demo: $(call ready,examples)
 test: lint test-fast test-slow
 
 test-fast: $(call ready,test)
-	$(pytest) -m "not slow and not gpu" $(call spread,$(cores)) $(ARGS)
+	$(pytest) -m "not slow and not gpu" $(spread) $(ARGS)
 
 test-slow: $(call ready,test)
-	$(pytest) -m "slow and not gpu" $(call spread,($(cores) * 3 + 1) / 2) $(ARGS)
+	$(pytest) -m "slow and not gpu" $(spread) $(ARGS)
 
 test-gpu: $(call ready,test)
 	$(PY) -m pytest tests/gpu $(ARGS)
