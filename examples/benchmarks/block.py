@@ -73,8 +73,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"what to run beside {FROZEN} (all but {TUNED}; suite: plain, lora_fx)",
     )
     option("--max-autotune", action="store_true", help=f"run {TUNED} too, which is slow to compile")
-    option("--rounds", type=int, help="how often each form is timed (20; suite: 12)")
-    option("--window", type=float, default=0.1, help="seconds of queued steps in one measurement (%(default)s)")
+    option("--rounds", type=int, help="how often each form is timed (8; suite: 6)")
+    option("--window", type=float, default=0.4, help="seconds of one measurement (%(default)s)")
     option(
         "--profile", action="store_true", help=f"list the kernels of a step of {', '.join(PROFILED)}, where they run"
     )
@@ -90,7 +90,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     several = options.suite or options.case is not None
     if options.rounds is None:
-        options.rounds = 12 if several else 20
+        options.rounds = 6 if several else 8
     if options.rounds < 1 or options.window <= 0:
         parser.error("--rounds and --window must be positive")
     if options.forms is None:

@@ -34,13 +34,13 @@ class Settings:
 
     Attributes:
         rounds: how often each form is timed.
-        window: seconds of queued steps in one measurement.
+        window: seconds of queued steps in one measurement (:func:`benchmarks.timing.alternate`).
         profiled: forms whose kernels are listed.
         strict: whether `lora_fx` fails where it leaves a branch as it was; otherwise it is measured as it is.
     """
 
-    rounds: int = 20
-    window: float = 0.1
+    rounds: int = 8
+    window: float = 0.4
     profiled: tuple[str, ...] = ()
     strict: bool = True
 

@@ -1,8 +1,11 @@
 """Times, memory and kernels of a step on a device.
 
-On a GPU a time is the GPU's own: steps are queued one behind the other, while the GPU is still busy with one before the
-clock starts, and two events enclose them. A step by itself would count the gaps in which the GPU waits for its first
-kernels. On a CPU it is the wall clock's.
+On a GPU a time is the GPU's own: steps are queued one behind the other, while the GPU is still busy with others of the
+same form before the clock starts, and two events enclose them. A step by itself would count the gaps in which the GPU
+waits for its first kernels. On a CPU it is the wall clock's.
+
+A GPU at its power limit takes some tenths of a second to find the clock rate that it can hold for a form: measured
+sooner, a form runs at the rate of the one before it. So each is run for as long as it is measured before that.
 """
 
 import importlib.metadata
@@ -58,9 +61,10 @@ class Device:
         if self.cuda:
             torch.cuda.synchronize()
 
-    def seconds(self, step: Step, count: int) -> float:
-        """Seconds of one of `count` steps that are queued back to back, behind one that is not counted."""
-        step()
+    def seconds(self, step: Step, count: int, lead: int = 1) -> float:
+        """Seconds of one of `count` steps that are queued back to back, behind `lead` that are not counted."""
+        for _ in range(lead):
+            step()
         if not self.cuda:
             began = time.perf_counter()
             for _ in range(count):
@@ -126,13 +130,17 @@ class Device:
 
 
 def alternate(steps: Mapping[str, Step], rounds: int, window: float, device: Device) -> dict[str, list[float]]:
-    """Seconds of each step in each round; in a round the steps run in a random order, each for `window` seconds."""
+    """Seconds of each step in each round; in a round the steps run in a random order.
+
+    Each is measured for `window` seconds, on a GPU after as many in which it runs and is not measured.
+    """
     order = random.Random(0)
     counts = {name: device.steps_in(step, window) for name, step in steps.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name in order.sample(list(steps), len(steps)):
-            seconds[name].append(device.seconds(steps[name], counts[name]))
+            lead = counts[name] if device.cuda else 1
+            seconds[name].append(device.seconds(steps[name], counts[name], lead))
     return seconds
 
 

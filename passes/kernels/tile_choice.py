@@ -26,7 +26,9 @@ bfloat16), and on an H100 where the last column says so. Microseconds with a col
     dA of gate and up under a mask each            49.3    25  56.2 in one strip (H100)
     g, dB of dy, N 14336, R 64                    118.4   118  144.5 in parts of 128 columns
     silu(gate) * up, R 64                         338.8   237  353 by columns (H100)
-    SwiGLU backward, R 128                        507.8   277  635.5 in 64 x 64, 593.8 with 256 rows, 624.5 by 16
+    silu(gate) * up, R 128                        300.0   175  341.8 in 64 x 64, 307.4 in 128 x 7168 by 32
+    SwiGLU backward, R 128                        507.8   277  635.5 in 64 x 64, 593.8 with 256 rows, 624.5 by 16;
+                                                               526.9 by columns (128 x 7168 by 32)
     dA = g^T x, N 4096, R 64                       37.4    22  39.1 with 512 rows and steps of 32 (H100)
     h = x A^T, N 4096, R 64                        39.3    22  42.7 with steps of 64 (H100)
     ===========================================  ======  ====  ====================================================
@@ -116,8 +118,11 @@ def _choose(kinds: list[list[Any]], body: list[Statement], m: int, columns: int)
         if rank > 64 and names.count("product") > 2:  # wide: the factors, which stay, are read by fewer programs
             height = _shrunk(1024, 128, m, columns, 64, 2 * _enough(m))
             return Tile(rows=height, columns=128, step=32, walk="rows", stages=3)
-        # One step a program where a step's operands fill shared memory.
-        height = 64 if rank > 64 else _shrunk(1024, 64, m, columns, 64, 2 * _enough(m))
+        if rank > 64:
+            parts = max(-(-columns // 2048), min(-(-columns // 128), -(-2 * _enough(m) // -(-m // 64))))
+            width = 64 * -(-columns // (64 * parts))
+            return Tile(rows=64, columns=width, step=64, walk="columns", stages=3)
+        height = _shrunk(1024, 64, m, columns, 64, 2 * _enough(m))
         return Tile(rows=height, columns=64, step=64, walk="rows")
     if "load" in names and rank <= 16 and "keep" not in names:
         return Tile(rows=32, columns=128, step=32, walk="rows", stages=3)

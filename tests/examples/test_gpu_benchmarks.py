@@ -223,6 +223,24 @@ def test_steps_are_timed_in_turns():
     assert len(CPU.each(step("each", 0.0), 5)) == 5
 
 
+def test_a_gpu_runs_a_form_for_as_long_before_it_measures_it():
+    measured: list[tuple[int, int]] = []
+
+    class Gpu(timing.Device):
+        def __init__(self) -> None:
+            self.cuda = True
+
+        def seconds(self, step: timing.Step, count: int, lead: int = 1) -> float:
+            measured.append((count, lead))
+            return 0.01
+
+    timing.alternate({"one": lambda: None}, 2, 0.05, Gpu())
+    assert measured[-2:] == [(5, 5)] * 2
+    ran: list[int] = []
+    CPU.seconds(lambda: ran.append(0), 2, lead=3)
+    assert len(ran) == 5
+
+
 def test_kernels_are_sorted_by_time():
     x = torch.randn(128, 128)
     rows = timing.kernels(lambda: (x @ x).relu(), CPU, steps=4)
