@@ -183,6 +183,7 @@ def _start(
     form: LoRAForm, case: Case, x: Tensor, upstream: Tensor | None, exact: dict[str, Tensor] | None, device: Device
 ) -> _Running:
     """Compile a form by its first step, check what it computes, and measure its memory."""
+    gc.collect()  # what other forms have left is not this one's to clear away while it compiles
     device.synchronise()
     began = time.perf_counter()
     found = form.values(x, upstream)

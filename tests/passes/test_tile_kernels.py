@@ -127,14 +127,18 @@ if not INTERPRETED:
             assert all(i < min(sums) for i, line in enumerate(lines) if "tl.load(" in line)
 
     @pytest.mark.parametrize(
-        ("walk", "steps"),
-        [("columns", "range(0, 32 + tl.minimum(M, 0),"), ("rows", "range(0, 64,")],
-        ids=["along", "down"],
+        ("tile", "stored", "steps"),
+        [
+            (Tile(rows=64, columns=4096, step=128, walk="columns"), False, "range(0, 32 + tl.minimum(M, 0),"),
+            (Tile(rows=256, columns=64, step=64, walk="rows"), False, "range(0, 4 + tl.minimum(M, 0),"),
+            (Tile(rows=64, columns=64, step=64, walk="rows"), False, "range(0, 1,"),
+            (Tile(rows=256, columns=64, step=64, walk="rows"), True, "range(0, 4,"),
+        ],
+        ids=["along", "down", "one step", "more in a step"],
     )
-    def test_the_assembler_cannot_write_out_a_walk_of_short_steps(walk: str, steps: str) -> None:
-        """It would, h of N 4096 and R 16, and take seconds for it; down the rows a walk is longer, or steps are."""
-        body: list[Any] = [["load", 0], ["down", 0, 1]]
-        tile = Tile(rows=64, columns=4096, step=128, walk=walk) if walk == "columns" else Tile(8192, 64, 128, "rows")
+    def test_the_assembler_cannot_write_out_a_walk_of_short_steps(tile: Tile, stored: bool, steps: str) -> None:
+        """It would, h of N 4096 and R 16, and take seconds for it."""
+        body: list[Any] = [["load", 0], ["down", 0, 1], *([["store", 0, "bfloat16"]] * stored)]
         assert steps in tile_triton.source([Program(4096, "bfloat16", [["full"], ["factor", 16, "RN"]], body, tile)])
 
     @pytest.mark.parametrize(
