@@ -47,8 +47,12 @@ def main(
         # Above the other limit: whoever waits for a rank that hangs is to show its own stack.
         timeout=datetime.timedelta(seconds=2 * timeout),
     )
-    result = body(rank, folder, **arguments)
-    torch.distributed.barrier()
+    try:
+        result = body(rank, folder, **arguments)
+        torch.distributed.barrier()
+    except BaseException:
+        kill_orphans()
+        raise
     torch.distributed.destroy_process_group()
     result_file(folder, rank).write_text(json.dumps(result))
 
@@ -60,9 +64,19 @@ def end_with_parent() -> None:
 
     def watch() -> None:
         parent.join()
-        os.killpg(os.getpid(), signal.SIGKILL)
+        kill_orphans()
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def kill_orphans() -> None:
+    """Kill this rank, and what it started, if the process that called `run_ranks` is gone.
+
+    A rank that loses another one ends by itself, and with it the thread that would do this: what it started would stay.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None or not parent.is_alive():
+        os.killpg(os.getpid(), signal.SIGKILL)
 
 
 def log_file(folder: Path, rank: int) -> Path:
