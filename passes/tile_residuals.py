@@ -13,10 +13,10 @@ Errors of a Llama-3-8B block against float64, without gradients, on an H100 (M 8
 either case.
 
 Tried and lost: the sum, the branch's product, the norm and h of what reads it in one kernel, which walks along its rows
-twice. On an H200 (M 8192, N 4096, R 16, h of 32 columns; the best of some sixty tiles, alone) that takes 103 us, where a copy of
-what it reads and writes takes 66: the second walk reads as much from the second-level cache, and so do the factors, for
-each 16 rows. In a block the three kernels in its place take 113, at the clock rate of large products. A norm's backward
-with the product that it reads (32 columns) takes 99 and 66; the two in its place 103 to 124.
+twice. On an H200 (M 8192, N 4096, R 16, h of 32 columns; the best of some sixty tiles, alone) that takes 103 us, where
+a copy of what it reads and writes takes 66: the second walk reads as much from the second-level cache, and so do the
+factors, for each 16 rows. In a block the three kernels in its place take 113, at the clock rate of large products. A
+norm's backward with the product that it reads (32 columns) takes 99 and 66; the two in its place 103 to 124.
 """
 
 from __future__ import annotations

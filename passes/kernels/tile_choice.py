@@ -34,11 +34,11 @@ bfloat16), and on an H100 where the last column says so. Microseconds with a col
     ===========================================  ======  ====  ====================================================
 
 SwiGLU backward of R 64 with all its sums (449 to 452 us alone, at the clock rate that no large product has lowered) is
-held up by its sums: without them it takes 322, with one 405. Nsight Compute finds shared memory 74% and the second-level
-cache 71% busy, and two programs, of 252 registers, on a multiprocessor. Tried and lost: sums as [R, N] 462, with 128
-columns and 8 warps 476 (485 as they are), products as [N, R] x [R, M] 512, steps of 16 542 (518 to 549 in 168
-registers, for three programs), 2 stages 586, 5 stages 547, 2048 rows 493. Forward takes 231, and 218 in 128 x 7168 with
-8 warps, whose two parts another kernel would have to sum.
+held up by its sums: without them it takes 322, with one 405. Nsight Compute finds shared memory 74% and the
+second-level cache 71% busy, and two programs, of 252 registers, on a multiprocessor. Tried and lost: sums as [R, N]
+462, with 128 columns and 8 warps 476 (485 as they are), products as [N, R] x [R, M] 512, steps of 16 542 (518 to 549 in
+168 registers, for three programs), 2 stages 586, 5 stages 547, 2048 rows 493. Forward takes 231, and 218 in 128 x 7168
+with 8 warps, whose two parts another kernel would have to sum.
 
 With few rows what counts is the chain of launches that a branch needs, pauses included, and that each of its readers
 adds up h. Microseconds of a Llama-3-8B block without gradients on an H200 (R 16, CUDA graphs, rounds in turn; the
