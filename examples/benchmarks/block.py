@@ -64,7 +64,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     suite = parser.add_argument_group("several cases; the options above are not used then")
     suite.add_argument("--suite", action="store_true", help=f"all cases: {', '.join(SUITE)}")
     suite.add_argument("--case", nargs="+", choices=SUITE, metavar="NAME", help="these cases of the suite")
-    suite.add_argument("--budget", type=float, default=480.0, help="seconds for all cases (%(default)s)")
+    suite.add_argument("--budget", type=float, default=720.0, help="seconds for all cases (%(default)s)")
     option = parser.add_argument_group("the measurement").add_argument
     option(
         "--forms",
@@ -74,7 +74,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     option("--max-autotune", action="store_true", help=f"run {TUNED} too, which is slow to compile")
     option("--rounds", type=int, help="how often each form is timed (8; suite: 6)")
-    option("--window", type=float, default=0.4, help="seconds of one measurement (%(default)s)")
+    option(
+        "--window",
+        type=float,
+        default=0.4,
+        help="seconds of one measurement, after as many that are not measured (%(default)s)",
+    )
     option(
         "--profile", action="store_true", help=f"list the kernels of a step of {', '.join(PROFILED)}, where they run"
     )

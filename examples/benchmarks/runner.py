@@ -169,6 +169,7 @@ def run_case(
 def free(device: Device) -> None:
     """Let go of what a case, finished or failed, has left: compiled code, CUDA graphs, memory."""
     torch._dynamo.reset()
+    gc.unfreeze()
     gc.collect()
     device.free()
 
@@ -183,7 +184,8 @@ def _start(
     form: LoRAForm, case: Case, x: Tensor, upstream: Tensor | None, exact: dict[str, Tensor] | None, device: Device
 ) -> _Running:
     """Compile a form by its first step, check what it computes, and measure its memory."""
-    gc.collect()  # what other forms have left is not this one's to clear away while it compiles
+    gc.collect()
+    gc.freeze()  # what other forms have left is not this one's to walk through while it compiles
     device.synchronise()
     began = time.perf_counter()
     found = form.values(x, upstream)

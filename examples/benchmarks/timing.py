@@ -5,7 +5,7 @@ same form before the clock starts, and two events enclose them. A step by itself
 waits for its first kernels. On a CPU it is the wall clock's.
 
 A GPU at its power limit takes some tenths of a second to find the clock rate that it can hold for a form: measured
-sooner, a form runs at the rate of the one before it. So each is run for as long as it is measured before that.
+sooner, a form runs at the rate of the one before it. So :func:`alternate` runs each for as long before it measures it.
 """
 
 import importlib.metadata

@@ -33,12 +33,12 @@ bfloat16), and on an H100 where the last column says so. Microseconds with a col
     h = x A^T, N 4096, R 64                        39.3    22  42.7 with steps of 64 (H100)
     ===========================================  ======  ====  ====================================================
 
-SwiGLU backward of R 64 with all its sums (449 to 452 us alone, at the clock rate that no large product has lowered) is
-held up by its sums: without them it takes 322, with one 405. Nsight Compute finds shared memory 74% and the
-second-level cache 71% busy, and two programs, of 252 registers, on a multiprocessor. Tried and lost: sums as [R, N]
-462, with 128 columns and 8 warps 476 (485 as they are), products as [N, R] x [R, M] 512, steps of 16 542 (518 to 549 in
-168 registers, for three programs), 2 stages 586, 5 stages 547, 2048 rows 493. Forward takes 231, and 218 in 128 x 7168
-with 8 warps, whose two parts another kernel would have to sum.
+SwiGLU backward of R 64 takes 451 us alone, at the clock rate that no large product has lowered, and 322 without its
+three sums over rows, 405 with one. Nsight Compute finds shared memory 74% and the second-level cache 71% busy, and two
+programs, of 252 registers, on a multiprocessor. Tried, of these 451: 4 stages 449, 2 stages 586, 5 stages 547; sums as
+[R, N] 462; 128 columns and 8 warps 485, with sums as [R, N] 476; products as [N, R] x [R, M] 512; 2048 rows 493; steps
+of 16 545, with 168 registers, so that there may be three programs, 549, with sums as [R, N] as well 518. Forward takes
+231, and 218 in 128 x 7168 with 8 warps, whose two parts another kernel would have to sum.
 
 With few rows what counts is the chain of launches that a branch needs, pauses included, and that each of its readers
 adds up h. Microseconds of a Llama-3-8B block without gradients on an H200 (R 16, CUDA graphs, rounds in turn; the
@@ -88,9 +88,8 @@ SHORT = 1024
 def choose(kinds: list[list[Any]], body: list[Statement], rows: Any, columns: int) -> Tile | None:
     """The tile for a program, or None where a kernel would not pay.
 
-    Ranks above 64 get none for few rows, nor for a product that is written and nothing else. Higher ranks get smaller
-    tiles or fewer stages: what a step loads must fit into shared memory, twice if it can. So do masks, whose bits are
-    held in registers.
+    Ranks above 64 get none for few rows, nor for a product that is written and nothing else. Higher ranks get tiles of
+    which what a step loads fits into shared memory, twice if it can. So do masks, whose bits are held in registers.
     """
     m = rows if isinstance(rows, int) else 1 << 13
     tile = _choose(kinds, body, m, columns)
@@ -126,6 +125,7 @@ def _choose(kinds: list[list[Any]], body: list[Statement], m: int, columns: int)
             height = _shrunk(1024, 128, m, columns, 64, 2 * _enough(m))
             return Tile(rows=height, columns=128, step=32, walk="rows", stages=3)
         if rank > 64:
+            # As wide as 2048, but enough programs, and as good as equal ones.
             parts = max(-(-columns // 2048), min(-(-columns // 128), -(-2 * _enough(m) // -(-m // 64))))
             width = 64 * -(-columns // (64 * parts))
             return Tile(rows=64, columns=width, step=64, walk="columns", stages=3)

@@ -84,9 +84,10 @@ class _Writer:
         """How many steps the walk has.
 
         The assembler writes a walk of short steps out in full if it knows that they are 32 or fewer: h of N 4096 and
-        R 16 becomes 14 times as many instructions, of as many registers, and takes it seconds (0.02 s otherwise); g and
-        dB of N 14336 and 2048 rows become twice as many, in 0.49 s of 0.07. A number of rows is never negative, but the
-        assembler does not know that.
+        R 16 becomes 14 times as many instructions, of as many registers, and takes it seconds (0.02 s otherwise). Down
+        the rows it is sums both ways that cost it time, in 4 and 8 steps: g and dB of N 14336 and 2048 rows 0.49 s
+        instead of 0.07, for twice as many instructions; of 16 steps it makes a loop. A number of rows is never
+        negative, but the assembler does not know that.
         """
         tile = self.program.tile
         steps = (tile.rows if self.down_rows else tile.columns) // tile.step
@@ -94,8 +95,12 @@ class _Writer:
             rows = count(self.program)
             there = f"tl.cdiv({rows}, {tile.step})" if self.down_rows else f"{rows} * {steps}"
             return f"tl.minimum({there}, {steps})"
-        is_short = {statement[0] for statement in self.program.body} <= {"load", "op", "down", "across"}
-        return f"{steps} + tl.minimum(M, 0)" if is_short and steps > 1 else f"{steps}"
+        names = {statement[0] for statement in self.program.body}
+        if self.down_rows:
+            is_short = names <= {"load", "op", "down", "across"} and self.program.sums_both_ways and 2 < steps < 16
+        else:
+            is_short = names <= {"load", "op", "down"}
+        return f"{steps} + tl.minimum(M, 0)" if is_short else f"{steps}"
 
     def _tile_shape(self) -> tuple[int, int]:
         """Rows and columns of what is computed at a time."""

@@ -50,11 +50,10 @@ def main(
     try:
         result = body(rank, folder, **arguments)
         torch.distributed.barrier()
-    except BaseException:
+        torch.distributed.destroy_process_group()
+        result_file(folder, rank).write_text(json.dumps(result))
+    finally:
         kill_orphans()
-        raise
-    torch.distributed.destroy_process_group()
-    result_file(folder, rank).write_text(json.dumps(result))
 
 
 def end_with_parent() -> None:

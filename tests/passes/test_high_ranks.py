@@ -23,7 +23,7 @@ from lora_fx.passes.kernels.tile_choice import choose
 from lora_fx.passes.kernels.tile_program import Tile
 from lora_fx.passes.printer import graph_text
 from lora_fx.passes.site import MARK
-from tests.passes import on_gpu
+from tests.passes import on_gpu, tile_cases
 from tests.passes.harness import Captured, Case, Outcome, adapt, compare
 from tests.passes.modules import QKV, Mlp, Residual
 from tests.passes.on_gpu import capture, one_tile, programs
@@ -300,3 +300,14 @@ def test_half_precision_keeps_the_last_bits_of_small_gradients() -> None:
 )
 def test_sums_that_stay(given: dict[str, Any]) -> None:
     assert stack(STACKS["three terms"][0], **given) == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "width"),
+    [(8192, 14336, 2048), (2048, 14336, 1792), (272, 14336, 576), (8192, 11008, 1856), (8192, 136, 128)],
+)
+def test_a_product_of_a_high_rank_walks_along_its_columns(rows: int, columns: int, width: int) -> None:
+    """Two of them, as in silu(gate) * up: the thin matrices stay, and tiles are about as wide as one another."""
+    case = tile_cases.swiglu(128, 128, ("store",))
+    found = choose(case.inputs, case.body, rows, columns)
+    assert found == Tile(rows=64, columns=width, step=64, walk="columns", stages=3)

@@ -127,19 +127,28 @@ if not INTERPRETED:
             assert all(i < min(sums) for i, line in enumerate(lines) if "tl.load(" in line)
 
     @pytest.mark.parametrize(
-        ("tile", "stored", "steps"),
+        ("tile", "outputs", "steps"),
         [
-            (Tile(rows=64, columns=4096, step=128, walk="columns"), False, "range(0, 32 + tl.minimum(M, 0),"),
-            (Tile(rows=256, columns=64, step=64, walk="rows"), False, "range(0, 4 + tl.minimum(M, 0),"),
-            (Tile(rows=64, columns=64, step=64, walk="rows"), False, "range(0, 1,"),
-            (Tile(rows=256, columns=64, step=64, walk="rows"), True, "range(0, 4,"),
+            (Tile(rows=64, columns=4096, step=128, walk="columns"), ["down"], "32 + tl.minimum(M, 0)"),
+            (Tile(rows=256, columns=64, step=64, walk="rows"), ["down", "across"], "4 + tl.minimum(M, 0)"),
+            (Tile(rows=512, columns=64, step=64, walk="rows"), ["down", "across"], "8 + tl.minimum(M, 0)"),
+            (Tile(rows=128, columns=64, step=64, walk="rows"), ["down", "across"], "2"),
+            (Tile(rows=1024, columns=64, step=64, walk="rows"), ["down", "across"], "16"),
+            (Tile(rows=256, columns=64, step=64, walk="rows"), ["across"], "4"),
+            (Tile(rows=256, columns=64, step=64, walk="rows"), ["store", "down", "across"], "4"),
         ],
-        ids=["along", "down", "one step", "more in a step"],
+        ids=["along", "down", "down, 8 steps", "two steps", "a loop", "one sum", "more in a step"],
     )
-    def test_the_assembler_cannot_write_out_a_walk_of_short_steps(tile: Tile, stored: bool, steps: str) -> None:
+    def test_the_assembler_cannot_write_out_a_walk_of_short_steps(tile: Tile, outputs: list[str], steps: str) -> None:
         """It would, h of N 4096 and R 16, and take seconds for it."""
-        body: list[Any] = [["load", 0], ["down", 0, 1], *([["store", 0, "bfloat16"]] * stored)]
-        assert steps in tile_triton.source([Program(4096, "bfloat16", [["full"], ["factor", 16, "RN"]], body, tile)])
+        each: dict[str, list[Any]] = {
+            "store": ["store", 0, "bfloat16"],
+            "down": ["down", 0, 1],
+            "across": ["across", 0, 2, "NR"],
+        }
+        inputs: list[Any] = [["full"], ["factor", 16, "NR"], ["thin", 16]]
+        body: list[Any] = [["load", 0], *(each[name] for name in outputs)]
+        assert f"range(0, {steps}," in tile_triton.source([Program(4096, "bfloat16", inputs, body, tile)])
 
     @pytest.mark.parametrize(
         ("sizes", "strides", "rows"),
