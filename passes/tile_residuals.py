@@ -15,9 +15,9 @@ either case.
 Tried, and not worth a kind of program of its own: the sum, the branch's product, the norm and h of what reads it in one
 kernel, which walks along its rows twice. On an H200 (M 8192, N 4096, R 16, h of 32 columns; the best of some sixty
 tiles) that takes 103 us, where a copy of what it reads and writes takes 66: the second walk reads as much from the
-second-level cache, and so do the factors, for each 16 rows. It would save 10 us of a block's 12,700: the three kernels
-in its place take 113. A norm's backward with the product that it reads (32 columns) takes 99, the two in its place 103
-and 124.
+second-level cache, and so do the factors, for each 16 rows. The three kernels in its place take 113, in a block of
+12,700 and at its lower clock rate, so that it would save less than 10. A norm's backward with the product that it reads
+(32 columns) takes 99, the two in its place 103 and 124 in a block. The kernels that were timed are not kept.
 """
 
 from __future__ import annotations

@@ -38,7 +38,8 @@ three sums over rows, 405 with one. Nsight Compute finds shared memory 74% and t
 programs, of 252 registers, on a multiprocessor. Tried, of these 451: 4 stages 449, 2 stages 586, 5 stages 547; sums as
 [R, N] 462; 128 columns and 8 warps 485, with sums as [R, N] 476; products as [N, R] x [R, M] 512; 2048 rows 493; steps
 of 16 545, with 168 registers, so that there may be three programs, 549, with sums as [R, N] as well 518. Forward takes
-231, and 218 in 128 x 7168 with 8 warps, whose two parts another kernel would have to sum.
+231, and 218 in 128 x 7168 with 8 warps, whose two parts another kernel would have to sum. Other forms than tiles were
+variants of the source that are not kept.
 
 With few rows what counts is the chain of launches that a branch needs, pauses included, and that each of its readers
 adds up h. Microseconds of a Llama-3-8B block without gradients on an H200 (R 16, CUDA graphs, rounds in turn; the
@@ -125,7 +126,7 @@ def _choose(kinds: list[list[Any]], body: list[Statement], m: int, columns: int)
             height = _shrunk(1024, 128, m, columns, 64, 2 * _enough(m))
             return Tile(rows=height, columns=128, step=32, walk="rows", stages=3)
         if rank > 64:
-            # As wide as 2048, but enough programs, and as good as equal ones.
+            # At most 2048 wide, less where there would be too few programs, and all about as wide.
             parts = max(-(-columns // 2048), min(-(-columns // 128), -(-2 * _enough(m) // -(-m // 64))))
             width = 64 * -(-columns // (64 * parts))
             return Tile(rows=64, columns=width, step=64, walk="columns", stages=3)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.distributed
 
+from tests.distributed import rank as entry
 from tests.distributed.processes import ROOT, RankFailed, run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -38,13 +40,21 @@ def hang(rank: int, folder: Path) -> None:
     torch.distributed.barrier()
 
 
+def hang_unwatched(rank: int, folder: Path) -> None:
+    """As `hang`, but the thread of rank 1 that waits for the parent comes too late."""
+    in_time = entry.kill_orphans
+    if rank == 1:
+        entry.kill_orphans = lambda: in_time() if threading.current_thread() is threading.main_thread() else None
+    hang(rank, folder)
+
+
 def wait_for_godot() -> None:
     time.sleep(600)
 
 
-def orphan(folder: Path) -> None:
+def orphan(folder: Path, body: str) -> None:
     """Stands in for a pytest that is killed: starts ranks that hang, and never comes to its end."""
-    run_ranks(hang, 2, folder, timeout=300)
+    run_ranks(globals()[body], 2, folder, timeout=300)
 
 
 def alive(pid: int) -> bool:
@@ -84,9 +94,11 @@ def test_a_rank_that_hangs_shows_its_stack(tmp_path):
     gone(tmp_path, ["pid-0", "pid-1", "pid-child-0", "pid-child-1"])
 
 
-def test_ranks_end_with_the_process_that_started_them(tmp_path):
-    code = "import pathlib, sys; from tests.distributed.test_processes import orphan; orphan(pathlib.Path(sys.argv[1]))"
-    command = [sys.executable, "-c", code, str(tmp_path)]
+@pytest.mark.parametrize("body", [hang, hang_unwatched])
+def test_ranks_end_with_the_process_that_started_them(body, tmp_path):
+    call = "orphan(pathlib.Path(sys.argv[1]), sys.argv[2])"
+    code = f"import pathlib, sys; from tests.distributed.test_processes import orphan; {call}"
+    command = [sys.executable, "-c", code, str(tmp_path), body.__name__]
     parent = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     try:
         names = ["pid-0", "pid-1", "pid-child-0", "pid-child-1"]
