@@ -21,8 +21,9 @@ def bound(program: Program, itemsizes: tuple[int, ...], major: int) -> int:
 
     Found by compiling the programs of a Llama-3-8B block for 8.0, 8.6, 8.9, 9.0 and 10.0 with Triton 3.6, which
     ``tests/passes/test_tile_memory.py`` does again: what a step loads, once for each stage of the pipeline (one less
-    before Hopper), what is loaded once, and a copy of each value that is an operand or a result of a product. On
-    Hopper, where a pair of sums is near the limit, fewer are copied: two, or one sum of a pair while it is written.
+    before Hopper, and for products of fewer rows than Hopper's instruction for them takes), what is loaded once, and a
+    copy of each value that is an operand or a result of a product. On Hopper, where a pair of sums is near the limit,
+    fewer are copied: two, or one sum of a pair while it is written.
 
     Args:
         program: it.
@@ -45,7 +46,9 @@ def bound(program: Program, itemsizes: tuple[int, ...], major: int) -> int:
     if major == 9:
         ranks = [program.rank(s[2]) for s in program.body if s[0] in ("down", "across")]
         copies = rows * padded(max(ranks)) * 4 if program.sums_both_ways else 2 * value
-    return step * (tile.stages if major >= 9 else max(tile.stages - 1, 1)) + fixed + copies
+    # An instruction that is not waited for reads what the pipeline loads: a warp group's, of 64 rows or a sum of them.
+    ahead = major >= 9 and (rows >= 64 or "down" in names or "across" in names)
+    return step * (tile.stages if ahead else max(tile.stages - 1, 1)) + fixed + copies
 
 
 def fitted(text: str, itemsizes: list[int], device: torch.device) -> str | None:

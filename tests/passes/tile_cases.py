@@ -158,6 +158,42 @@ def swiglu_backward(r: int, outputs: tuple[str, ...] = ("store", "down", "across
     return Case(f"SwiGLU backward, rank {r}", kinds, body, exact).only(outputs)
 
 
+def swiglu_backward_written(r: int) -> Case:
+    """dgate and dup alone, where dz is a sum as well: three products, with what ranks above 64 have of a SwiGLU."""
+    body: list[Statement] = [
+        ["load", 0],
+        ["product", 3, 6, 9],
+        ["op", "add", [0, 1]],  # gate
+        ["load", 1],
+        ["product", 4, 7, 9],
+        ["op", "add", [3, 4]],  # up
+        ["load", 2],
+        ["product", 5, 8, None],
+        ["op", "add", [6, 7]],  # dz
+        ["op", "sigmoid", [2]],
+        ["op", "mul", [2, 9]],  # silu(gate)
+        ["op", "mul", [8, 10]],  # dup
+        ["op", "mul", [8, 5]],
+        ["op", "sub", [[1.0], 9]],
+        ["op", "mul", [2, 13]],
+        ["op", "add", [14, [1.0]]],
+        ["op", "mul", [9, 15]],
+        ["op", "mul", [12, 16]],  # dgate
+        ["store", 17, "model"],
+        ["store", 11, "model"],
+    ]
+
+    def exact(*t: Tensor) -> tuple[Tensor, ...]:
+        gate_base, up_base, dz_base, hg, hu, g, bg, bu, a, s = t
+        gate, up = gate_base + s * (hg @ bg.t()), up_base + s * (hu @ bu.t())
+        dz = dz_base + g @ a
+        return dz * up * dsilu(gate), dz * silu(gate)
+
+    factors = [["factor", r, "NR"]] * 2 + [["factor", r, "RN"]]
+    kinds: list[list[Any]] = [["full"]] * 3 + [["thin", r]] * 3 + factors + [["number"]]
+    return Case(f"SwiGLU backward of three products, rank {r}", kinds, body, exact)
+
+
 def norm(r: int) -> Case:
     """dA = g^T x and x itself, for x = residual * rstd * weight, by rows and by columns."""
     return Case(
