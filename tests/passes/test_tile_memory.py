@@ -133,7 +133,8 @@ def test_products_of_a_high_rank_keep_their_pipeline(monkeypatch: pytest.MonkeyP
     found = SimpleNamespace(major=9, minor=0, shared_memory_per_block_optin=LIMITS[90])
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
     case = swiglu_backward_written(128)
-    assert (tile := choose(case.inputs, case.body, *MANY_ROWS)) is not None
+    tile = choose(case.inputs, case.body, *MANY_ROWS)
+    assert tile is not None
     program = case.program(MANY_ROWS[1], torch.bfloat16, tile)
     text = tile_memory.fitted(program.dumps(), [2] * len(program.inputs), torch.device("cuda", 0))
     assert text is not None
