@@ -16,6 +16,7 @@ from torch import nn
 
 from lora_fx._torch import compile_in_place
 from lora_fx.adapted import Adapted
+from lora_fx.beside import lay_beside
 from lora_fx.config import LoRAConfig
 from lora_fx.install import install
 from lora_fx.passes.pipeline import hooks
@@ -88,6 +89,7 @@ def compile(  # the name that torch and nn.Module use for it
         # torch.compile looks at its arguments when it is called, not when it compiles: a wrong one is refused here.
         torch.compile(_nothing, options=merged, dynamic=dynamic, **kwargs)
         install(model, config or LoRAConfig())
+    lay_beside(model)
     compile_in_place(model, options=merged, dynamic=dynamic, **kwargs)
     return model
 

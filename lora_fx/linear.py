@@ -17,7 +17,8 @@ from lora_fx.adapted import BUFFERS, Adapted, swapped_class
 from lora_fx.config import CHANGES_BASE
 from lora_fx.inits import ChangedBase, decomposed, put_back, put_residual, reset_factors
 from lora_fx.packed import check_not_quantised, is_activation_dtype
-from lora_fx.passes.graph import REPLICATED
+from lora_fx.passes.graph import BESIDE, REPLICATED
+from lora_fx.passes.kernels.beside import are_beside
 from lora_fx.passes.low_rank import low_rank, low_rank_rows
 from lora_fx.placements import deferred, is_dtensor, placed, replica_ranks
 from lora_fx.stored import (
@@ -41,6 +42,7 @@ ATTRIBUTES = (
     "_lora_rows",
     "_lora_stack",
     "_lora_replicated",
+    "_lora_beside",
 )
 DEFAULT_NAME = "default"
 
@@ -69,11 +71,17 @@ class LoRAModule(Adapted, nn.Linear):
     _lora_stack: Any  # a lora_fx.rows.Stack, or None
     # The ranks of each process group on which lora_a is the same, and lora_b; nothing where both are plain.
     _lora_replicated: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    # Whether lora_a lies behind the weight in memory, as far as this module knows: see lora_fx.beside.
+    _lora_beside: bool = False
 
     # The parameter is called `input` because `nn.Linear.forward`'s is, and callers may name it.
     def forward(self, input: Tensor) -> Tensor:
         """[..., K] -> [..., N], in the dtype of the parent's output."""
-        base = super().forward(input)
+        if self._lora_beside:
+            with annotate({BESIDE: True}):
+                base = super().forward(input)
+        else:
+            base = super().forward(input)
         if self._lora_rows is not None:
             rows, *stack = self._lora_rows
             return base + low_rank_rows(input, rows, stack, self.lora_enabled).to(base.dtype)
@@ -119,6 +127,24 @@ class LoRAModule(Adapted, nn.Linear):
             now = ranks if any(ranks) else ()
             if self._lora_replicated != now:
                 self._lora_replicated = now
+            self._look_beside()
+
+    def note_beside(self, beside: bool) -> None:
+        """Note whether the active adapter's A lies behind the weight in memory."""
+        if self._lora_beside != beside:
+            self._lora_beside = beside
+
+    def _look_beside(self) -> None:
+        """After one of the two was replaced: whether they still lie together."""
+        if self._lora_beside:
+            weight, a = self._parameters.get("weight"), self._parameters.get("lora_a")
+            plain = all(p is not None and type(p.detach()) is Tensor and not p.is_meta for p in (weight, a))
+            self.note_beside(plain and are_beside(cast(Tensor, weight), cast(Tensor, a)))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy has memory of its own."""
+        super().__setstate__(state)
+        self._look_beside()
 
     def stored_adapters(self) -> dict[str, StoredAdapter]:
         """The adapters that are not active, by name."""
@@ -139,6 +165,7 @@ class LoRAModule(Adapted, nn.Linear):
             return
         stored = cast(StoredAdapter, self.lora_adapters.pop(adapter))
         exchange(self, stored)
+        self._look_beside()
         self.lora_adapters[self._lora_active] = stored
         self._lora_active = adapter
 
@@ -197,6 +224,7 @@ class LoRAModule(Adapted, nn.Linear):
         super()._apply(fn, recurse)
         keep_numbers(self, before)
         self.lora_adapters._apply(fn)
+        self._look_beside()
         self._lora_stack = None
         if self._lora_rows is not None:
             self._lora_rows = self._lora_rows.moved(fn)

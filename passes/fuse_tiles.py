@@ -20,6 +20,7 @@ from lora_fx.passes.graph import (
     is_call,
     is_row_view,
     is_tensor,
+    readers,
     shape,
     val,
 )
@@ -31,7 +32,15 @@ from lora_fx.passes.site import MARK
 from lora_fx.passes.snapshot import Snapshot
 from lora_fx.passes.tile_copies import separate
 from lora_fx.passes.tile_largest import take
-from lora_fx.passes.tile_nodes import columns_of, is_pair, largest_of, reads, scale_of_pair, value_of
+from lora_fx.passes.tile_nodes import (
+    columns_of,
+    is_pair,
+    is_part_of_stacked,
+    largest_of,
+    reads,
+    scale_of_pair,
+    value_of,
+)
 from lora_fx.passes.tile_regions import Region, grow
 from lora_fx.passes.tile_siblings import join
 from lora_fx.passes.tile_writer import Writer, is_read_last_in
@@ -138,8 +147,9 @@ def _emit(region: Region, graph: Graph, choose: Choose) -> bool:
     last = [member for member in members if member not in region.copies][-1]
     outputs = _outputs(program, writer, region, last)
     with detect_fake_mode([val(node) for node in outputs]):
-        # Values of their own: by their storage Inductor would take them for views of what is mutated.
-        values = [torch.empty_like(val(node)) for node in outputs]
+        # Values of their own: by their storage Inductor would take them for views of what is mutated. With the gaps
+        # that rows have there, or those who read them would get copies.
+        values = [val(node).new_empty_strided(val(node).shape, val(node).stride()) for node in outputs]
     operands = {"outputs": outputs, "program": program.dumps(), "inputs": writer.inputs}
     # The wrapper is how Inductor represents a mutation that it may perform in place (accumulate has the same).
     ran = _call(last, auto_functionalized, (operators.tile_,), (None, values), operands)
@@ -198,9 +208,11 @@ def _outputs(program: Program, writer: Writer, region: Region, like: Node) -> li
     spare = [node for node in full if is_read_last_in(node, region) and not reads_pipelined_gather(node)]
     spare.sort(key=lambda node: node.op == "placeholder")
     found = []
-    for statement in program.outputs:
+    for statement, (member, _) in zip(program.outputs, writer.outputs, strict=True):
         sizes, dtype = program.output_shape(statement, rows, parts)
-        reused = next((n for n in spare if statement[0] == "store" and val(n).dtype == dtype), None)
+        # What the caller gets has no gaps between its rows.
+        fit = [n for n in spare if not (is_part_of_stacked(n) and _goes_out(member))]
+        reused = next((n for n in fit if statement[0] == "store" and val(n).dtype == dtype), None)
         if reused is None:
             found.append(_compute(like, aten.empty.memory_format, list(sizes), dtype=dtype, device=val(source).device))
             continue
@@ -209,6 +221,10 @@ def _outputs(program: Program, writer: Writer, region: Region, like: Node) -> li
             reused = _compute(like, operators.donated, reused, list(sizes))
         found.append(reused)
     return found
+
+
+def _goes_out(member: Node) -> bool:
+    return any(reader.op == "output" for reader in readers(member))
 
 
 def _row_sizes(source: Node, kind: str, program: Program, like: Node) -> tuple[Any, Any]:

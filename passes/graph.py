@@ -294,6 +294,9 @@ REPLICATED = "lora_fx_replicated"
 """In the ``custom`` metadata of a branch's nodes: the ranks of each process group on which A is the same, and B."""
 FACTORS = ("lora_a", "lora_b")
 
+BESIDE = "lora_fx_beside"
+"""In the ``custom`` metadata of a base's nodes: its weight and the branch's A lie together in memory."""
+
 _STACKS = ("nn_module_stack", "fwd_nn_module_stack")
 
 
@@ -316,6 +319,11 @@ def replicated_over(node: Node, factor: str) -> tuple[tuple[int, ...], ...]:
     """The ranks of each group on which a factor of the branch is the same that ``node`` belongs to, as far as noted."""
     noted = (node.meta.get("custom") or {}).get(REPLICATED)
     return tuple(noted[FACTORS.index(factor)]) if noted else ()
+
+
+def is_beside_factor(node: Node) -> bool:
+    """Whether a base's product is one whose weight lies together with the A of its branch in memory."""
+    return bool((node.meta.get("custom") or {}).get(BESIDE))
 
 
 def module_id(node: Node) -> int | None:

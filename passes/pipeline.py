@@ -17,6 +17,7 @@ from torch.fx import Graph
 from lora_fx.passes import (
     accumulate,
     accumulate_grouped,
+    beside,
     fold_grouped_scale,
     fold_scale,
     fuse_tiles,
@@ -34,7 +35,7 @@ from lora_fx.passes import (
     stack_siblings,
     unflatten_products,
 )
-from lora_fx.passes._torch import custom_graph_pass, given_away, inductor_config, trace_structured
+from lora_fx.passes._torch import custom_graph_pass, given_away, inductor_config, saved_by_hooks, trace_structured
 from lora_fx.passes.graph import module_path
 from lora_fx.passes.grouped_site import GroupedSite, find_grouped_sites
 from lora_fx.passes.kernels import lowering, operators
@@ -241,14 +242,16 @@ class LoweringStage(Stage):
 
     def uuid(self) -> Any:
         """Inductor's cache key does not say what backward may write over: a graph that is retained would be served code
-        that writes over what was saved, ours and Inductor's own."""
-        return (*super().uuid(), given_away())
+        that writes over what was saved, ours and Inductor's own. Nor what hooks save."""
+        return (*super().uuid(), given_away(), saved_by_hooks())
 
     def __call__(self, graph: Graph) -> None:
         operators.teach_inductor()
         failures = [
             _failure(f"{step} {target_name(node.target)}", module_path(node) or "(root)", error)
             for step, lower in (
+                # Before regions are cut, which take h with what they make of it.
+                ("beside", beside.join),
                 ("tile", fuse_tiles.cut),
                 ("lowering", lowering.lower),
                 ("unflatten", unflatten_products.unflatten),

@@ -214,6 +214,11 @@ def is_left_to_cublas(product: Node) -> bool:
     return many and isinstance(rank, int) and isinstance(columns, int) and MAX_RANK < rank <= columns // 2
 
 
+def is_part_of_stacked(node: Node) -> bool:
+    """Whether ``node`` is the base's part, or h, of a product that has both (:mod:`lora_fx.passes.beside`)."""
+    return is_call(node, aten.slice.Tensor) and is_call(node.args[0], operators.stacked_mm)
+
+
 def _is_value(node: Any, columns: int) -> bool:
     """Whether ``node`` is an [..., N] value of a pass, contiguous."""
     if not is_tensor(node) or len(shape(node)) < 2 or not has_shape(node, *[None] * (len(shape(node)) - 1), columns):

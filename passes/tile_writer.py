@@ -21,6 +21,7 @@ from lora_fx.passes.tile_nodes import (
     ends_of,
     gradients_of,
     is_pair,
+    is_part_of_stacked,
     largest_of,
     makes,
     operand_kind,
@@ -356,15 +357,22 @@ def is_read_last_in(node: Node, region: Region) -> bool:
     """Whether a matrix was made by this graph, or saved by forward for it, and all that reads it is the region, or what
     the region waits for, so that the region may overwrite it."""
     computed = region.nodes - region.copies
+    sharing = list(node.args[0].users) if is_part_of_stacked(node) else [node]  # type: ignore[union-attr]  # a slice's
     return (
         (_is_saved(node) or _is_product(node))
         and node not in region.nodes
-        and all(reader in computed or not computed.isdisjoint(descendants(reader)) for reader in readers(node))
+        and all(
+            reader in computed or not computed.isdisjoint(descendants(reader))
+            for part in sharing
+            for reader in readers(part)
+        )
     )
 
 
 def _is_product(node: Node) -> bool:
-    """Whether a product made a matrix of its own, without gaps."""
+    """Whether a product made a matrix of its own, without gaps, or is the part of one whose other part is h."""
+    if is_part_of_stacked(node):
+        return node.args[2:3] == (0,)
     made = is_call(node, MM, aten.addmm.default, GROUPED_MM)
     return made and len(shape(node)) == 2 and bool(val(node).is_contiguous())
 

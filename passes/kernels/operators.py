@@ -7,13 +7,14 @@ Legend: M tokens, K in, N out, R rank. ``scale`` is a 0-d tensor or None for 1.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_fx.passes._torch import lower_as_donated, lower_with, read_from_memory
-from lora_fx.passes.kernels import dropout, native, tile_program
+from lora_fx.passes.kernels import beside, dropout, native, tile_program
 
 _library = torch.library.Library("lora_fx", "DEF")
 for _schema in (
@@ -26,6 +27,7 @@ for _schema in (
     "sum_parts(Tensor[] parts, Tensor?[] scales, ScalarType dtype, bool stacked=False) -> Tensor[]",
     "sum_expert_parts(Tensor parts, Tensor ends, int rows, Tensor? scale, ScalarType dtype) -> Tensor",
     "donated(Tensor saved, SymInt[] size) -> Tensor",
+    "stacked_mm(Tensor x, Tensor weight, Tensor a) -> Tensor",
 ):
     _tags = [torch.Tag.pt2_compliant_tag]
     if _schema.startswith(("tile_", "sum_")):
@@ -183,7 +185,7 @@ def teach_inductor() -> None:
     lower_with(tile_, _lower_tile)
     lower_with(sum_parts, _lower_sum_parts)
     lower_with(sum_expert_parts, _lower_sum_expert_parts)
-    read_from_memory([tile_, accumulate_, scaled_mm, gradient_pair, sum_parts, sum_expert_parts])
+    read_from_memory([stacked_mm, tile_, accumulate_, scaled_mm, gradient_pair, sum_parts, sum_expert_parts])
 
 
 def _lower_tile(*operands: Any, **named: Any) -> Any:
@@ -212,9 +214,16 @@ def _donated(saved: Tensor, size: list[int | torch.SymInt]) -> Tensor:
 
     Inductor knows whether it may (:func:`lora_fx.passes._torch.lower_as_donated`); anywhere else it is fresh.
     """
-    return saved.new_empty(size)
+    return saved.new_empty_strided(size, saved.stride() if len(size) == saved.dim() else _dense(size))
 
 
+def _dense(size: list[int | torch.SymInt]) -> list[int | torch.SymInt]:
+    """The strides of memory without gaps."""
+    return [math.prod(size[place + 1 :]) for place in range(len(size))]
+
+
+_library.impl("stacked_mm", beside.stacked_mm, "CompositeExplicitAutograd")
+torch.library.register_fake("lora_fx::stacked_mm", beside.stacked_mm_fake, lib=_library)
 _library.impl("keep", dropout.keep_eager, "CompositeExplicitAutograd")
 _library.impl("tile_", _tile_, "CPU")
 _library.impl("tile_", _tile_cuda_, "CUDA")
@@ -304,3 +313,4 @@ tile_ = torch.ops.lora_fx.tile_.default
 sum_parts = torch.ops.lora_fx.sum_parts.default
 sum_expert_parts = torch.ops.lora_fx.sum_expert_parts.default
 donated = torch.ops.lora_fx.donated.default
+stacked_mm = torch.ops.lora_fx.stacked_mm.default
