@@ -1,0 +1,426 @@
+"""h in the base's product, where A lies behind its weight in memory: the graphs, that they compute the same, and where
+it must not be. The passes decide as on a GPU (`tests/passes/on_gpu.py`). K = 48, N = 128, R = 8."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import Tensor, nn
+from torch._inductor import config
+from torch.fx import Graph
+
+from lora_fx.beside import lay_beside
+from lora_fx.passes import beside as beside_pass
+from lora_fx.passes.kernels import beside, operators
+from tests.passes import on_gpu
+from tests.passes.harness import Case, adapt, compare
+from tests.passes.modules import QKV, Block, Mlp
+from tests.passes.on_gpu import capture, halves, text
+
+bf16 = torch.bfloat16
+K, N, R = 48, 128, 8
+
+
+def x(tokens: int = 160, **options: Any) -> Tensor:
+    return torch.randn(tokens, K, **{"dtype": bf16, "requires_grad": True, **options})
+
+
+def laid(module: nn.Module) -> nn.Module:
+    lay_beside(module, "cpu")
+    return module
+
+
+def mlp(dtype: torch.dtype = bf16, **options: Any) -> nn.Module:
+    return laid(adapt(Mlp(K, N).to(dtype), **{"rank": R, **options}))
+
+
+class Residual(nn.Module):
+    """A SwiGLU, and the stream that it adds to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = Mlp(K, N)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(x)  # type: ignore[no-any-return]
+
+
+def residual(**options: Any) -> nn.Module:
+    return laid(adapt(Residual().to(bf16), rank=R, **options))
+
+
+def stacked(graph: Graph) -> int:
+    """How many products have h as well."""
+    return len(graph.find_nodes(op="call_function", target=operators.stacked_mm))
+
+
+def inferred(module: Callable[..., Any], *inputs: Tensor, **options: Any) -> Graph:
+    with torch.no_grad():
+        (forward,) = capture(module, *inputs, **options).forward
+    return forward.graph
+
+
+# ---- graphs ----------------------------------------------------------------------------------------------------------
+
+
+def test_few_tokens_without_gradients() -> None:
+    """All three linears: h of silu(gate) * up is a kernel by itself where there are few rows."""
+    assert_expected_inline(
+        text(inferred(residual(), x(64))),
+        """\
+%0 = input bf16[128, 48]
+%1 = input bf16[64, 48]
+%2 = input f32[]
+%3 = input f32[]
+%4 = input bf16[8, 48]
+%5 = input bf16[128, 8]
+%6 = input bf16[128, 48]
+%7 = input f32[]
+%8 = input f32[]
+%9 = input bf16[8, 48]
+%10 = input bf16[128, 8]
+%11 = input bf16[48, 128]
+%12 = input f32[]
+%13 = input f32[]
+%14 = input bf16[8, 128]
+%15 = input bf16[48, 8]
+%16 = lora_fx.stacked_mm(%1, %0, %4) bf16[64, 136]
+%17 = slice(%16, 1, 0, 128) bf16[64, 128]
+%18 = slice(%16, 1, 128, 136) bf16[64, 8]
+%19 = lora_fx.stacked_mm(%1, %6, %9) bf16[64, 136]
+%20 = slice(%19, 1, 0, 128) bf16[64, 128]
+%21 = slice(%19, 1, 128, 136) bf16[64, 8]
+%22 = tile(outputs=[%17], program=#0, inputs=[%18, %5, %2, %3, %17, %21, %10, %7, %8, %20]) (None, (bf16[64, 128]))
+%23 = getitem(%22, 1) (bf16[64, 128])
+%24 = getitem(%23, 0) bf16[64, 128]
+%25 = lora_fx.stacked_mm(%24, %11, %14) bf16[64, 56]
+%26 = slice(%25, 1, 0, 48) bf16[64, 48]
+%27 = slice(%25, 1, 48, 56) bf16[64, 8]
+%28 = empty([64, 48], dtype=bf16, device=cpu) bf16[64, 48]
+%29 = tile(outputs=[%28], program=#1, inputs=[%27, %15, %12, %13, %26, %1]) (None, (bf16[64, 48]))
+%30 = getitem(%29, 1) (bf16[64, 48])
+%31 = getitem(%30, 0) bf16[64, 48]
+return %31
+#0: bfloat16, 128 columns; in0 thin 8, in1 factor 8 NR, in2 number, in3 number, in4 full, in5 thin 8, in6 factor 8
+        NR, in7 number, in8 number, in9 full
+    0: product in0 in1 in2|in3
+    1: load in4
+    2: op add %1 %0
+    3: op sigmoid %2
+    4: op mul %2 %3
+    5: product in5 in6 in7|in8
+    6: load in9
+    7: op add %6 %5
+    8: op mul %4 %7
+    9: store %8 bfloat16
+#1: bfloat16, 48 columns; in0 thin 8, in1 factor 8 NR, in2 number, in3 number, in4 full, in5 full
+    0: product in0 in1 in2|in3
+    1: load in4
+    2: op add %1 %0
+    3: load in5
+    4: op add %3 %2
+    5: store %4 bfloat16""",
+    )
+
+
+def test_training() -> None:
+    """gate and up, of which autograd keeps the base and h where they are; not down, whose h is made with its input."""
+    forward, backward = halves(capture(mlp(), x()))
+    assert_expected_inline(
+        forward,
+        """\
+%0 = input bf16[128, 48]
+%1 = input bf16[160, 48]
+%2 = input f32[]
+%3 = input f32[]
+%4 = input bf16[8, 48]
+%5 = input bf16[128, 8]
+%6 = input bf16[128, 48]
+%7 = input f32[]
+%8 = input f32[]
+%9 = input bf16[8, 48]
+%10 = input bf16[128, 8]
+%11 = input bf16[48, 128]
+%12 = input f32[]
+%13 = input f32[]
+%14 = input bf16[8, 128]
+%15 = input bf16[48, 8]
+%16 = lora_fx.stacked_mm(%1, %0, %4) bf16[160, 136]
+%17 = slice(%16, 1, 0, 128) bf16[160, 128]
+%18 = slice(%16, 1, 128, 136) bf16[160, 8]
+%19 = _foreach_mul([%2, %7, %12], [%3, %8, %13]) (f32[], f32[], f32[])
+%20 = getitem(%19, 0) f32[]
+%21 = getitem(%19, 1) f32[]
+%22 = getitem(%19, 2) f32[]
+%23 = lora_fx.stacked_mm(%1, %6, %9) bf16[160, 136]
+%24 = slice(%23, 1, 0, 128) bf16[160, 128]
+%25 = slice(%23, 1, 128, 136) bf16[160, 8]
+%26 = permute(%11, [1, 0]) bf16[128, 48]
+%27 = empty([160, 128], dtype=bf16, device=cpu) bf16[160, 128]
+%28 = empty([4, 160, 8], dtype=f32, device=cpu) f32[4, 160, 8]
+%29 = tile(outputs=[%27, %28], program=#0, inputs=[%18, %5, %20, %17, %25, %10, %21, %24, %14]) (None, (bf16[160,
+        128], f32[4, 160, 8]))
+%30 = getitem(%29, 1) (bf16[160, 128], f32[4, 160, 8])
+%31 = getitem(%30, 0) bf16[160, 128]
+%32 = getitem(%30, 1) f32[4, 160, 8]
+%33 = lora_fx.sum_parts([%32], [None], bf16) (bf16[160, 8])
+%34 = getitem(%33, 0) bf16[160, 8]
+%35 = empty([160, 48], dtype=bf16, device=cpu) bf16[160, 48]
+%36 = tile(outputs=[%35], program=#1, inputs=[%34, %15, %22]) (None, (bf16[160, 48]))
+%37 = getitem(%36, 1) (bf16[160, 48])
+%38 = getitem(%37, 0) bf16[160, 48]
+%39 = auto_functionalized(lora_fx.accumulate_, base=%38, a=%31, b=%26, scale=None, beta=2.0) (None, bf16[160, 48])
+%40 = getitem(%39, 1) bf16[160, 48]
+return %40, %0, %1, %4, %5, %6, %9, %10, %11, %14, %15, %17, %20, %18, %24, %21, %25, %22, %34
+#0: bfloat16, 128 columns; in0 thin 8, in1 factor 8 NR, in2 number, in3 full, in4 thin 8, in5 factor 8 NR, in6
+        number, in7 full, in8 factor 8 RN
+    0: product in0 in1 in2
+    1: load in3
+    2: op add %1 %0
+    3: op sigmoid %2
+    4: op mul %2 %3
+    5: product in4 in5 in6
+    6: load in7
+    7: op add %6 %5
+    8: op mul %4 %7
+    9: store %8 bfloat16
+    10: down %8 in8
+#1: bfloat16, 48 columns; in0 thin 8, in1 factor 8 NR, in2 number
+    0: product in0 in1 in2
+    1: op mul %0 0.5
+    2: store %1 bfloat16""",
+    )
+    # dgate is written over the saved gate, with the gaps that its rows have.
+    assert "donated" in backward
+    assert "stacked_mm" not in backward
+
+
+def test_a_checkpoint_computes_both_again() -> None:
+    module = mlp()
+
+    def checkpointed(x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+    captured = capture(checkpointed, x())
+    assert [stacked(half[0].graph) for half in (captured.forward, captured.backward)] == [2, 2]
+
+
+def test_what_is_kept_of_h_alone_is_a_copy() -> None:
+    """Of a branch whose base nobody keeps: a view of h would keep all of the product."""
+
+    def function(module: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda x: 2.0 * module(x) + 1.0
+
+    graph = capture(function(laid(adapt(nn.Linear(K, N, bias=False, dtype=bf16), rank=R))), x()).forward[0].graph
+    assert stacked(graph) == 1
+    kept = [node for node in graph.output_node().args[0] if node.meta["val"].shape == (160, R)]  # type: ignore[union-attr]
+    assert [node.target for node in kept] == [torch.ops.aten.clone.default]
+
+
+# ---- numerics --------------------------------------------------------------------------------------------------------
+
+
+class Wide(nn.Module):
+    """A block whose mlp is as wide as one is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block(K)
+        self.block.mlp = Mlp(K, N)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)  # type: ignore[no-any-return]
+
+
+def case(name: str, build: Callable[[], nn.Module], **more: Any) -> Case:
+    return Case(name, build, 0, {}, **{"dtype": bf16, "shape": (2, 80, K), "seeds": 4, **more})
+
+
+CASES = [
+    (case("mlp", mlp), 2),
+    (case("few tokens", residual, shape=(2, 32, K), grad=torch.no_grad), 3),
+    (case("any number of tokens", mlp, shapes=((2, 80, K), (2, 33, K)), dynamic=True), 2),
+    (case("float16", lambda: mlp(torch.float16), dtype=torch.float16), 2),
+    (case("block", lambda: laid(adapt(Wide().to(bf16).requires_grad_(False), rank=R)), seeds=8), 2),
+]
+
+
+def by_graphs(case: Case, module: nn.Module, **options: Any) -> Any:
+    """`on_gpu.by_graphs` of a copy, which has memory of its own."""
+    return on_gpu.by_graphs(case, laid(module), **options)
+
+
+@pytest.fixture
+def hooks_that_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness counts what autograd keeps with hooks, which give back what they got."""
+    monkeypatch.setattr(beside_pass, "saved_by_hooks", lambda: False)
+
+
+@pytest.mark.usefixtures("hooks_that_change_nothing")
+@pytest.mark.parametrize(("case", "count"), CASES, ids=lambda value: value.name if isinstance(value, Case) else "")
+def test_as_accurate_as_plain(case: Case, count: int) -> None:
+    """Outputs and every gradient, against float64."""
+    result = compare(case, by_graphs)
+    assert stacked(result.captured.forward[0].graph) == count
+    result.assert_as_accurate()
+    assert result.ours.saved <= result.plain.saved
+
+
+@pytest.mark.usefixtures("hooks_that_change_nothing")
+def test_memory_that_is_kept() -> None:
+    """What autograd keeps has gaps between rows, but no other matrix with it."""
+    result = compare(CASES[0][0], by_graphs)
+    without = compare(case("mlp", lambda: adapt(Mlp(K, N).to(bf16), rank=R)), on_gpu.by_graphs)
+    room = 2 * 160 * (beside.ALIGNED - (N + R) % beside.ALIGNED) * bf16.itemsize
+    assert result.ours.saved - without.ours.saved <= room + 2 * 160 * R * bf16.itemsize
+
+
+# ---- where it must not be --------------------------------------------------------------------------------------------
+
+
+def test_not_where_nothing_lies_together() -> None:
+    assert stacked(inferred(adapt(Mlp(K, N).to(bf16), rank=R), x(64))) == 0
+
+
+def test_not_where_a_sum_is_written() -> None:
+    """It is written after the base is rounded: the base adds to the branch's product instead, and is rounded with it."""
+    module = laid(adapt(QKV(K, N).to(bf16), rank=R))
+    assert stacked(inferred(module, x(64))) == 0
+
+
+def test_not_where_a_norm_computes_the_sum() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = nn.Linear(K, N, bias=False), nn.RMSNorm(N)
+
+        def forward(self, x: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
+            total = stream + self.linear(x)
+            return self.norm(total), total
+
+    module = laid(adapt(Normed().to(bf16).requires_grad_(False), rank=R, target_modules="linear"))
+    assert stacked(inferred(module, x(64), torch.randn(64, N, dtype=bf16))) == 0
+
+
+def test_not_under_dropout() -> None:
+    """h is of another x then; without gradients there is none to drop."""
+    module = mlp(dropout=0.1)
+    assert stacked(capture(module, x()).forward[0].graph) == 0
+    assert stacked(inferred(module.eval(), x())) == 2
+
+
+@pytest.mark.parametrize("name", ["max_autotune", "max_autotune_gemm", "_micro_pipeline_tp"])
+def test_not_where_inductor_looks_for_products(name: str) -> None:
+    with config.patch({name: True}):
+        assert stacked(inferred(mlp(), x(64))) == 0
+    torch._dynamo.reset()
+    assert stacked(inferred(mlp(), x(64))) == 2
+
+
+def test_not_where_hooks_save_a_base() -> None:
+    """``save_on_cpu`` gives a matrix back without the gaps that it had. Dynamo compiles again where hooks change."""
+    module, inputs = mlp(), x()
+    with torch.autograd.graph.save_on_cpu():
+        assert stacked(capture(module, inputs).forward[0].graph) == 0
+    torch._dynamo.reset()
+    assert stacked(capture(module, inputs).forward[0].graph) == 2
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "rank", "expected"),
+    [
+        (1, 14336, 4096, 16, True),
+        (64, 14336, 4096, 128, True),
+        (64, 4096, 14336, 16, True),
+        (1, 4096, 14336, 16, False),
+        (512, 4096, 14336, 16, False),
+        (512, 14336, 4096, 128, True),
+        (8192, 14336, 4096, 64, True),
+        (8192, 14336, 4096, 128, False),
+        (8192, 4096, 4096, 16, False),
+        ("any", 14336, 4096, 16, True),
+        ("any", 14336, 4096, 128, False),
+        ("any", 4096, 14336, 16, False),
+    ],
+)
+def test_where_it_pays(m: Any, n: int, k: int, rank: int, expected: bool) -> None:
+    """By the table in the module."""
+    assert beside.pays(m, n, k, rank) == expected
+
+
+def test_a_failure_leaves_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[tuple[str, str]] = []
+
+    def fail(down: Any, pairs: Any) -> None:
+        rewrite(down, pairs)
+        raise ArithmeticError("no")
+
+    def step(graph: Graph) -> None:
+        before = text(graph)
+        failures = list(beside_pass.join(graph))
+        assert [str(error) for _, error in failures] == ["no"]
+        found.append((before, text(graph)))
+
+    rewrite = beside_pass._rewrite
+    monkeypatch.setattr(beside_pass, "_rewrite", fail)
+    inferred(mlp(), x(64), step=step)
+    ((before, after),) = found
+    assert before == after
+
+
+# ---- the operator ----------------------------------------------------------------------------------------------------
+
+
+def operands(dtype: torch.dtype = bf16) -> tuple[Tensor, Tensor, Tensor]:
+    both = torch.randn(N + R, K, dtype=dtype)
+    return torch.randn(20, K, dtype=dtype), both[:N], both[N:]
+
+
+@pytest.mark.parametrize("dtype", [bf16, torch.float16, torch.float32])
+def test_the_operator(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    given, weight, a = operands(dtype)
+    assert beside.are_beside(weight, a)
+    both = operators.stacked_mm(given, weight, a)
+    assert both.shape == (20, N + R) and both.stride() == (192, 1)
+    exact = torch.cat([given.double() @ weight.double().t(), given.double() @ a.double().t()], 1)
+    torch.testing.assert_close(both.double(), exact, rtol=2e-2, atol=2e-2)
+    assert not caplog.messages
+    torch.library.opcheck(operators.stacked_mm, (given, weight, a), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_the_operator_where_they_lie_apart(caplog: pytest.LogCaptureFixture) -> None:
+    """The same values, and one line that says why it is slower."""
+    given, weight, a = operands()
+    beside._say_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "lora_fx.passes"):
+        for _ in range(2):
+            torch.testing.assert_close(
+                operators.stacked_mm(given, weight.clone(), a.clone()), operators.stacked_mm(given, weight, a)
+            )
+    assert len(caplog.messages) == 1 and "before lora_fx.compile" in caplog.messages[0]
+
+
+def test_an_address_that_others_have_by_now() -> None:
+    """A matrix is remembered by its address, and has what lies there when it is used."""
+    given, weight, a = operands()
+    first = operators.stacked_mm(given, weight, a)
+    weight.zero_()
+    a.zero_()
+    assert first.abs().sum() > 0
+    assert operators.stacked_mm(given, weight, a).abs().sum() == 0
+
+
+@pytest.mark.parametrize("change", ["dtype", "gap", "order", "width"])
+def test_what_lies_apart(change: str) -> None:
+    _, weight, a = operands()
+    both = torch.randn(N + R + 1, K, dtype=bf16)
+    pairs = {
+        "dtype": (weight, a.float()),
+        "gap": (both[:N], both[N + 1 :]),
+        "order": (both[R : N + R], both[:R]),
+        "width": (weight, both[N:, : K // 2]),
+    }
+    assert not beside.are_beside(*pairs[change])
