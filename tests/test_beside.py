@@ -5,6 +5,7 @@ import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -21,12 +22,15 @@ bf16 = torch.bfloat16
 
 
 class Net(nn.Module):
+    up: Any  # it has what the swap adds
+    down: Any
+
     def __init__(self, bias: bool = False) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(16, 64, bias=bias), nn.Linear(64, 16, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.relu(self.up(x)))  # type: ignore[no-any-return]
+        return self.down(torch.relu(self.up(x)))
 
 
 def net(*, bias: bool = False, dtype: torch.dtype = bf16, **config: object) -> Net:

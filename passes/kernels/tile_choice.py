@@ -29,6 +29,8 @@ bfloat16), and on an H100 where the last column says so. Microseconds with a col
     silu(gate) * up, R 128                        300.0   175  341.8 in 64 x 64, 307.4 in 128 x 7168 by 32
     SwiGLU backward, R 128                        507.8   277  635.5 in 64 x 64, 593.8 with 256 rows, 624.5 by 16;
                                                                526.9 by columns (128 x 7168 by 32)
+    SwiGLU backward, R 128 *                      597.0   277  733 in 64 x 64, 689 by columns (128 x 2048 by 32)
+    silu(gate) * up, R 128 *                      365.5   175  410 in 64 x 64, 379 by 32, 423 in 1024 x 128 by 32
     dA = g^T x, N 4096, R 64                       37.4    22  39.1 with 512 rows and steps of 32 (H100)
     h = x A^T, N 4096, R 64                        39.3    22  42.7 with steps of 64 (H100)
     ===========================================  ======  ====  ====================================================
@@ -39,7 +41,8 @@ programs, of 252 registers, on a multiprocessor. Tried, of these 451: 4 stages 4
 [R, N] 462; 128 columns and 8 warps 485, with sums as [R, N] 476; products as [N, R] x [R, M] 512; 2048 rows 493; steps
 of 16 545, with 168 registers, so that there may be three programs, 549, with sums as [R, N] as well 518. Forward takes
 231, and 218 in 128 x 7168 with 8 warps, whose two parts another kernel would have to sum. Other forms than tiles were
-variants of the source that are not kept.
+variants of the source that are not kept. Right after a large product backward takes 552, and 392 without its sums. With
+one of the three products left to cuBLAS, which takes 95 of R 128 to write it: of R 128 588 instead of 597, of R 64 535.
 
 With few rows what counts is the chain of launches that a branch needs, pauses included, and that each of its readers
 adds up h. Microseconds of a Llama-3-8B block without gradients on an H200 (R 16, CUDA graphs, rounds in turn; the

@@ -45,7 +45,7 @@ class Residual(nn.Module):
         self.mlp = Mlp(K, N)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.mlp(x)  # type: ignore[no-any-return]
+        return x + self.mlp(x)
 
 
 def residual(**options: Any) -> nn.Module:
@@ -202,7 +202,7 @@ def test_a_checkpoint_computes_both_again() -> None:
     module = mlp()
 
     def checkpointed(x: Tensor) -> Tensor:
-        return torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False)  # type: ignore[no-any-return]
+        return torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False)
 
     captured = capture(checkpointed, x())
     assert [stacked(half[0].graph) for half in (captured.forward, captured.backward)] == [2, 2]
@@ -216,7 +216,7 @@ def test_what_is_kept_of_h_alone_is_a_copy() -> None:
 
     graph = capture(function(laid(adapt(nn.Linear(K, N, bias=False, dtype=bf16), rank=R))), x()).forward[0].graph
     assert stacked(graph) == 1
-    kept = [node for node in graph.output_node().args[0] if node.meta["val"].shape == (160, R)]  # type: ignore[union-attr]
+    kept = [node for node in graph.output_node().all_input_nodes if node.meta["val"].shape == (160, R)]
     assert [node.target for node in kept] == [torch.ops.aten.clone.default]
 
 
@@ -232,7 +232,7 @@ class Wide(nn.Module):
         self.block.mlp = Mlp(K, N)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.block(x)  # type: ignore[no-any-return]
+        return self.block(x)
 
 
 def case(name: str, build: Callable[[], nn.Module], **more: Any) -> Case:
@@ -286,7 +286,7 @@ def test_not_where_nothing_lies_together() -> None:
 
 
 def test_not_where_a_sum_is_written() -> None:
-    """It is written after the base is rounded: the base adds to the branch's product instead, and is rounded with it."""
+    """It would be rounded after the base is: the base adds to the branch's product instead, to round once."""
     module = laid(adapt(QKV(K, N).to(bf16), rank=R))
     assert stacked(inferred(module, x(64))) == 0
 
@@ -338,11 +338,11 @@ def test_not_where_hooks_save_a_base() -> None:
         (1, 4096, 14336, 16, False),
         (512, 4096, 14336, 16, False),
         (512, 14336, 4096, 128, True),
-        (8192, 14336, 4096, 64, True),
-        (8192, 14336, 4096, 128, False),
+        (8192, 14336, 4096, 32, True),
+        (8192, 14336, 4096, 64, False),
         (8192, 4096, 4096, 16, False),
         ("any", 14336, 4096, 16, True),
-        ("any", 14336, 4096, 128, False),
+        ("any", 14336, 4096, 64, False),
         ("any", 4096, 14336, 16, False),
     ],
 )

@@ -291,7 +291,7 @@ else:
             torch.testing.assert_close(one, other, rtol=4e-3, atol=4e-2)
 
     def wide() -> nn.Module:
-        """One whose gate and up compute h as well, so that there are gaps between the rows that backward writes over."""
+        """One whose gate and up compute h as well: there are gaps between the rows that backward writes over."""
         return modules.Mlp(48, 128)
 
     @pytest.mark.parametrize(
