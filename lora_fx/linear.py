@@ -80,12 +80,14 @@ class LoRAModule(Adapted, nn.Linear):
         if self._lora_beside:
             with annotate({BESIDE: True}):
                 base = super().forward(input)
+            # Spelt in another way: AOTAutograd's cache knows a graph by its code, of which annotations are no part.
+            scale = torch.mul(self.lora_scale, self.lora_enabled)
         else:
             base = super().forward(input)
+            scale = self.lora_scale * self.lora_enabled
         if self._lora_rows is not None:
             rows, *stack = self._lora_rows
             return base + low_rank_rows(input, rows, stack, self.lora_enabled).to(base.dtype)
-        scale = self.lora_scale * self.lora_enabled
         if self._lora_replicated:
             with annotate({REPLICATED: self._lora_replicated}):
                 return base + self._lora_update(input, scale).to(base.dtype)

@@ -43,10 +43,20 @@ from lora_fx.passes.graph import (
     val,
 )
 from lora_fx.passes.kernels import beside, operators
-from lora_fx.passes.site import MARK
+from lora_fx.passes.site import MARK, Site
 from lora_fx.passes.snapshot import Snapshot
 from lora_fx.passes.tile_nodes import can_compute, is_half
 from lora_fx.passes.tile_residuals import is_left_to_norm
+
+
+def show(site: Site) -> None:
+    """Transpose such a weight in a way of its own, in the joint graph: ``permute(W, [1, -2])``.
+
+    Inductor's caches know a graph by its code, of which annotations are no part.
+    """
+    large = peel_views(site.base)
+    if is_call(large, MM) and is_beside_factor(large) and is_call(turned := large.args[1], aten.permute.default):
+        turned.args = (turned.args[0], [1, -2])
 
 
 @dataclass(frozen=True)

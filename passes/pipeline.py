@@ -112,6 +112,8 @@ def rewrite_graph(graph: Graph, passes: tuple[Pass, ...] = PASSES) -> GraphRepor
     every: list[Site | GroupedSite] = [*sites, *experts]
     if not every:
         return report
+    for linear in sites:
+        beside.show(linear)
     rewriter = Rewriter(graph)
     for step in passes:
         try:

@@ -31,10 +31,13 @@ PROGRAM = """
 
     pipeline.rewrite_graph = recording
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.SiLU(), torch.nn.Linear(64, 32))
+    linears = [torch.nn.Linear(*sizes, bias="unbiased" not in sys.argv) for sizes in ((32, 64), (64, 32))]
+    model = torch.nn.Sequential(linears[0], torch.nn.SiLU(), linears[1])
     lora_fx.install(model, lora_fx.LoRAConfig(rank=4, dropout=0.1))
     for name, parameter in lora_fx.named_adapter_parameters(model):
         torch.nn.init.normal_(parameter, std=0.1)
+    for module in model.modules() if "beside" in sys.argv else ():
+        getattr(module, "note_beside", lambda beside: None)(True)
     if "backend" in sys.argv:
         function = torch.compile(model, backend="lora_fx")
     else:
@@ -74,6 +77,13 @@ def run(folder: Path, *arguments: str, source: Path | None = None, **environment
     result: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
     result["log"] = finished.stderr
     return result
+
+
+def test_memory_that_lies_together_has_entries_of_its_own(tmp_path: Path) -> None:
+    """The same graph, of a model whose weights and factors lie together, is compiled to other code."""
+    results = [run(tmp_path / "cache", "backend", "unbiased", *more) for more in ((), ("beside",), ("beside",), ())]
+    assert [bool(result["autograd_hit"]) for result in results] == [False, False, True, True]
+    assert results[1]["fxgraph_miss"] > 0
 
 
 def test_a_second_process_hits_both_caches(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_training() -> None:
 %23 = lora_fx.stacked_mm(%1, %6, %9) bf16[160, 136]
 %24 = slice(%23, 1, 0, 128) bf16[160, 128]
 %25 = slice(%23, 1, 128, 136) bf16[160, 8]
-%26 = permute(%11, [1, 0]) bf16[128, 48]
+%26 = permute(%11, [1, -2]) bf16[128, 48]
 %27 = empty([160, 128], dtype=bf16, device=cpu) bf16[160, 128]
 %28 = empty([4, 160, 8], dtype=f32, device=cpu) f32[4, 160, 8]
 %29 = tile(outputs=[%27, %28], program=#0, inputs=[%18, %5, %20, %17, %25, %10, %21, %24, %14]) (None, (bf16[160,
