@@ -294,6 +294,10 @@ else:
         """One whose gate and up compute h as well: there are gaps between the rows that backward writes over."""
         return modules.Mlp(48, 128)
 
+    def retained() -> nn.Module:
+        """The same where autograd gives nothing away, so that backward writes into memory of its own."""
+        return wide()
+
     @pytest.mark.parametrize(
         ("build", "tokens", "dropout"),
         [
@@ -302,29 +306,31 @@ else:
             (modules.Mlp, 160, 0.0),
             (modules.Block, 160, 0.0),
             (wide, 160, 0.0),
+            (retained, 160, 0.0),
         ],
-        ids=["residual", "mlp with dropout", "mlp", "block", "mlp with h beside"],
+        ids=["residual", "mlp with dropout", "mlp", "block", "mlp with h beside", "mlp with h beside, retained"],
     )
     def test_what_inductor_launches_is_right(
         build: Any, tokens: int, dropout: float, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A step of training: all memory that Inductor gave to a kernel holds NaN until something is written there."""
         torch.manual_seed(0)
-        model = build().to(torch.float16)
-        lora_fx.install(model, lora_fx.LoRAConfig(rank=8 if build is wide else 4, alpha=8, dropout=dropout))
-        if build is wide:
+        model, is_wide = build().to(torch.float16), build in (wide, retained)
+        lora_fx.install(model, lora_fx.LoRAConfig(rank=8 if is_wide else 4, alpha=8, dropout=dropout))
+        if is_wide:
             monkeypatch.setattr(beside, "saved_by_hooks", lambda: False)  # the harness's, which change nothing
         case = harness.Case("", build, 0, {}, shape=(2, tokens, 48), dtype=torch.float16, seeds=1)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_b" in name:
                     parameter.normal_(std=0.2)
-        if build is wide:
+        if is_wide:
             lay_beside(model, "cpu")
         forms: dict[bool, harness.Outcome] = {}
         for lowered in (True, False):
             with (
                 pytest.MonkeyPatch.context() as patch,
+                torch._functorch.config.patch(donated_buffer=build is not retained),
                 fake_gpu.recorded("cpu", interpret=True) as (found, backend),
             ):
                 if not lowered:
@@ -332,7 +338,7 @@ else:
                 function = torch.compile(model, backend=backend, dynamic=False, fullgraph=True)
                 forms[lowered] = harness.run(case, model, function, case.dtype)
             assert bool(found.ours) == lowered and bool(found.operators) != lowered
-            assert sum(code.count("lora_fx.stacked_mm.default(") for code in found.codes) == (2 if build is wide else 0)
+            assert sum(code.count("lora_fx.stacked_mm.default(") for code in found.codes) == (2 if is_wide else 0)
         # The operators run as ATen, and draw the same masks.
         for name in forms[True].tensors[0]:
             assert harness.error(forms[True].tensors, forms[False].tensors, name) < 4e-3, name
