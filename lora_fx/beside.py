@@ -1,11 +1,14 @@
 """Lay A behind its weight in memory, so that one product of a compiled model computes both (`lora_fx.passes.beside`).
 
-    [ weight, N x K ][ lora_a, R x K ]        one allocation, two tensors, each with a storage of its own size
+    [ weight, N x K ][ lora_a, R x K ]        two tensors, each with a storage of its own size
 
 Nothing else changes: the parameters are the objects that they were, with the same values, shapes and strides, and what
-is saved of one has nothing of the other in it. As long as either lives, so does the memory of both.
+is saved of one has nothing of the other in it. Several linears share an allocation, which lives as long as any of them:
+memory comes in pieces of 2 MiB, of which an allocation for each linear would leave a part of one idle.
 """
 
+from collections import Counter
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -16,36 +19,51 @@ from lora_fx.passes.kernels.beside import are_beside
 
 _HALF = (torch.bfloat16, torch.float16)
 
+# Bytes of an allocation, and what each linear's part of it begins at a multiple of.
+CHUNK, ALIGNED = 512 << 20, 512
+
 
 def lay_beside(model: nn.Module, device: str = "cuda") -> None:
-    """Do it for every adapted linear of `model` that is on a device of this type.
+    """Do it for every adapted linear of `model` that is on a device of this type. It takes 512 MiB more meanwhile.
 
-    Not for one whose weight others see in memory (it is a view, or a part of what is flattened), is no plain tensor
-    (sharded, quantised), or is trained; nor where rows would not begin at multiples of 16 bytes, or there is a bias,
-    which goes into a product of its own kind; nor for linears with several adapters, of which only one could lie there.
+    Not for one whose weight others see in memory (it is a view, or a part of what is flattened) or adapt as well, is no
+    plain tensor (sharded, quantised), or is trained; nor where rows would not begin at multiples of 16 bytes, or there
+    is a bias, which goes into a product of its own kind; nor for linears with several adapters, of which only one could
+    lie there.
     """
     adapted = [module for module in model.modules() if isinstance(module, LoRAModule)]
+    chosen = [module for module in _alone(model, adapted, device) if _can_lie_beside(module)]
+    moved = [module for module in chosen if not are_beside(module.weight, module.lora_a)]
+    for modules in _chunks(moved):
+        _lay(modules)
+    for module in adapted:
+        module.note_beside(module in chosen)
+    if moved and device == "cuda":
+        # What they were in before has other sizes than what anybody will ask for.
+        torch.cuda.empty_cache()
+
+
+def _alone(model: nn.Module, adapted: list[LoRAModule], device: str) -> list[LoRAModule]:
+    """Those whose weight is on the device, and is no other tensor's memory and no other linear's weight."""
     held: dict[int, set[int]] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         if type(tensor.detach()) is Tensor and tensor.device.type == device:
             held.setdefault(tensor.untyped_storage().data_ptr(), set()).add(id(tensor))
+    owners = Counter(id(module._parameters.get(name)) for module in adapted for name in ("weight", "lora_a"))
+    found = []
     for module in adapted:
-        weight = module._parameters.get("weight")
-        alone = weight is not None and len(held.get(_address(weight), ())) == 1
-        module.note_beside(alone and _can_lie_beside(module) and _lay(module))
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr() if type(tensor.detach()) is Tensor else 0
+        parts = [module._parameters.get(name) for name in ("weight", "lora_a")]
+        plain = [part for part in parts if part is not None and type(part.detach()) is Tensor and owners[id(part)] == 1]
+        if len(plain) == 2 and all(len(held.get(p.untyped_storage().data_ptr(), ())) == 1 for p in plain):
+            found.append(module)
+    return found
 
 
 def _can_lie_beside(module: LoRAModule) -> bool:
-    weight, a = module._parameters.get("weight"), module._parameters.get("lora_a")
+    weight, a = module.weight, module.lora_a
     if type(module).forward is not LoRAModule.forward or module.bias is not None or module.stored_adapters():
         return False
-    if weight is None or a is None:
-        return False
-    if not all(type(p) is nn.Parameter and type(p.detach()) is Tensor and not p.is_inference() for p in (weight, a)):
+    if not all(type(p) is nn.Parameter and not p.is_inference() for p in (weight, a)):
         return False
     sizes = (*weight.shape, a.shape[0])
     return (
@@ -60,14 +78,35 @@ def _can_lie_beside(module: LoRAModule) -> bool:
     )
 
 
+def _chunks(modules: list[LoRAModule]) -> Iterator[list[LoRAModule]]:
+    """Modules that share an allocation: neighbours of one device and dtype."""
+    chunk: list[LoRAModule] = []
+    for module in modules:
+        alike = chunk and (module.weight.device, module.weight.dtype) == (chunk[0].weight.device, chunk[0].weight.dtype)
+        if chunk and (not alike or sum(map(_size, chunk)) + _size(module) > CHUNK):
+            yield chunk
+            chunk = []
+        chunk.append(module)
+    if chunk:
+        yield chunk
+
+
+def _size(module: LoRAModule) -> int:
+    """Bytes of both, up to where the next may begin."""
+    size = (module.weight.numel() + module.lora_a.numel()) * module.weight.itemsize
+    return -(-size // ALIGNED) * ALIGNED
+
+
 @torch.no_grad()
-def _lay(module: LoRAModule) -> bool:
-    weight, a = cast(nn.Parameter, module._parameters["weight"]), module.lora_a
-    if not are_beside(weight, a):
-        n = weight.shape[0]
-        both = weight.new_empty(n + a.shape[0], weight.shape[1])
+def _lay(modules: list[LoRAModule]) -> None:
+    like = modules[0].weight
+    memory, start = like.new_empty(sum(map(_size, modules)) // like.itemsize), 0
+    for module in modules:
+        weight, a = cast(nn.Parameter, module.weight), module.lora_a
+        n, k = weight.shape
+        both = memory[start : start + (n + a.shape[0]) * k].view(-1, k)
         both[:n].copy_(weight)
         both[n:].copy_(a)
         # Through DLPack each gets a storage that has its own values alone.
         weight.data, a.data = torch.from_dlpack(both[:n]), torch.from_dlpack(both[n:])
-    return True
+        start += _size(module) // like.itemsize

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_fx
-from lora_fx import LoRAConfig
+from lora_fx import LoRAConfig, beside
 from lora_fx.beside import lay_beside
 from lora_fx.linear import LoRAModule
 from lora_fx.passes.kernels.beside import are_beside
@@ -173,10 +173,39 @@ def test_not_on_other_devices() -> None:
     assert noted(model) == NEITHER
 
 
+def two_adapters_of_one_weight() -> Net:
+    model = Net().to(bf16)
+    more = model.more = nn.Linear(16, 64, bias=False, dtype=bf16)
+    more.weight = model.up.weight
+    lora_fx.install(model, LoRAConfig(rank=8))
+    return model
+
+
+def test_a_weight_with_two_adapters_stays_where_it_is() -> None:
+    model = two_adapters_of_one_weight()
+    assert noted(laid(model)) == [False, True, False]
+    assert model.get_parameter("more.weight") is model.up.weight
+
+
+def test_linears_share_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to a size, each at a multiple of 512 bytes; one that is larger has its own."""
+    model = nn.Sequential(*(nn.Linear(16, 64, bias=False, dtype=bf16) for _ in range(5)))
+    lora_fx.install(model, LoRAConfig(rank=8))
+    monkeypatch.setattr(beside, "CHUNK", 5120)  # 2304 bytes for each, which end at 2560
+    values = [parameter.detach().clone() for parameter in model.parameters()]
+    lay_beside(model, "cpu")
+    assert noted(model) == [True] * 5
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), values, strict=True))
+    first = [module.weight.data_ptr() for module in linears(model)]
+    assert [b - a for a, b in zip(first[::2], first[1::2])] == [2560, 2560]
+    monkeypatch.setattr(beside, "CHUNK", 1)
+    assert noted(laid(net())) == BOTH
+
+
 def test_a_weight_of_two_modules_stays_one() -> None:
     model = Net().to(bf16)
-    model.more = nn.Linear(16, 64, bias=False, dtype=bf16)
-    model.more.weight = model.up.weight
+    more = model.more = nn.Linear(16, 64, bias=False, dtype=bf16)
+    more.weight = model.up.weight
     lora_fx.install(model, LoRAConfig(rank=8, target_modules="up"))
     assert noted(laid(model)) == [True]
     assert model.more.weight is model.up.weight
