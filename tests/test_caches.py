@@ -81,9 +81,9 @@ def run(folder: Path, *arguments: str, source: Path | None = None, **environment
 
 def test_memory_that_lies_together_has_entries_of_its_own(tmp_path: Path) -> None:
     """The same graph, of a model whose weights and factors lie together, is compiled to other code."""
-    results = [run(tmp_path / "cache", "backend", "unbiased", *more) for more in ((), ("beside",), ("beside",), ())]
-    assert [bool(result["autograd_hit"]) for result in results] == [False, False, True, True]
-    assert results[1]["fxgraph_miss"] > 0
+    run(tmp_path / "cache", "backend", "unbiased")
+    laid = run(tmp_path / "cache", "backend", "unbiased", "beside")
+    assert laid["autograd_hit"] == 0 and laid["fxgraph_miss"] > 0
 
 
 def test_a_second_process_hits_both_caches(tmp_path: Path) -> None:
