@@ -9,10 +9,12 @@ memory comes in pieces of 2 MiB, of which an allocation for each linear would le
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lora_fx.linear import LoRAModule
 from lora_fx.passes.kernels.beside import are_beside
@@ -24,39 +26,53 @@ CHUNK, ALIGNED = 512 << 20, 512
 
 
 def lay_beside(model: nn.Module, device: str = "cuda") -> None:
-    """Do it for every adapted linear of `model` that is on a device of this type. It takes 512 MiB more meanwhile.
+    """Do it for every adapted linear of `model` that is on a device of this type. It takes 512 MiB more meanwhile, or
+    what one linear takes that is larger.
 
     Not for one whose weight others see in memory (it is a view, or a part of what is flattened) or adapt as well, is no
     plain tensor (sharded, quantised), or is trained; nor where rows would not begin at multiples of 16 bytes, or there
-    is a bias, which goes into a product of its own kind; nor for linears with several adapters, of which only one could
-    lie there.
+    is a bias, which goes into a product of its own kind; nor for linears with several adapters, or room for others of a
+    higher rank, of which only one could lie there.
     """
     adapted = [module for module in model.modules() if isinstance(module, LoRAModule)]
     chosen = [module for module in _alone(model, adapted, device) if _can_lie_beside(module)]
     moved = [module for module in chosen if not are_beside(module.weight, module.lora_a)]
     for modules in _chunks(moved):
-        _lay(modules)
+        # DLPack is of the current device alone; and tensors that are made here must be fit for training.
+        index = modules[0].weight.device.index
+        with (
+            torch.cuda.device(index) if device == "cuda" else nullcontext(),
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):
+            _lay(modules)
+            if device == "cuda":
+                torch.cuda.empty_cache()  # what they were in before is too small for the next ones
     for module in adapted:
         module.note_beside(module in chosen)
-    if moved and device == "cuda":
-        # What they were in before has other sizes than what anybody will ask for.
-        torch.cuda.empty_cache()
 
 
 def _alone(model: nn.Module, adapted: list[LoRAModule], device: str) -> list[LoRAModule]:
     """Those whose weight is on the device, and is no other tensor's memory and no other linear's weight."""
     held: dict[int, set[int]] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        if type(tensor.detach()) is Tensor and tensor.device.type == device:
+        if _is_plain(tensor, device):
             held.setdefault(tensor.untyped_storage().data_ptr(), set()).add(id(tensor))
     owners = Counter(id(module._parameters.get(name)) for module in adapted for name in ("weight", "lora_a"))
     found = []
     for module in adapted:
         parts = [module._parameters.get(name) for name in ("weight", "lora_a")]
-        plain = [part for part in parts if part is not None and type(part.detach()) is Tensor and owners[id(part)] == 1]
+        plain = [part for part in parts if part is not None and _is_plain(part, device) and owners[id(part)] == 1]
         if len(plain) == 2 and all(len(held.get(p.untyped_storage().data_ptr(), ())) == 1 for p in plain):
             found.append(module)
     return found
+
+
+def _is_plain(tensor: Tensor, device: str) -> bool:
+    """Whether a tensor is a matrix in memory of its own on the device: initialised, dense, and of no subclass."""
+    if is_lazy(tensor) or tensor.device.type != device or tensor.layout is not torch.strided:
+        return False
+    return type(tensor.detach()) is Tensor
 
 
 def _can_lie_beside(module: LoRAModule) -> bool:
@@ -74,7 +90,8 @@ def _can_lie_beside(module: LoRAModule) -> bool:
         and weight.is_contiguous()
         and a.is_contiguous()
         and all(size > 0 and size % 8 == 0 for size in sizes)
-        and weight.untyped_storage().nbytes() == weight.numel() * weight.itemsize
+        and a.shape[0] == module._lora_rank
+        and all(part.untyped_storage().nbytes() == part.numel() * part.itemsize for part in (weight, a))
     )
 
 
@@ -97,7 +114,6 @@ def _size(module: LoRAModule) -> int:
     return -(-size // ALIGNED) * ALIGNED
 
 
-@torch.no_grad()
 def _lay(modules: list[LoRAModule]) -> None:
     like = modules[0].weight
     memory, start = like.new_empty(sum(map(_size, modules)) // like.itemsize), 0

@@ -41,9 +41,10 @@ def compile(  # the name that torch and nn.Module use for it
     The model is the same object with the same parameter names afterwards (no ``_orig_mod.``), so checkpoints,
     optimizers and hooks keep working. Compilation happens at the first call, as with ``torch.compile``.
 
-    On a GPU, frozen weights and the ``lora_a`` of each move to memory in which they lie together, one linear at a time,
-    so that one product can compute both (`lora_fx.beside`): shard, move and load before this. The parameters stay the
-    objects that they were; what else shares a weight's memory from outside the model keeps the old one.
+    On a GPU, frozen weights and the ``lora_a`` of each move to memory in which they lie together, some hundred MiB at a
+    time, so that one product can compute both (`lora_fx.beside`): shard, move and load before this, and compile parts
+    that share a weight together. The parameters stay the objects that they were; what else shares the memory of one
+    from outside the model keeps the old memory, and storages cannot be resized afterwards.
 
     Args:
         model: The model, or a part of one whose adapters are installed (a block compiled by itself, say).

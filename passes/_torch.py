@@ -94,21 +94,15 @@ def stable_topological_sort(graph: torch.fx.Graph) -> None:
 def lower_as_donated(operator: Any) -> None:
     """Have Inductor lower ``operator(saved, size)`` to the memory of ``saved`` as a view of ``size``.
 
-    With gaps between rows where ``saved`` has them, and is of as many dimensions.
-
     Only where AOTAutograd gives that memory away with the backward graph's inputs (never what the user sees, and
     nothing where the graph is retained); elsewhere to fresh memory.
     """
-    names = ("register_lowering", "view", "empty", "empty_strided")
-    lowering = {name: _private(f"torch._inductor.lowering:{name}") for name in names}
+    lowering = {name: _private(f"torch._inductor.lowering:{name}") for name in ("register_lowering", "view", "empty")}
     donated = _private("torch._inductor.ir:DonatedBuffer")
 
     def lower(saved: Any, size: Any) -> Any:
         if isinstance(getattr(saved.data, "data", None), donated):
             return lowering["view"](saved, size)
-        if len(size) == len(saved.get_size()):
-            strides, options = saved.get_stride(), {"dtype": saved.get_dtype(), "device": saved.get_device()}
-            return lowering["empty_strided"](size, strides, **options)
         return lowering["empty"](size, dtype=saved.get_dtype(), device=saved.get_device())
 
     lowering["register_lowering"](operator, type_promotion_kind=None)(lower)
@@ -123,11 +117,6 @@ def given_away() -> tuple[int, ...]:
     """Which inputs of the backward graph that is being compiled may be written over: what forward saved, and nobody
     retains. It is settled when forward is compiled, or by the first backward that retains its graph."""
     return tuple(_private("torch._inductor.utils:get_donated_idxs")() or ())
-
-
-def saved_by_hooks() -> bool:
-    """Whether hooks of the user's save what autograd keeps of the graph that is being compiled. Dynamo guards on it."""
-    return _private("torch._functorch._aot_autograd.utils:top_saved_tensors_hooks")() is not None
 
 
 def read_from_memory(operators: list[Any]) -> None:

@@ -20,7 +20,6 @@ from lora_fx.passes.graph import (
     is_call,
     is_row_view,
     is_tensor,
-    readers,
     shape,
     val,
 )
@@ -34,6 +33,7 @@ from lora_fx.passes.tile_copies import separate
 from lora_fx.passes.tile_largest import take
 from lora_fx.passes.tile_nodes import (
     columns_of,
+    goes_out,
     is_pair,
     is_part_of_stacked,
     largest_of,
@@ -211,7 +211,7 @@ def _outputs(program: Program, writer: Writer, region: Region, like: Node) -> li
     for statement, (member, _) in zip(program.outputs, writer.outputs, strict=True):
         sizes, dtype = program.output_shape(statement, rows, parts)
         # What the caller gets has no gaps between its rows.
-        fit = [n for n in spare if not (is_part_of_stacked(n) and _goes_out(member))]
+        fit = [n for n in spare if not (is_part_of_stacked(n) and goes_out(member))]
         reused = next((n for n in fit if statement[0] == "store" and val(n).dtype == dtype), None)
         if reused is None:
             found.append(_compute(like, aten.empty.memory_format, list(sizes), dtype=dtype, device=val(source).device))
@@ -221,10 +221,6 @@ def _outputs(program: Program, writer: Writer, region: Region, like: Node) -> li
             reused = _compute(like, operators.donated, reused, list(sizes))
         found.append(reused)
     return found
-
-
-def _goes_out(member: Node) -> bool:
-    return any(reader.op == "output" for reader in readers(member))
 
 
 def _row_sizes(source: Node, kind: str, program: Program, like: Node) -> tuple[Any, Any]:

@@ -35,7 +35,7 @@ from lora_fx.passes import (
     stack_siblings,
     unflatten_products,
 )
-from lora_fx.passes._torch import custom_graph_pass, given_away, inductor_config, saved_by_hooks, trace_structured
+from lora_fx.passes._torch import custom_graph_pass, given_away, inductor_config, trace_structured
 from lora_fx.passes.graph import module_path
 from lora_fx.passes.grouped_site import GroupedSite, find_grouped_sites
 from lora_fx.passes.kernels import lowering, operators
@@ -244,8 +244,8 @@ class LoweringStage(Stage):
 
     def uuid(self) -> Any:
         """Inductor's cache key does not say what backward may write over: a graph that is retained would be served code
-        that writes over what was saved, ours and Inductor's own. Nor what hooks save."""
-        return (*super().uuid(), given_away(), saved_by_hooks())
+        that writes over what was saved, ours and Inductor's own."""
+        return (*super().uuid(), given_away())
 
     def __call__(self, graph: Graph) -> None:
         operators.teach_inductor()

@@ -17,6 +17,7 @@ from lora_fx.passes.graph import (
     MM,
     aten,
     has_shape,
+    is_alias,
     is_call,
     is_tensor,
     is_transpose,
@@ -212,6 +213,11 @@ def is_left_to_cublas(product: Node) -> bool:
         return False
     many = not isinstance(rows, int) or rows >= FEW_ROWS
     return many and isinstance(rank, int) and isinstance(columns, int) and MAX_RANK < rank <= columns // 2
+
+
+def goes_out(node: Node) -> bool:
+    """Whether the caller, or autograd, gets a value or some view of it."""
+    return any(user.op == "output" or (is_alias(user) and goes_out(user)) for user in node.users)
 
 
 def is_part_of_stacked(node: Node) -> bool:

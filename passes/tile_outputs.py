@@ -19,7 +19,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from lora_fx.passes._torch import auto_functionalized, detect_fake_mode
+from lora_fx.passes._torch import auto_functionalized
 from lora_fx.passes.graph import aten, is_alias, is_call, val
 from lora_fx.passes.kernels import operators
 
@@ -66,8 +66,6 @@ def _fresh(out: Node, call: Node) -> Node:
     with call.graph.inserting_before(call):
         if is_call(out, operators.donated):
             options = {"dtype": value.dtype, "device": value.device}
-            with detect_fake_mode([value]):
-                value = value.new_empty(value.shape)
             node = call.graph.call_function(aten.empty.memory_format, (out.args[1],), options)
         else:
             node = call.graph.call_function(aten.empty_like.default, (out,))

@@ -131,6 +131,19 @@ def shared_with_another() -> Net:
     return model
 
 
+def flat_factors() -> Net:
+    model = net()
+    flat = torch.randn(256, dtype=bf16)
+    model.up.lora_a.data = flat[:128].view(8, 16)
+    return model
+
+
+def room_for_others() -> Net:
+    model = Net().to(bf16)
+    lora_fx.install(model, LoRAConfig(rank=8), max_rank=16)
+    return model
+
+
 def trained_base() -> Net:
     model = net()
     model.up.weight.requires_grad_()
@@ -154,9 +167,23 @@ def several_adapters() -> Net:
         (shared_with_another, [False, True]),
         (trained_base, [False, True]),
         (several_adapters, [False]),
+        (flat_factors, [False, True]),
+        (room_for_others, NEITHER),
         (lambda: net(dtype=torch.float16), BOTH),
     ],
-    ids=["bias", "float32", "rank 4", "DoRA", "a view", "shared", "trained", "several adapters", "float16"],
+    ids=[
+        "bias",
+        "float32",
+        "rank 4",
+        "DoRA",
+        "a view",
+        "shared",
+        "trained",
+        "several adapters",
+        "flat",
+        "room",
+        "float16",
+    ],
 )
 def test_who_is_left_out(build: Callable[[], Net], expected: list[bool]) -> None:
     model = build()
@@ -164,6 +191,24 @@ def test_who_is_left_out(build: Callable[[], Net], expected: list[bool]) -> None
     assert noted(laid(model)) == expected
     if not any(expected):
         assert addresses == [parameter.data_ptr() for parameter in model.parameters()]
+
+
+def test_what_has_no_memory_is_no_matter() -> None:
+    """Parts of a model that are not there yet, or sparse."""
+    model = net()
+    model.more = nn.LazyLinear(4)
+    model.register_buffer("table", torch.eye(4).to_sparse())
+    assert noted(laid(model)) == BOTH
+    lora_fx.compile(model)
+
+
+def test_inference_mode_leaves_parameters_that_train() -> None:
+    model = net()
+    with torch.inference_mode():
+        laid(model)
+    assert noted(model) == BOTH and not any(parameter.is_inference() for parameter in model.parameters())
+    model(torch.randn(3, 16, dtype=bf16)).sum().backward()
+    assert model.up.lora_a.grad is not None
 
 
 def test_not_on_other_devices() -> None:

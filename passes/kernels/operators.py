@@ -7,7 +7,6 @@ Legend: M tokens, K in, N out, R rank. ``scale`` is a 0-d tensor or None for 1.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import torch
@@ -214,12 +213,7 @@ def _donated(saved: Tensor, size: list[int | torch.SymInt]) -> Tensor:
 
     Inductor knows whether it may (:func:`lora_fx.passes._torch.lower_as_donated`); anywhere else it is fresh.
     """
-    return saved.new_empty_strided(size, saved.stride() if len(size) == saved.dim() else _dense(size))
-
-
-def _dense(size: list[int | torch.SymInt]) -> list[int | torch.SymInt]:
-    """The strides of memory without gaps."""
-    return [math.prod(size[place + 1 :]) for place in range(len(size))]
+    return saved.new_empty(size)
 
 
 _library.impl("stacked_mm", beside.stacked_mm, "CompositeExplicitAutograd")

@@ -46,7 +46,7 @@ def bound(program: Program, itemsizes: tuple[int, ...], major: int) -> int:
     if major == 9:
         ranks = [program.rank(s[2]) for s in program.body if s[0] in ("down", "across")]
         copies = rows * padded(max(ranks)) * 4 if program.sums_both_ways else 2 * value
-    # An instruction that is not waited for reads what the pipeline loads: a warp group's, of 64 rows or a sum of them.
+    # What the pipeline loads, an instruction reads that nobody waits for: of 64 rows, or of sums over rows or columns.
     ahead = major >= 9 and (rows >= 64 or "down" in names or "across" in names)
     return step * (tile.stages if ahead else max(tile.stages - 1, 1)) + fixed + copies
 

@@ -189,12 +189,7 @@ def recorded(device: str = "meta", *, interpret: bool = False) -> Iterator[tuple
         patch.setattr(torch._inductor.graph.GraphLowering, "save_output_code", staticmethod(found.codes.append))
 
         def inner(graph: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-            placeholders = graph.graph.find_nodes(op="placeholder")
-            for node, given in zip(placeholders, inputs, strict=True):
-                # What forward saves has the strides that it got there.
-                if isinstance(given, Tensor) and given.stride() != (value := node.meta["val"]).stride():
-                    node.meta["val"] = value.as_strided(value.size(), given.stride())
-            values = [node.meta["val"] for node in placeholders]
+            values = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
             with pytest.MonkeyPatch.context() as now, on_gpu.devices(graph.graph, "cuda"):
                 now.setattr(torch.cuda, "is_available", lambda: True)
                 with torch._inductor.virtualized.V.set_fake_mode(torch._guards.detect_fake_mode(values)):
