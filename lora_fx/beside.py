@@ -7,6 +7,7 @@ is saved of one has nothing of the other in it. Several linears share an allocat
 memory comes in pieces of 2 MiB, of which an allocation for each linear would leave a part of one idle.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -18,6 +19,8 @@ from torch.nn.parameter import is_lazy
 
 from lora_fx.linear import LoRAModule
 from lora_fx.passes.kernels.beside import are_beside
+
+log = logging.getLogger("lora_fx")
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -45,11 +48,15 @@ def lay_beside(model: nn.Module, device: str = "cuda") -> None:
             torch.inference_mode(False),
             torch.no_grad(),
         ):
-            _lay(modules)
+            try:
+                _lay(modules)
+            except torch.OutOfMemoryError:
+                log.warning("no memory to lay %d linears together with lora_a: h stays a product by itself", len(moved))
+                break
             if device == "cuda":
                 torch.cuda.empty_cache()  # what they were in before is too small for the next ones
     for module in adapted:
-        module.note_beside(module in chosen)
+        module.note_beside(module in chosen and are_beside(module.weight, module.lora_a))
 
 
 def _alone(model: nn.Module, adapted: list[LoRAModule], device: str) -> list[LoRAModule]:

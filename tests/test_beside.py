@@ -211,6 +211,21 @@ def test_inference_mode_leaves_parameters_that_train() -> None:
     assert model.up.lora_a.grad is not None
 
 
+def test_without_memory_the_rest_stays(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    model, lay, calls = net(), beside._lay, []
+
+    def full(modules: list[LoRAModule]) -> None:
+        calls.append(modules)
+        if len(calls) > 1:
+            raise torch.OutOfMemoryError("no more")
+        lay(modules)
+
+    monkeypatch.setattr(beside, "CHUNK", 1)
+    monkeypatch.setattr(beside, "_lay", full)
+    assert noted(laid(model)) == [True, False]
+    assert "no memory" in caplog.text
+
+
 def test_not_on_other_devices() -> None:
     """`lora_fx.compile` does it on a GPU."""
     model = net()
