@@ -51,7 +51,11 @@ def lay_beside(model: nn.Module, device: str = "cuda") -> None:
             try:
                 _lay(modules)
             except torch.OutOfMemoryError:
-                log.warning("no memory to lay %d linears together with lora_a: h stays a product by itself", len(moved))
+                log.warning(
+                    "there is no memory to lay all %d frozen weights together with their lora_a: inference is a little "
+                    "slower for the rest. Compile before other memory is taken.",
+                    len(moved),
+                )
                 break
             if device == "cuda":
                 torch.cuda.empty_cache()  # what they were in before is too small for the next ones

@@ -223,7 +223,7 @@ def test_without_memory_the_rest_stays(monkeypatch: pytest.MonkeyPatch, caplog: 
     monkeypatch.setattr(beside, "CHUNK", 1)
     monkeypatch.setattr(beside, "_lay", full)
     assert noted(laid(model)) == [True, False]
-    assert "no memory" in caplog.text
+    assert "there is no memory to lay all 2" in caplog.text
 
 
 def test_not_on_other_devices() -> None:

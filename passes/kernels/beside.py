@@ -110,6 +110,7 @@ def _both(address: int, rows: int, columns: int, dtype: torch.dtype, device: tor
 @functools.cache
 def _say_once() -> None:
     log.warning(
-        "weights or adapters were replaced after lora_fx.compile had laid them together in memory: h is a product by "
-        "itself there, which is slower. Shard, move and load models before lora_fx.compile."
+        "weights or adapters were replaced after lora_fx.compile had laid them together in memory: there the product "
+        "of the input with lora_a is computed by itself, which is slower and as right. Shard, move and load models "
+        "before lora_fx.compile."
     )

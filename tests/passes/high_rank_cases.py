@@ -16,6 +16,12 @@ HIGH_RANKS = [
 ] + [
     case
     for r in (100, 128)
-    for case in (branch(r, "NR", True), swiglu(r, r, ("store",)), swiglu(r, 16), swiglu_backward_written(r))
+    for case in (
+        branch(r, "NR", True),
+        swiglu(r, r, ("store",)),
+        swiglu(r, 16),
+        swiglu_backward(r, ("store",)),
+        swiglu_backward_written(r),
+    )
 ]
 """What a region is at these ranks, for the tiles that are chosen for it."""
