@@ -1,10 +1,15 @@
-"""Lay A behind its weight in memory, so that one product of a compiled model computes both (`lora_fx.passes.beside`).
+"""Lay factors and weights together in memory, so that one product of a compiled model computes with both.
 
-    [ weight, N x K ][ lora_a, R x K ]        two tensors, each with a storage of its own size
+    [ weight, N x K ][ lora_a, R x K ]      two tensors, each with a storage of its own size (`lora_fx.passes.beside`)
 
-Nothing else changes: the parameters are the objects that they were, with the same values, shapes and strides, and what
-is saved of one has nothing of the other in it. Several linears share an allocation, which lives as long as any of them:
-memory comes in pieces of 2 MiB, of which an allocation for each linear would leave a part of one idle.
+    [ weight, row 0 | room for R ]          of ranks above 64, where N > K and the scale is a power of two: B is
+    [ weight, row 1 | room for R ] ...      copied there on every use (`lora_fx.passes.widen`); or on the left
+
+Nothing else changes: the parameters are the objects that they were, with the same values and shapes, and what is saved
+of one has nothing of the other in it. Only the rows of a weight with room lie further apart than they are long. State
+dicts have copies of those, without gaps; a tensor that is pickled with its gaps has what is in the room. Several
+linears share an allocation, which lives as long as any of them: memory comes in pieces of 2 MiB, of which an allocation
+for each linear would leave a part of one idle.
 """
 
 import logging
@@ -19,6 +24,7 @@ from torch.nn.parameter import is_lazy
 
 from lora_fx.linear import LoRAModule
 from lora_fx.passes.kernels.beside import are_beside
+from lora_fx.passes.kernels.wide import LEFT, RIGHT, is_exact, is_wide, note_room, room_of
 
 log = logging.getLogger("lora_fx")
 
@@ -38,9 +44,10 @@ def lay_beside(model: nn.Module, device: str = "cuda") -> None:
     higher rank, of which only one could lie there.
     """
     adapted = [module for module in model.modules() if isinstance(module, LoRAModule)]
-    chosen = [module for module in _alone(model, adapted, device) if _can_lie_beside(module)]
-    moved = [module for module in chosen if not are_beside(module.weight, module.lora_a)]
-    for modules in _chunks(moved):
+    alone = _alone(model, adapted, device)
+    moved = [module for module in alone if not _lies(module) and _can_be_laid(module)]
+    sides = _sides(model, moved)
+    for modules in _chunks(moved, sides):
         # DLPack is of the current device alone; and tensors that are made here must be fit for training.
         index = modules[0].weight.device.index
         with (
@@ -49,18 +56,54 @@ def lay_beside(model: nn.Module, device: str = "cuda") -> None:
             torch.no_grad(),
         ):
             try:
-                _lay(modules)
+                _lay(modules, sides)
             except torch.OutOfMemoryError:
                 log.warning(
-                    "there is no memory to lay all %d frozen weights together with their lora_a: inference is a little "
-                    "slower for the rest. Compile before other memory is taken.",
+                    "there is no memory to lay all %d frozen weights together with their factors: the rest stays where "
+                    "it is, which is a little slower. Compile before other memory is taken.",
                     len(moved),
                 )
                 break
             if device == "cuda":
                 torch.cuda.empty_cache()  # what they were in before is too small for the next ones
     for module in adapted:
-        module.note_beside(module in chosen and are_beside(module.weight, module.lora_a))
+        beside = module in alone and are_beside(module.weight, module.lora_a)
+        module.note_memory(beside, _room(module))
+
+
+def _lies(module: LoRAModule) -> bool:
+    """Whether it was done before."""
+    return are_beside(module.weight, module.lora_a) or bool(_room(module))
+
+
+def _room(module: LoRAModule) -> str:
+    """On which side the weight has room for B."""
+    weight, b = module._parameters.get("weight"), module._parameters.get("lora_b")
+    side = room_of(weight)
+    return side if side and b is not None and module.weight.stride(0) == module.weight.shape[1] + b.shape[1] else ""
+
+
+def _sides(model: nn.Module, modules: list[LoRAModule]) -> dict[LoRAModule, str]:
+    """Where weights get room: neighbours that may read one x, as gate and up do, on one side and on the other.
+
+    For training alone: with few tokens A behind its weight is worth more. Not for a weight that others have as well,
+    whose state dicts would show gaps, nor with several ranks: FSDP takes no gaps.
+    """
+    ranks = torch.distributed
+    if ranks.is_available() and ranks.is_initialized() and ranks.get_world_size() > 1:
+        return {}
+    holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    parents = {child: parent for parent in model.modules() for child in parent.children()}
+    before: Counter[nn.Module | None] = Counter()
+    found = {}
+    for module in modules:
+        trained = module.training and module.lora_b.requires_grad
+        fits = is_wide(module.weight, module.lora_a.shape[0]) and is_exact(module._lora_last_scale)
+        if fits and trained and holders[id(module.weight)] == 1:
+            parent = parents.get(module)
+            found[module] = LEFT if before[parent] % 2 else RIGHT
+            before[parent] += 1
+    return found
 
 
 def _alone(model: nn.Module, adapted: list[LoRAModule], device: str) -> list[LoRAModule]:
@@ -86,16 +129,16 @@ def _is_plain(tensor: Tensor, device: str) -> bool:
     return type(tensor.detach()) is Tensor
 
 
-def _can_lie_beside(module: LoRAModule) -> bool:
-    weight, a = module.weight, module.lora_a
+def _can_be_laid(module: LoRAModule) -> bool:
+    weight, a, b = module.weight, module.lora_a, module.lora_b
     if type(module).forward is not LoRAModule.forward or module.bias is not None or module.stored_adapters():
         return False
-    if not all(type(p) is nn.Parameter and not p.is_inference() for p in (weight, a)):
+    if not all(type(p) is nn.Parameter and not p.is_inference() for p in (weight, a, b)):
         return False
     sizes = (*weight.shape, a.shape[0])
     return (
-        weight.device == a.device
-        and weight.dtype == a.dtype
+        weight.device == a.device == b.device
+        and weight.dtype == a.dtype == b.dtype
         and weight.dtype in _HALF
         and not weight.requires_grad
         and weight.is_contiguous()
@@ -106,12 +149,12 @@ def _can_lie_beside(module: LoRAModule) -> bool:
     )
 
 
-def _chunks(modules: list[LoRAModule]) -> Iterator[list[LoRAModule]]:
+def _chunks(modules: list[LoRAModule], sides: dict[LoRAModule, str]) -> Iterator[list[LoRAModule]]:
     """Modules that share an allocation: neighbours of one device and dtype."""
     chunk: list[LoRAModule] = []
     for module in modules:
         alike = chunk and (module.weight.device, module.weight.dtype) == (chunk[0].weight.device, chunk[0].weight.dtype)
-        if chunk and (not alike or sum(map(_size, chunk)) + _size(module) > CHUNK):
+        if chunk and (not alike or sum(_size(each, sides) for each in (*chunk, module)) > CHUNK):
             yield chunk
             chunk = []
         chunk.append(module)
@@ -119,21 +162,30 @@ def _chunks(modules: list[LoRAModule]) -> Iterator[list[LoRAModule]]:
         yield chunk
 
 
-def _size(module: LoRAModule) -> int:
+def _size(module: LoRAModule, sides: dict[LoRAModule, str]) -> int:
     """Bytes of both, up to where the next may begin."""
-    size = (module.weight.numel() + module.lora_a.numel()) * module.weight.itemsize
+    n, k = module.weight.shape
+    rank = module.lora_a.shape[0]
+    size = (n * (k + rank) if module in sides else (n + rank) * k) * module.weight.itemsize
     return -(-size // ALIGNED) * ALIGNED
 
 
-def _lay(modules: list[LoRAModule]) -> None:
+def _lay(modules: list[LoRAModule], sides: dict[LoRAModule, str]) -> None:
     like = modules[0].weight
-    memory, start = like.new_empty(sum(map(_size, modules)) // like.itemsize), 0
+    memory, start = like.new_empty(sum(_size(each, sides) for each in modules) // like.itemsize), 0
     for module in modules:
         weight, a = cast(nn.Parameter, module.weight), module.lora_a
-        n, k = weight.shape
-        both = memory[start : start + (n + a.shape[0]) * k].view(-1, k)
-        both[:n].copy_(weight)
-        both[n:].copy_(a)
+        (n, k), rank, side = weight.shape, a.shape[0], sides.get(module)
         # Through DLPack each gets a storage that has its own values alone.
-        weight.data, a.data = torch.from_dlpack(both[:n]), torch.from_dlpack(both[n:])
-        start += _size(module) // like.itemsize
+        if side is not None:
+            rows = memory[start : start + n * (k + rank)].zero_().view(n, k + rank)
+            rows = rows[:, rank:] if side == LEFT else rows[:, :k]
+            rows.copy_(weight)
+            weight.data = torch.from_dlpack(rows)
+            note_room(weight, side, rank)
+        else:
+            both = memory[start : start + (n + rank) * k].view(-1, k)
+            both[:n].copy_(weight)
+            both[n:].copy_(a)
+            weight.data, a.data = torch.from_dlpack(both[:n]), torch.from_dlpack(both[n:])
+        start += _size(module, sides) // like.itemsize

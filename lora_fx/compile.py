@@ -43,8 +43,10 @@ def compile(  # the name that torch and nn.Module use for it
 
     On a GPU, frozen weights and the ``lora_a`` of each move to memory in which they lie together, some hundred MiB at a
     time, so that one product can compute both (`lora_fx.beside`): shard, move and load before this, and compile parts
-    that share a weight together. The parameters stay the objects that they were; what else shares the memory of one
-    from outside the model keeps the old memory, and storages cannot be resized afterwards.
+    that share a weight together. Of ranks above 64 the rows of some weights get room for those of ``lora_b`` instead,
+    and lie further apart than they are long; state dicts have copies of those without gaps. The parameters stay the
+    objects that they were; what else shares the memory of one from outside the model keeps the old memory, and storages
+    cannot be resized afterwards.
 
     Args:
         model: The model, or a part of one whose adapters are installed (a block compiled by itself, say).

@@ -6,7 +6,8 @@
 What it shares with swapped experts is in `lora_fx.adapted`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
 import torch
@@ -17,8 +18,9 @@ from lora_fx.adapted import BUFFERS, Adapted, swapped_class
 from lora_fx.config import CHANGES_BASE
 from lora_fx.inits import ChangedBase, decomposed, put_back, put_residual, reset_factors
 from lora_fx.packed import check_not_quantised, is_activation_dtype
-from lora_fx.passes.graph import BESIDE, REPLICATED
+from lora_fx.passes.graph import BESIDE, REPLICATED, ROOM
 from lora_fx.passes.kernels.beside import are_beside
+from lora_fx.passes.kernels.wide import LEFT, is_exact, note_room, room_of, take_room
 from lora_fx.passes.low_rank import low_rank, low_rank_rows
 from lora_fx.placements import deferred, is_dtensor, placed, replica_ranks
 from lora_fx.stored import (
@@ -43,6 +45,7 @@ ATTRIBUTES = (
     "_lora_stack",
     "_lora_replicated",
     "_lora_beside",
+    "_lora_room",
 )
 DEFAULT_NAME = "default"
 
@@ -73,6 +76,8 @@ class LoRAModule(Adapted, nn.Linear):
     _lora_replicated: tuple[tuple[tuple[int, ...], ...], ...] = ()
     # Whether lora_a lies behind the weight in memory, as far as this module knows: see lora_fx.beside.
     _lora_beside: bool = False
+    # On which side the weight's rows have room for those of lora_b, likewise: "left", "right" or nothing.
+    _lora_room: str = ""
 
     # The parameter is called `input` because `nn.Linear.forward`'s is, and callers may name it.
     def forward(self, input: Tensor) -> Tensor:
@@ -82,6 +87,11 @@ class LoRAModule(Adapted, nn.Linear):
                 base = super().forward(input)
             # Spelt in another way: AOTAutograd's cache knows a graph by its code, of which annotations are no part.
             scale = torch.mul(self.lora_scale, self.lora_enabled)
+        elif self._lora_room:
+            with annotate({ROOM: self._lora_room}):
+                base = super().forward(input)
+            left = self._lora_room == LEFT
+            scale = torch.mul(*(self.lora_enabled, self.lora_scale)[:: 1 if left else -1])
         else:
             base = super().forward(input)
             scale = self.lora_scale * self.lora_enabled
@@ -131,22 +141,46 @@ class LoRAModule(Adapted, nn.Linear):
                 self._lora_replicated = now
             self._look_beside()
 
-    def note_beside(self, beside: bool) -> None:
-        """Note whether the active adapter's A lies behind the weight in memory."""
-        if self._lora_beside != beside:
-            self._lora_beside = beside
+    def note_memory(self, beside: bool, room: str) -> None:
+        """Note whether the active adapter's A lies behind the weight in memory, and where that has room for B."""
+        if (self._lora_beside, self._lora_room) != (beside, room):
+            self._lora_beside, self._lora_room = beside, room
 
     def _look_beside(self) -> None:
-        """After one of the two was replaced: whether they still lie together."""
-        if self._lora_beside:
-            weight, a = self._parameters.get("weight"), self._parameters.get("lora_a")
+        """After one of them was replaced: whether they still lie as noted."""
+        if self._lora_beside or self._lora_room:
+            weight, a = (cast(Tensor, self._parameters.get(name)) for name in ("weight", "lora_a"))
             plain = all(p is not None and type(p.detach()) is Tensor and not p.is_meta for p in (weight, a))
-            self.note_beside(plain and are_beside(cast(Tensor, weight), cast(Tensor, a)))
+            side, columns = take_room(weight) if plain and self._lora_room else ("", 0)
+            if side:
+                note_room(weight, side, columns)  # whoever had the memory before
+            beside = self._lora_beside and plain and are_beside(weight, a)
+            self.note_memory(beside, side if is_exact(self._lora_last_scale) else "")
+
+    @contextmanager
+    def _exchanging(self) -> Iterator[None]:
+        """While tensors may be exchanged, which torch refuses for one that others have weak references to."""
+        weight = self._parameters.get("weight")
+        side, columns = take_room(weight)
+        address = weight.data_ptr() if weight is not None and side else None
+        del weight
+        try:
+            yield
+        finally:
+            weight = self._parameters.get("weight")
+            # A module that was converted has another weight, or the same with other memory.
+            plain = weight is not None and type(weight.detach()) is Tensor and not weight.is_meta
+            if side and plain and cast(Tensor, weight).data_ptr() == address:
+                note_room(cast(Tensor, weight), side, columns)
+            self._look_beside()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy has memory of its own."""
         super().__setstate__(state)
+        had_room = self._lora_room
         self._look_beside()
+        if had_room and not self._lora_room and (weight := self._parameters.get("weight")) is not None:
+            weight.data = weight.data.contiguous()
 
     def stored_adapters(self) -> dict[str, StoredAdapter]:
         """The adapters that are not active, by name."""
@@ -223,10 +257,10 @@ class LoRAModule(Adapted, nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoRAModule":
         """Move or convert as any module, the other adapters too, except that the numbers stay what they are."""
         before = {name: self._buffers[name] for name in BUFFERS}
-        super()._apply(fn, recurse)
+        with self._exchanging():
+            super()._apply(fn, recurse)
         keep_numbers(self, before)
         self.lora_adapters._apply(fn)
-        self._look_beside()
         self._lora_stack = None
         if self._lora_rows is not None:
             self._lora_rows = self._lora_rows.moved(fn)
@@ -234,6 +268,8 @@ class LoRAModule(Adapted, nn.Linear):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars and room_of(self._parameters.get("weight")):
+            destination[f"{prefix}weight"] = destination[f"{prefix}weight"].contiguous()  # safetensors takes no gaps
         for name, stored in self.stored_adapters().items():
             stored._save_to_state_dict(destination, f"{prefix}lora_adapters.{name}.", keep_vars)
 
@@ -252,8 +288,9 @@ class LoRAModule(Adapted, nn.Linear):
                 f"{prefix.rstrip('.') or 'the model'} holds the residual that init={self.lora_init!r} left of its "
                 f"weight, and a weight without adapters is no residual: load the base before lora_fx.install"
             )
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-        note_loaded_scale(self)
+        with self._exchanging():
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+            note_loaded_scale(self)
         if self.lora_enabled.is_meta and not self.lora_scale.is_meta:  # assign=True onto meta; this one is not saved
             self.lora_enabled = torch.ones_like(self.lora_scale)
         for name, stored in self.stored_adapters().items():

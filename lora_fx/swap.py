@@ -11,6 +11,7 @@ from lora_fx.adapted import BUFFERS, parent_class
 from lora_fx.config import CHANGES_BASE
 from lora_fx.inits import ChangedBase, decomposed, put_back, put_residual, reset_factors
 from lora_fx.linear import ATTRIBUTES, DEFAULT_NAME, LoRAModule, lora_class
+from lora_fx.passes.kernels.wide import room_of
 from lora_fx.placements import like_weight, replicated_like
 from lora_fx.stored import ENABLED, SCALE, StoredAdapter
 
@@ -116,6 +117,8 @@ def unswap(module: nn.Linear) -> None:
     base = module.__dict__.get("_lora_base")
     if base is not None and module.__dict__.get("_lora_merged") is None:
         put_back(module.weight, base)
+    if room_of(module._parameters.get("weight")):
+        module.weight.data = module.weight.data.contiguous()  # nobody needs the room any more
     for name in (*cast(LoRAModule, module).lora_parameters, *BUFFERS, *ATTRIBUTES):
         if name in module._parameters or name in module._buffers or name in module.__dict__:
             delattr(module, name)

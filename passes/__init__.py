@@ -9,11 +9,14 @@ pass                    before                                        after
 ``scatter_low_rank``    ``scatter(base + h B^T)``, ``scatter(dX)``    ``scatter(base) + scatter(h) B^T``, likewise g; dA
                                                                       from this rank's tokens
 ``gather_low_rank``     h of x, and g and dB of dy, both gathered     of this rank's tokens, gathered with x and dy
+``widen``               ``base + scaled_mm(h, B^T, s)``               ``wide_mm([x, h], W, B, s)``: W has room for B (on
+                                                                      a GPU, ranks above 64)
 ``accumulate``          ``base + scaled_mm(h, B^T, s)``, written      ``accumulate(base, h, B^T, s)``
 ``recompute_branch``    saves ``base`` and the product                saves ``base``; on a GPU, ``residual + y`` if
                                                                       that is what reads y (``save sum``)
 ``recompute_input``     saves ``x = silu(gate) * up`` for dA          saves what the frozen model does (on a GPU)
 ``recompute_dropout``   saves ``drop(x)`` and its mask                saves a seed
+``beside``              ``mm(x, W^T), mm(x, A^T)``, nothing kept      ``stacked_mm(x, W, A)``: A behind W (on a GPU)
 ``unflatten_products``  ``tile(mm(reshape(x), W^T))``                 with reshapes in between, which Inductor looks
                                                                       for to pipeline products with collectives
 ``fuse_tiles``          products of rank R, pointwise between; those  ``tile(program, inputs)``: one kernel (on a GPU)

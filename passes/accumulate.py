@@ -81,7 +81,9 @@ def rewrite(group: list[Site], rewriter: Rewriter) -> None:
 
 
 def _is_written(site: Site) -> bool:
-    """Whether both the base and its sum with the branch are written to memory."""
+    """Whether both the base and its sum with the branch are written to memory, by anybody yet."""
+    if not site.add.users:
+        return False
     written = not stays_in_kernel(site.add) or (leaves_cache(val(site.up)) and val(site.up).dtype.itemsize >= 4)
     return not is_pointwise(peel_views(site.base)) and written and not _becomes_addmm(site.add, site.base, site.scaled)
 

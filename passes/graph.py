@@ -321,6 +321,15 @@ def replicated_over(node: Node, factor: str) -> tuple[tuple[int, ...], ...]:
     return tuple(noted[FACTORS.index(factor)]) if noted else ()
 
 
+ROOM = "lora_fx_room"
+"""In the ``custom`` metadata of a base's nodes: on which side the rows of its weight have room for those of B."""
+
+
+def room_side(node: Node) -> str:
+    """On which side the rows of a base's weight have room for B, "left" or "right", or nothing."""
+    return str((node.meta.get("custom") or {}).get(ROOM, ""))
+
+
 def is_beside_factor(node: Node) -> bool:
     """Whether a base's product is one whose weight lies together with the A of its branch in memory."""
     return bool((node.meta.get("custom") or {}).get(BESIDE))

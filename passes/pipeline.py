@@ -34,6 +34,7 @@ from lora_fx.passes import (
     scatter_low_rank,
     stack_siblings,
     unflatten_products,
+    widen,
 )
 from lora_fx.passes._torch import custom_graph_pass, given_away, inductor_config, trace_structured
 from lora_fx.passes.graph import module_path
@@ -71,6 +72,8 @@ PASSES = (
     # After what scatters h, of which dB is computed then.
     Pass("gather_h", gather_low_rank.find_inputs, gather_low_rank.rewrite_inputs),
     Pass("gather_g", gather_low_rank.find_gradients, gather_low_rank.rewrite_gradients),
+    # After stacking, of whose h it takes parts.
+    Pass("widen", widen.find, widen.rewrite),
     # It swallows the up-projection, its sum, and the (by now single) term in dX, where those are written to memory.
     Pass("accumulate", accumulate.find, accumulate.rewrite),
     # For the up-projections that are left.

@@ -214,11 +214,11 @@ def test_inference_mode_leaves_parameters_that_train() -> None:
 def test_without_memory_the_rest_stays(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     model, lay, calls = net(), beside._lay, []
 
-    def full(modules: list[LoRAModule]) -> None:
+    def full(modules: list[LoRAModule], sides: dict[LoRAModule, str]) -> None:
         calls.append(modules)
         if len(calls) > 1:
             raise torch.OutOfMemoryError("no more")
-        lay(modules)
+        lay(modules, sides)
 
     monkeypatch.setattr(beside, "CHUNK", 1)
     monkeypatch.setattr(beside, "_lay", full)

@@ -36,8 +36,9 @@ PROGRAM = """
     lora_fx.install(model, lora_fx.LoRAConfig(rank=4, dropout=0.1))
     for name, parameter in lora_fx.named_adapter_parameters(model):
         torch.nn.init.normal_(parameter, std=0.1)
-    for module in model.modules() if "beside" in sys.argv else ():
-        getattr(module, "note_beside", lambda beside: None)(True)
+    side = next((side for side in ("left", "right") if side in sys.argv), "")
+    for module in model.modules() if "beside" in sys.argv or side else ():
+        getattr(module, "note_memory", lambda *noted: None)(not side, side)
     if "backend" in sys.argv:
         function = torch.compile(model, backend="lora_fx")
     else:
@@ -79,11 +80,16 @@ def run(folder: Path, *arguments: str, source: Path | None = None, **environment
     return result
 
 
-def test_memory_that_lies_together_has_entries_of_its_own(tmp_path: Path) -> None:
-    """The same graph, of a model whose weights and factors lie together, is compiled to other code."""
-    run(tmp_path / "cache", "backend", "unbiased")
-    laid = run(tmp_path / "cache", "backend", "unbiased", "beside")
-    assert laid["autograd_hit"] == 0 and laid["fxgraph_miss"] > 0
+def test_memory_that_is_laid_out_has_entries_of_its_own(tmp_path: Path) -> None:
+    """The same graph, of a model whose weights and factors lie together, or have room on a side, is compiled anew.
+
+    How a module says so is in the code that the caches go by.
+    """
+    for arguments in ((), ("beside",), ("right",), ("left",)):
+        found = run(tmp_path / "cache", "backend", "unbiased", *arguments)
+        assert found["autograd_hit"] == 0, arguments
+        if arguments == ("beside",):  # weights that are only said to have room make the same graph
+            assert found["fxgraph_miss"] > 0
 
 
 def test_a_second_process_hits_both_caches(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_fx.passes._torch import lower_as_donated, lower_with, read_from_memory
-from lora_fx.passes.kernels import beside, dropout, native, tile_program
+from lora_fx.passes.kernels import beside, dropout, native, tile_program, wide
 
 _library = torch.library.Library("lora_fx", "DEF")
 for _schema in (
@@ -27,6 +27,7 @@ for _schema in (
     "sum_expert_parts(Tensor parts, Tensor ends, int rows, Tensor? scale, ScalarType dtype) -> Tensor",
     "donated(Tensor saved, SymInt[] size) -> Tensor",
     "stacked_mm(Tensor x, Tensor weight, Tensor a) -> Tensor",
+    "wide_mm(Tensor xh, Tensor weight, Tensor b, Tensor? scale, str side) -> Tensor",
 ):
     _tags = [torch.Tag.pt2_compliant_tag]
     if _schema.startswith(("tile_", "sum_")):
@@ -184,7 +185,7 @@ def teach_inductor() -> None:
     lower_with(tile_, _lower_tile)
     lower_with(sum_parts, _lower_sum_parts)
     lower_with(sum_expert_parts, _lower_sum_expert_parts)
-    read_from_memory([stacked_mm, tile_, accumulate_, scaled_mm, gradient_pair, sum_parts, sum_expert_parts])
+    read_from_memory([stacked_mm, wide_mm, tile_, accumulate_, scaled_mm, gradient_pair, sum_parts, sum_expert_parts])
 
 
 def _lower_tile(*operands: Any, **named: Any) -> Any:
@@ -218,6 +219,8 @@ def _donated(saved: Tensor, size: list[int | torch.SymInt]) -> Tensor:
 
 _library.impl("stacked_mm", beside.stacked_mm, "CompositeExplicitAutograd")
 torch.library.register_fake("lora_fx::stacked_mm", beside.stacked_mm_fake, lib=_library)
+_library.impl("wide_mm", wide.wide_mm, "CompositeExplicitAutograd")
+torch.library.register_fake("lora_fx::wide_mm", wide.wide_mm_fake, lib=_library)
 _library.impl("keep", dropout.keep_eager, "CompositeExplicitAutograd")
 _library.impl("tile_", _tile_, "CPU")
 _library.impl("tile_", _tile_cuda_, "CUDA")
@@ -308,3 +311,4 @@ sum_parts = torch.ops.lora_fx.sum_parts.default
 sum_expert_parts = torch.ops.lora_fx.sum_expert_parts.default
 donated = torch.ops.lora_fx.donated.default
 stacked_mm = torch.ops.lora_fx.stacked_mm.default
+wide_mm = torch.ops.lora_fx.wide_mm.default

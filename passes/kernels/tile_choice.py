@@ -30,6 +30,7 @@ bfloat16), and on an H100 where the last column says so. Microseconds with a col
     SwiGLU backward, R 128                        507.8   277  635.5 in 64 x 64, 593.8 with 256 rows, 624.5 by 16;
                                                                526.9 by columns (128 x 7168 by 32)
     SwiGLU backward, R 128 *                      597.0   277  733 in 64 x 64, 689 by columns (128 x 2048 by 32)
+    SwiGLU backward, gate and up whole, R 128 *   373.9   277  390.6 by 32, 393.3 in 128 columns by 32, 544 in 64 x 128
     silu(gate) * up, R 128 *                      365.5   175  410 in 64 x 64, 379 by 32, 423 in 1024 x 128 by 32
     dA = g^T x, N 4096, R 64                       37.4    22  39.1 with 512 rows and steps of 32 (H100)
     h = x A^T, N 4096, R 64                        39.3    22  42.7 with steps of 64 (H100)
@@ -43,6 +44,13 @@ of 16 545, with 168 registers, so that there may be three programs, 549, with su
 231, and 218 in 128 x 7168 with 8 warps, whose two parts another kernel would have to sum. Other forms than tiles were
 variants of the source that are not kept. Right after a large product backward takes 552, and 392 without its sums. With
 one of the three products left to cuBLAS, which takes 95 of R 128 to write it: of R 128 588 instead of 597, of R 64 535.
+
+Also tried of high ranks: values that are loaded straight into the registers of a product's result, rows and columns in
+the order in which a warp group has them (64 x 64, wgmma, none of a value's bytes through shared memory). Right after a
+large product silu(gate) * up takes 201 us of R 64 (229 without h of its result) and 310 of R 128 (363); backward 443
+instead of 391 of R 64 and 597 to 640 instead of 600 of R 128, where it waits for its loads: the assembler puts those
+for the next step at the end of a step, wherever they are written, and registers allow three programs. With h of its
+result forward takes 296 instead of 280.
 
 With few rows what counts is the chain of launches that a branch needs, pauses included, and that each of its readers
 adds up h. Microseconds of a Llama-3-8B block without gradients on an H200 (R 16, CUDA graphs, rounds in turn; the
@@ -133,6 +141,9 @@ def _choose(kinds: list[list[Any]], body: list[Statement], m: int, columns: int)
             parts = max(-(-columns // 2048), min(-(-columns // 128), -(-2 * _enough(m) // -(-m // 64))))
             width = 64 * -(-columns // (64 * parts))
             return Tile(rows=64, columns=width, step=64, walk="columns", stages=3)
+        height = _shrunk(1024, 64, m, columns, 64, 2 * _enough(m))
+        return Tile(rows=height, columns=64, step=64, walk="rows")
+    if rank > 64 and names.count("load") > 2 and "product" in names and "keep" not in names:
         height = _shrunk(1024, 64, m, columns, 64, 2 * _enough(m))
         return Tile(rows=height, columns=64, step=64, walk="rows")
     if "load" in names and rank <= 16 and "keep" not in names:

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch._inductor import config
 from torch.fx import Graph
 
-from lora_fx.beside import lay_beside
 from lora_fx.passes import beside as beside_pass
 from lora_fx.passes.kernels import beside, operators
 from lora_fx.passes.tile_nodes import is_part_of_stacked
-from tests.passes import on_gpu
 from tests.passes.harness import Case, adapt, compare
+from tests.passes.laying import by_graphs, checkpointed, laid
 from tests.passes.modules import QKV, Block, Mlp
 from tests.passes.on_gpu import calls, capture, text
 
@@ -27,11 +26,6 @@ K, N, R = 48, 128, 8
 
 def x(tokens: int = 160, **options: Any) -> Tensor:
     return torch.randn(tokens, K, **{"dtype": bf16, "requires_grad": True, **options})
-
-
-def laid(module: nn.Module) -> nn.Module:
-    lay_beside(module, "cpu")
-    return module
 
 
 def mlp(dtype: torch.dtype = bf16, **options: Any) -> nn.Module:
@@ -127,10 +121,6 @@ return %31
     )
 
 
-def checkpointed(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    return lambda x: torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False)
-
-
 def test_a_checkpoint_computes_both_again() -> None:
     """Backward reads h once more after the kernel that writes the gradients, which has other memory than the base's."""
     captured = capture(checkpointed(mlp()), x())
@@ -204,11 +194,6 @@ CASES = [
     (case("float16", lambda: mlp(torch.float16), dtype=torch.float16, wrap=checkpointed), 2),
     (case("block", lambda: laid(adapt(Wide().to(bf16).requires_grad_(False), rank=R)), wrap=checkpointed), 2),
 ]
-
-
-def by_graphs(case: Case, module: nn.Module, **options: Any) -> Any:
-    """`on_gpu.by_graphs` of a copy, which has memory of its own."""
-    return on_gpu.by_graphs(case, laid(module), **options)
 
 
 @pytest.mark.parametrize(("case", "count"), CASES, ids=lambda value: value.name if isinstance(value, Case) else "")
