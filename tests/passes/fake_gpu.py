@@ -159,7 +159,8 @@ class Kernel:
             grid = sum(-(-sizes[name] // 1024) for name in sizes if name.startswith("xnumel")), 1, 1
         elif self.kind != "template":
             assert self.kind in ("pointwise", "reduction", "persistent_reduction"), self.kind
-            constants |= {name: 1 if name == "XBLOCK" and self.kind != "pointwise" else 64 for name in blocks}
+            outer = 1024 if self.kind == "pointwise" else 16  # each program costs the interpreter the same
+            constants |= {name: outer if name == "XBLOCK" else 64 for name in blocks}
             grid = math.prod(-(-named[f"{x}numel"] // constants[f"{x.upper()}BLOCK"]) for x in "x"), 1, 1
         self.function[grid](**named, **constants)
 
