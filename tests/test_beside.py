@@ -17,6 +17,7 @@ from lora_fx import LoRAConfig, beside
 from lora_fx.beside import lay_beside
 from lora_fx.linear import LoRAModule
 from lora_fx.passes.kernels.beside import are_beside
+from tests.adapted import installed, laid, linears
 
 bf16 = torch.bfloat16
 
@@ -34,21 +35,7 @@ class Net(nn.Module):
 
 
 def net(*, bias: bool = False, dtype: torch.dtype = bf16, **config: object) -> Net:
-    model = Net(bias).to(dtype)
-    lora_fx.install(model, LoRAConfig(**{"rank": 8, **config}))  # type: ignore[arg-type]  # by name
-    for name, parameter in lora_fx.named_adapter_parameters(model):
-        if name.endswith("lora_b"):
-            nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-def laid(model: Net) -> Net:
-    lay_beside(model, "cpu")
-    return model
-
-
-def linears(model: nn.Module) -> list[LoRAModule]:
-    return [module for module in model.modules() if isinstance(module, LoRAModule)]
+    return installed(Net(bias).to(dtype), **{"rank": 8, **config})
 
 
 def noted(model: nn.Module) -> list[bool]:

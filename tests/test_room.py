@@ -17,8 +17,8 @@ from torch.nn.utils import prune
 import lora_fx
 from lora_fx import LoRAConfig
 from lora_fx.beside import lay_beside
-from lora_fx.linear import LoRAModule
 from lora_fx.passes.kernels.wide import room_of
+from tests.adapted import installed, laid, linears
 
 bf16 = torch.bfloat16
 K, N, R = 160, 192, 72
@@ -41,21 +41,7 @@ class Net(nn.Module):
 
 
 def net(**config: object) -> Net:
-    model = Net().to(bf16)
-    lora_fx.install(model, LoRAConfig(**{"rank": R, "alpha": 2 * R, **config}))  # type: ignore[arg-type]  # by name
-    for name, parameter in lora_fx.named_adapter_parameters(model):
-        if name.endswith("lora_b"):
-            nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-def laid(model: Net) -> Net:
-    lay_beside(model, "cpu")
-    return model
-
-
-def linears(model: nn.Module) -> list[LoRAModule]:
-    return [module for module in model.modules() if isinstance(module, LoRAModule)]
+    return installed(Net().to(bf16), **{"rank": R, "alpha": 2 * R, **config})
 
 
 def noted(model: nn.Module) -> list[str]:
@@ -225,17 +211,31 @@ def test_a_copy_has_memory_of_its_own(copied: Callable[[Net], Net]) -> None:
     assert noted(laid(other)) == ROOM
 
 
-@pytest.mark.parametrize("kind", ["prune", "weight norm", "parametrization"])
-def test_a_weight_that_is_computed(kind: str) -> None:
-    """It is no parameter any more."""
-    model = laid(net())
-    if kind == "prune":
-        prune.l1_unstructured(model.gate, "weight", 0.5)
-    elif kind == "weight norm":
-        nn.utils.weight_norm(model.gate, "weight")
-    else:
-        torch.nn.utils.parametrize.register_parametrization(model.gate, "weight", nn.Tanh())
-    assert not any(name.endswith("gate.weight") for name in model.state_dict())
+def pruned(model: Net) -> None:
+    prune.l1_unstructured(model.gate, "weight", 0.5)
+
+
+def normed(model: Net) -> None:
+    nn.utils.weight_norm(model.gate, "weight")
+
+
+def parametrized(model: Net) -> None:
+    torch.nn.utils.parametrize.register_parametrization(model.gate, "weight", nn.Tanh())
+
+
+@pytest.mark.parametrize("change", [pruned, normed, parametrized])
+def test_a_weight_that_is_computed(change: Callable[[Net], None]) -> None:
+    """It is no parameter any more: states and results are those of a model without room."""
+    model = net()
+    other = copy.deepcopy(model)
+    for each in (laid(model), other):
+        change(each)
+    state = other.state_dict()
+    assert list(model.state_dict()) == list(state) and "gate.weight" not in state
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    x = torch.randn(3, K, dtype=bf16)
+    torch.testing.assert_close(model(x), other(x))
 
 
 def test_another_name_of_the_memory_takes_no_room_away() -> None:

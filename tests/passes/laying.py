@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lora_fx.beside import lay_beside
 from tests.passes import on_gpu
 from tests.passes.harness import Case
+from tests.passes.modules import Block, Mlp
 
 
 def laid(module: nn.Module) -> nn.Module:
@@ -23,3 +24,15 @@ def checkpointed(module: nn.Module) -> Callable[[Tensor], Tensor]:
 def by_graphs(case: Case, module: nn.Module, **options: Any) -> Any:
     """`on_gpu.by_graphs` of a copy, which has memory of its own."""
     return on_gpu.by_graphs(case, laid(module), **options)
+
+
+class WideBlock(nn.Module):
+    """A block whose mlp is as wide as one is."""
+
+    def __init__(self, k: int, n: int) -> None:
+        super().__init__()
+        self.block = Block(k)
+        self.block.mlp = Mlp(k, n)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)

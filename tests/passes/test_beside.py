@@ -16,8 +16,8 @@ from lora_fx.passes import beside as beside_pass
 from lora_fx.passes.kernels import beside, operators
 from lora_fx.passes.tile_nodes import is_part_of_stacked
 from tests.passes.harness import Case, adapt, compare
-from tests.passes.laying import by_graphs, checkpointed, laid
-from tests.passes.modules import QKV, Block, Mlp
+from tests.passes.laying import WideBlock, by_graphs, checkpointed, laid
+from tests.passes.modules import QKV, Mlp
 from tests.passes.on_gpu import calls, capture, text
 
 bf16 = torch.bfloat16
@@ -171,18 +171,6 @@ def test_not_for_a_linear_that_reads_one_input_twice() -> None:
 # ---- numerics --------------------------------------------------------------------------------------------------------
 
 
-class Wide(nn.Module):
-    """A block whose mlp is as wide as one is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = Block(K)
-        self.block.mlp = Mlp(K, N)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block(x)
-
-
 def case(name: str, build: Callable[[], nn.Module], **more: Any) -> Case:
     return Case(name, build, 0, {}, **{"dtype": bf16, "shape": (2, 80, K), "seeds": 4, **more})
 
@@ -192,7 +180,7 @@ CASES = [
     (case("few tokens", residual, shape=(2, 32, K), grad=torch.no_grad), 3),
     (case("any number of tokens", mlp, shapes=((2, 80, K), (2, 33, K)), dynamic=True, grad=torch.no_grad), 2),
     (case("float16", lambda: mlp(torch.float16), dtype=torch.float16, wrap=checkpointed), 2),
-    (case("block", lambda: laid(adapt(Wide().to(bf16).requires_grad_(False), rank=R)), wrap=checkpointed), 2),
+    (case("block", lambda: laid(adapt(WideBlock(K, N).to(bf16).requires_grad_(False), rank=R)), wrap=checkpointed), 2),
 ]
 
 
