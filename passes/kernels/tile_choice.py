@@ -93,6 +93,8 @@ MOST_ROWS = 65535 * 16
 FEW_ROWS = 256
 # With more, a launch is short beside what kernels do: none is saved for the price of slower ones.
 MOST_FOR_LAUNCHES = 2048
+# Of a large GPU.
+MULTIPROCESSORS = 132
 # Up to so many rows, half of a GPU at work ends sooner than all of it and the sum of twice as many parts.
 SHORT = 1024
 
@@ -143,12 +145,19 @@ def _choose(kinds: list[list[Any]], body: list[Statement], m: int, columns: int)
             return Tile(rows=64, columns=width, step=64, walk="columns", stages=3)
         height = _shrunk(1024, 64, m, columns, 64, 2 * _enough(m))
         return Tile(rows=height, columns=64, step=64, walk="rows")
-    if rank > 64 and names.count("load") > 2 and "product" in names and "keep" not in names:
-        height = _shrunk(1024, 64, m, columns, 64, 2 * _enough(m))
-        return Tile(rows=height, columns=64, step=64, walk="rows")
-    if "load" in names and rank <= 16 and "keep" not in names:
-        return Tile(rows=32, columns=128, step=32, walk="rows", stages=3)
-    return Tile(rows=64, columns=128, step=32 if "keep" in names else 64, walk="rows")
+    if "keep" in names or names.count("product") != 1:
+        if "load" in names and rank <= 16 and "keep" not in names:
+            return Tile(rows=32, columns=128, step=32, walk="rows", stages=3)
+        return Tile(rows=64, columns=128, step=32 if "keep" in names else 64, walk="rows")
+    # The factor stays while a program walks down, and narrow programs have registers left for what is loaded.
+    if names.count("load") > 2 and rank > 64:
+        most, width, step = 512, 128, 32
+    elif "load" in names:
+        most, width, step = 256 if rank <= 64 else 512, 64, 64
+    else:
+        most, width, step = 256, 128, 64
+    height = _shrunk(most, width, m, columns, 64, 256 * 128 // width)
+    return Tile(rows=height, columns=width, step=step, walk="rows", stages=3)
 
 
 def _rank(kinds: list[list[Any]], factor: int | list[int]) -> int:
@@ -169,15 +178,15 @@ def _few(kinds: list[list[Any]], names: list[str], rank: int, m: int, columns: i
 def _across(names: list[str], rank: int, m: int, columns: int) -> Tile:
     """For sums over rows, which are kept in registers while a program walks down."""
     if "product" in names:
-        height = _shrunk(512 if rank <= 32 else 1024, 64, m, columns, 64, 2 * _enough(m))
+        if rank <= 32:
+            height = _height(512, 64, m, columns, 2)
+        else:
+            height = _shrunk(1024, 64, m, columns, 64, 2 * _enough(m))
         # Half as many rows at a time take registers of which more programs share a multiprocessor.
         half = rank <= 32 if "keep" in names else rank <= 16 and m > SHORT
         return Tile(rows=height, columns=64, step=16 if half else 32, walk="rows", stages=3)
     if "down" in names:
-        # Parts are fewer where they are longest.
-        width, strips = (512, 4) if columns > 8192 and rank <= 32 else (256, 2)
-        height = _shrunk(1024, width, m, columns, 64, _enough(m))
-        return Tile(rows=height, columns=width, step=64, walk="rows", strips=strips, stages=3)
+        return _pair(rank, m, columns)
     if rank > 32 and "keep" not in names:
         height = _shrunk(1024, 64, m, columns, 64, 2 * _enough(m))
         return Tile(rows=height, columns=64, step=64, walk="rows", stages=3)
@@ -189,19 +198,37 @@ def _across(names: list[str], rank: int, m: int, columns: int) -> Tile:
     return Tile(rows=height, columns=width, step=32, walk="rows", strips=strips, stages=3 if masked else 4)
 
 
+def _pair(rank: int, m: int, columns: int) -> Tile:
+    """For sums over rows and over columns of one value: as high and wide as keeps a GPU busy, so that parts are few."""
+    if columns > 8192 and rank <= 32 and m <= SHORT:
+        height = _shrunk(1024, 512, m, columns, 64, _enough(m))
+        return Tile(rows=height, columns=512, step=64, walk="rows", strips=4, stages=3)
+    wider = 2 * _waves(1024, 512, m, columns, 1) <= _waves(1024, 256, m, columns, 1)
+    if columns > 8192 and rank <= 32 and m > MOST_FOR_LAUNCHES and wider:
+        return Tile(rows=1024, columns=512, step=64, walk="rows", strips=4, stages=3)
+    # Half as high they would still run all at once: better narrower, with the threads of two.
+    if 2 * -(-m // 1024) * -(-columns // 256) <= MULTIPROCESSORS:
+        height = _height(1024, 128, m, columns, 2 if rank <= 32 and m > SHORT else 1)
+        return Tile(rows=height, columns=128, step=64, walk="rows", warps=8, stages=3)
+    return Tile(rows=1024, columns=256, step=64, walk="rows", strips=2, stages=3)
+
+
 def _down(names: list[str], rank: int, m: int, columns: int) -> Tile:
     """For sums over columns, which are kept in registers while a program walks along."""
     heavy = "product" in names and rank > 32
-    if heavy and m >= 64 * 128:  # all columns in one part, and still a program for each multiprocessor
-        return Tile(rows=64, columns=-(-columns // 64) * 64, step=64, walk="columns", stages=4)
+    if heavy and m >= 64 * 128:  # two programs for each multiprocessor
+        return Tile(rows=64, columns=-(-columns // 128) * 64, step=64, walk="columns", stages=4)
     if "product" in names or "keep" in names:
         most = 512 if "product" in names and rank <= 32 and "keep" not in names else 1024
         width = _shrunk(most, 64, columns, m, 128, 2 * _enough(m))
         step = 64 if most == 512 or heavy or names.count("keep") > 1 else 128
         return Tile(rows=64, columns=width, step=step, walk="columns", stages=3)
     width = _shrunk(4096, 64, columns, m, 128, _enough(m))
+    if width < columns:
+        return Tile(rows=64, columns=width, step=128, walk="columns", stages=3)
     # All columns in one part need no other kernel, and a deeper pipeline, as there are no more programs.
-    return Tile(rows=64, columns=width, step=128, walk="columns", stages=5 if width >= columns and rank <= 48 else 3)
+    width = -(-columns // 128) * 128
+    return Tile(rows=64, columns=width, step=128, walk="columns", stages=5 if rank <= 48 else 4)
 
 
 def _enough(m: int) -> int:
@@ -210,6 +237,24 @@ def _enough(m: int) -> int:
     Nearly one on each, or half of that for a short input (512 rows were tried, and 2048, for which it is no gain).
     """
     return 64 if m <= SHORT else 128
+
+
+def _height(most: int, width: int, m: int, columns: int, slots: int) -> int:
+    """``most`` rows, halved while a launch ends a tenth sooner then."""
+
+    def time(height: int) -> int:
+        return height * _waves(height, width, m, columns, slots)
+
+    height = most
+    while height > 64 and 10 * time(height // 2) <= 9 * time(height):
+        height //= 2
+    return height
+
+
+def _waves(height: int, width: int, m: int, columns: int, slots: int) -> int:
+    """How many programs run one after the other where a multiprocessor has ``slots`` of them at a time."""
+    programs = -(-m // height) * -(-columns // width)
+    return -(-programs // (slots * MULTIPROCESSORS))
 
 
 def _shrunk(length: int, width: int, along: int, across: int, least: int, enough: int) -> int:
