@@ -203,7 +203,8 @@ def _pair(rank: int, m: int, columns: int) -> Tile:
     if columns > 8192 and rank <= 32 and m <= SHORT:
         height = _shrunk(1024, 512, m, columns, 64, _enough(m))
         return Tile(rows=height, columns=512, step=64, walk="rows", strips=4, stages=3)
-    wider = 2 * _waves(1024, 512, m, columns, 1) <= _waves(1024, 256, m, columns, 1)
+    # Twice as wide they are a tenth faster, but for the last of them, which may leave most of a GPU idle.
+    wider = 5 * 2 * _waves(1024, 512, m, columns, 1) <= 6 * _waves(1024, 256, m, columns, 1)
     if columns > 8192 and rank <= 32 and m > MOST_FOR_LAUNCHES and wider:
         return Tile(rows=1024, columns=512, step=64, walk="rows", strips=4, stages=3)
     # Half as high they would still run all at once: better narrower, with the threads of two.
