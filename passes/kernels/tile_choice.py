@@ -8,18 +8,29 @@ bfloat16), and on an H100 where the last column says so. Microseconds with a col
     ===========================================  ======  ====  ====================================================
     program                                          us  copy  others that were tried
     ===========================================  ======  ====  ====================================================
-    h B^T, N 4096                                  20.3    16  23.9 with 32 rows
-    y = base + h B^T, and a residual               56.8    47  57.0 to 58.2
+    h B^T, N 4096 *                                19.1    16  20.6 in 64 x 128
+    h B^T, N 4096, R 64 *                          22.0    16  28.3 in 64 x 128
+    y = base + h B^T, and a residual *             47.6    48  57.2 in 32 x 128 by 32, 47.2 in 64 x 128 by 32
+    y = base + h B^T, and a residual, R 64 *       50.8    48  71.8 in 64 x 128
+    y = base + h B^T, and a residual, R 128 *      57.3    48  76.9 in 64 x 128, 61.9 with 256 rows
     h = x A^T, N 4096, R 16 to 48, one part        26.2    17  as long in parts, which another kernel has to sum
     dA = g^T x, N 4096, R 16 to 32                 25.6    17  27.4 with steps of 64
     g, dB of dy, N 4096                            27.8    20  32.9 with 256 rows, which are more parts
+    g, dB of dy, N 3584 *                          20.4    16  31.9 with 512 rows, of which not all run at once
+    g, dB of dy, N 1024 *                           8.3     6  11.1 in 256 x 256
     g, dB of dy, N 14336                           74.0    62  85.5 with 512 rows and steps of 32
+    g, dB of dy, N 11008 *                         58.8    48  63.7 in 512 columns
+    g, dB of dy, N 14336, M 2048 *                 20.5    16  35.9 in 256 x 512, 30.8 in 512 columns
+    g, dB of dy, N 4096, R 64 *                    30.7    26  38.2 in 128 columns, 43.4 with 8 warps
+    g, dB of dy, N 3072, R 64 *                    31.7    20  49.9 with 512 rows
     silu(gate) * up and h of its result *         185.1   167  192.3 in parts of 1024 columns, 202.7 in steps of 128
     SwiGLU backward and dA *                      310.9   279  318.7 with steps of 32, 333 with 1024 rows, 414 with
-                                                               2 stages; M 2048: 97.7, 98.7; M 512: 32.3 with 32
+                                                               2 stages; M 512: 32.3 with steps of 32
+    SwiGLU backward and dA, M 2048 *               86.3    70  94.5 with 512 rows, 83.9 with 1024
     SwiGLU backward and dA under a mask *         324.6   279  319.1 with steps of 32, 400 with 2 stages
     SwiGLU backward, dA and both dB, R 64 *       538.5   292  624 with 512 rows, 580 with products [N, R] x [R, M]
-    silu(gate) * up and h of its result, R 64 *   297.4   175  288 in parts of 3584 columns, which another kernel sums
+    silu(gate) * up and h of its result, R 64 *   264.1   168  303.8 in one part (two take another kernel 5 to sum),
+                                                               257.5 in 128 x 7168 with 8 warps, which may not fit
     h of q, k and v under a mask each              66.6    17  89.5 with steps of 128
     dX of q, k and v under a mask each             61.3    16  68.8 with 32 rows
     dA of q, k and v under a mask each             66.0    27  72.4 in one strip (H100)
@@ -30,10 +41,10 @@ bfloat16), and on an H100 where the last column says so. Microseconds with a col
     SwiGLU backward, R 128                        507.8   277  635.5 in 64 x 64, 593.8 with 256 rows, 624.5 by 16;
                                                                526.9 by columns (128 x 7168 by 32)
     SwiGLU backward, R 128 *                      597.0   277  733 in 64 x 64, 689 by columns (128 x 2048 by 32)
-    SwiGLU backward, gate and up whole, R 128 *   373.9   277  390.6 by 32, 393.3 in 128 columns by 32, 544 in 64 x 128
+    SwiGLU backward, gate and up whole, R 128 *   321.6   277  371.5 in 1024 x 64 by 64, 336.0 with 256 rows
     silu(gate) * up, R 128 *                      365.5   175  410 in 64 x 64, 379 by 32, 423 in 1024 x 128 by 32
     dA = g^T x, N 4096, R 64                       37.4    22  39.1 with 512 rows and steps of 32 (H100)
-    h = x A^T, N 4096, R 64                        39.3    22  42.7 with steps of 64 (H100)
+    h = x A^T, N 4096, R 64 *                      21.1    16  24.2 with 3 stages, 20.9 in two parts
     ===========================================  ======  ====  ====================================================
 
 SwiGLU backward of R 64 takes 451 us alone, at the clock rate that no large product has lowered, and 322 without its
