@@ -1,8 +1,8 @@
 """How a tile program walks, chosen by what it does and how large it is.
 
-The tiles are the best of 6 to 145 that a search tried on an H200 for the programs of a Llama-3-8B block (M 8192, R 16,
-bfloat16), and on an H100 where the last column says so. Microseconds with a cold cache, or right after a large product
-(*), when clocks are lower, and what moving the program's bytes takes at the rate of a copy.
+The tiles are the best, or within 3% of it, of 6 to 145 that a search tried on an H200 for the programs of a Llama-3-8B
+block (M 8192, R 16, bfloat16), and on an H100 where the last column says so. Microseconds with a cold cache, or right
+after a large product (*), when clocks are lower, and what moving the program's bytes takes at the rate of a copy.
 ``examples/benchmarks/tiles.py`` prints the latter two for what is chosen, and with ``--tune`` for tiles near it.
 
     ===========================================  ======  ====  ====================================================
@@ -51,17 +51,17 @@ SwiGLU backward of R 64 takes 451 us alone, at the clock rate that no large prod
 three sums over rows, 405 with one. Nsight Compute finds shared memory 74% and the second-level cache 71% busy, and two
 programs, of 252 registers, on a multiprocessor. Tried, of these 451: 4 stages 449, 2 stages 586, 5 stages 547; sums as
 [R, N] 462; 128 columns and 8 warps 485, with sums as [R, N] 476; products as [N, R] x [R, M] 512; 2048 rows 493; steps
-of 16 545, with 168 registers, so that there may be three programs, 549, with sums as [R, N] as well 518. Forward takes
-231, and 218 in 128 x 7168 with 8 warps, whose two parts another kernel would have to sum. Other forms than tiles were
-variants of the source that are not kept. Right after a large product backward takes 552, and 392 without its sums. With
-one of the three products left to cuBLAS, which takes 95 of R 128 to write it: of R 128 588 instead of 597, of R 64 535.
+of 16 545, with 168 registers, so that there may be three programs, 549, with sums as [R, N] as well 518. Forward took
+231 in one part. Other forms than tiles were variants of the source that are not kept. Right after a large product
+backward takes 552, and 392 without its sums. With one of the three products left to cuBLAS, which takes 95 of R 128 to
+write it: of R 128 588 instead of 597, of R 64 535.
 
 Also tried of high ranks: values that are loaded straight into the registers of a product's result, rows and columns in
 the order in which a warp group has them (64 x 64, wgmma, none of a value's bytes through shared memory). Right after a
 large product silu(gate) * up takes 201 us of R 64 (229 without h of its result) and 310 of R 128 (363); backward 443
 instead of 391 of R 64 and 597 to 640 instead of 600 of R 128, where it waits for its loads: the assembler puts those
 for the next step at the end of a step, wherever they are written, and registers allow three programs. With h of its
-result forward takes 296 instead of 280.
+result forward took 296 instead of 280, both in one part.
 
 With few rows what counts is the chain of launches that a branch needs, pauses included, and that each of its readers
 adds up h. Microseconds of a Llama-3-8B block without gradients on an H200 (R 16, CUDA graphs, rounds in turn; the
@@ -88,7 +88,8 @@ Programs of experts get the same tiles, but for those that walk down more rows t
 backward and dA 347 (314), g and dB 104 (73).
 
 A block of 512 tokens on an H100 (R 16, CUDA graphs, rounds in turn) took 993 us with as many programs as keep the GPU
-busy, 975 with half as many, 994 with a quarter; one of 2048 tokens 3645 and, with half as many, 3651.
+busy, 975 with half as many, 994 with a quarter; one of 2048 tokens 3645 and, with half as many, 3651. Those of g and dB
+were 256 columns wide then.
 """
 
 from __future__ import annotations
@@ -211,29 +212,32 @@ def _across(names: list[str], rank: int, m: int, columns: int) -> Tile:
 
 def _pair(rank: int, m: int, columns: int) -> Tile:
     """For sums over rows and over columns of one value: as high and wide as keeps a GPU busy, so that parts are few."""
-    if columns > 8192 and rank <= 32 and m <= SHORT:
-        height = _shrunk(1024, 512, m, columns, 64, _enough(m))
-        return Tile(rows=height, columns=512, step=64, walk="rows", strips=4, stages=3)
-    # Twice as wide they are a tenth faster, but for the last of them, which may leave most of a GPU idle.
-    wider = 5 * 2 * _waves(1024, 512, m, columns, 1) <= 6 * _waves(1024, 256, m, columns, 1)
-    if columns > 8192 and rank <= 32 and m > MOST_FOR_LAUNCHES and wider:
-        return Tile(rows=1024, columns=512, step=64, walk="rows", strips=4, stages=3)
-    # Half as high they would still run all at once: better narrower, with the threads of two.
+    if columns > 8192 and rank <= 16:
+        if m <= SHORT:
+            height = _shrunk(1024, 512, m, columns, 64, _enough(m))
+            return Tile(rows=height, columns=512, step=64, walk="rows", strips=4, stages=3)
+        # The last wave may leave most of a GPU idle. Of 14336 columns (8192 and 16384 tokens: 1 and 1.14 times as long,
+        # by waves) and of 18944 (1.2) these are as fast as half as wide ones or a tenth faster, not of 11008 (1.33).
+        if 5 * 2 * _waves(1024, 512, m, columns, 1) <= 6 * _waves(1024, 256, m, columns, 1):
+            return Tile(rows=1024, columns=512, step=64, walk="rows", strips=4, stages=3)
+    # Half as high they would still run all at once: better narrower, with the threads of two. (They share launches with
+    # programs of as many threads alone, up to 2048 tokens.)
     if 2 * -(-m // 1024) * -(-columns // 256) <= MULTIPROCESSORS:
         height = _height(1024, 128, m, columns, 2 if rank <= 32 and m > SHORT else 1)
         return Tile(rows=height, columns=128, step=64, walk="rows", warps=8, stages=3)
-    return Tile(rows=1024, columns=256, step=64, walk="rows", strips=2, stages=3)
+    return Tile(rows=_capped(1024, m), columns=256, step=64, walk="rows", strips=2, stages=3)
 
 
 def _down(names: list[str], rank: int, m: int, columns: int) -> Tile:
     """For sums over columns, which are kept in registers while a program walks along."""
-    heavy = "product" in names and rank > 32
-    if heavy and m >= 64 * 128:  # two programs for each multiprocessor
-        return Tile(rows=64, columns=-(-columns // 128) * 64, step=64, walk="columns", stages=4)
+    if "product" in names and rank > 32:
+        parts = -(-2 * _enough(m) // -(-m // 64))
+        width = max(128, 64 * -(-columns // (64 * parts)))
+        return Tile(rows=64, columns=width, step=64, walk="columns", stages=4)
     if "product" in names or "keep" in names:
-        most = 512 if "product" in names and rank <= 32 and "keep" not in names else 1024
+        most = 512 if "product" in names and "keep" not in names else 1024
         width = _shrunk(most, 64, columns, m, 128, 2 * _enough(m))
-        step = 64 if most == 512 or heavy or names.count("keep") > 1 else 128
+        step = 64 if most == 512 or names.count("keep") > 1 else 128
         return Tile(rows=64, columns=width, step=step, walk="columns", stages=3)
     width = _shrunk(4096, 64, columns, m, 128, _enough(m))
     if width < columns:
@@ -244,7 +248,7 @@ def _down(names: list[str], rank: int, m: int, columns: int) -> Tile:
 
 
 def _enough(m: int) -> int:
-    """How many programs a launch needs on a large GPU (132 multiprocessors) where a step loads much; else twice that.
+    """How many programs a launch needs on a large GPU where a step loads much; else twice that.
 
     Nearly one on each, or half of that for a short input (512 rows were tried, and 2048, for which it is no gain).
     """
@@ -252,12 +256,12 @@ def _enough(m: int) -> int:
 
 
 def _height(most: int, width: int, m: int, columns: int, slots: int) -> int:
-    """``most`` rows, halved while a launch ends a tenth sooner then."""
+    """``most`` rows, halved while a launch ends a tenth sooner then: twice as many parts have to be summed."""
 
     def time(height: int) -> int:
         return height * _waves(height, width, m, columns, slots)
 
-    height = most
+    height = _capped(most, m)
     while height > 64 and 10 * time(height // 2) <= 9 * time(height):
         height //= 2
     return height
@@ -271,6 +275,14 @@ def _waves(height: int, width: int, m: int, columns: int, slots: int) -> int:
 
 def _shrunk(length: int, width: int, along: int, across: int, least: int, enough: int) -> int:
     """``length``, halved until there are enough programs of ``length`` x ``width`` in ``along`` x ``across``."""
+    length = _capped(length, along, least)
     while length > least and -(-along // length) * -(-across // width) < enough:
+        length //= 2
+    return length
+
+
+def _capped(length: int, along: int, least: int = 64) -> int:
+    """``length``, halved while half of it holds all that there is."""
+    while length > least and length >= 2 * along:
         length //= 2
     return length

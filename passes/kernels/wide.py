@@ -11,10 +11,12 @@ Microseconds right after a large product on an H200 (M 8192, bfloat16; torch 2.1
     14336 x 4096    128   1419.5  1458.1  1393.0  1394.0  10.4         101.7              1529.4
     8192 x 3072     64    641.2   653.9   607.5   596.8   7.3          48.7               695.0
 
-Tried, and not kept: ``dy [weight, s B]``, which is g beside dX. Both dX of gate and up, their two g and the sum with
-``g A``, again and again on an H200: 3,054 to 3,079 us without and 3,049 to 3,070 with it (14336 x 4096, R 128), 3,019
-to 3,055 and 3,028 to 3,034 (R 64), 1,363 to 1,373 and 1,320 to 1,325 (8192 x 3072, R 64), where ``g A`` then is one
-more matrix for whoever reads dX.
+Tried, and not kept, as it gains nothing at 14336 x 4096: ``dy [weight, s B]``, whose result is dX and g side by side.
+Microseconds of both dX of gate and up, both g, and the sum with ``g A`` (three runs of a quarter of a second)::
+
+    14336 x 4096    128   3055 to 3257 apart    2983 to 3070 side by side
+    14336 x 4096    64    3019 to 3055          3028 to 3034
+    8192 x 3072     64    1363 to 1373          1320 to 1325, where ``g A`` is one more matrix that a reader of dX adds
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ LEFT, RIGHT = "left", "right"
 
 MIN_RANK = 65
 """Of lower ranks the kernels that read y make the sums by the way, and what is computed of the results as well (rank
-64: 1.077 of the frozen block's time both ways, Llama-3.2-3B's shapes 1.100 without room and 1.113 with it)."""
+64, in one session: 1.077 of the frozen block's time both ways, with a fifth more activations)."""
 
 MIN_ROWS = 4096
 """Of fewer rows y is too small for copies of B and x to be worth it."""
