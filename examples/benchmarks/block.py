@@ -16,6 +16,7 @@ empty compile caches (of the frozen block, which cases share, in the first of th
 """
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -151,7 +152,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = environment(device)
     print(", ".join(f"{name} {value}" for name, value in found.items()), *missing, sep="\n", flush=True)
     document = {**found, "settings": dataclasses.asdict(settings), "smoke": options.smoke}
-    with compile_caches() as turn_to_cache:
+    # Times are of no interest where nothing is measured.
+    caches = contextlib.nullcontext(lambda name: None) if options.smoke else compile_caches()
+    with caches as turn_to_cache:
         if options.case is not None:
             case = options.case.shrunk if options.smoke else options.case
             outcome = run_case(case, forms, settings, device, turn_to_cache)

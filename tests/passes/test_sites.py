@@ -291,10 +291,16 @@ def test_kernels(case: Case) -> None:
     check_case(case, by_kernels)
 
 
-# A second layer is the first one's kernels again, except where the two meet: one case has two.
+# A second layer is the first one's kernels again, except where the two meet: one case has two. Kernels under autocast and
+# in checkpoints are those of its parts, which are cases of their own; those in bfloat16 are the dynamic layer's.
+PARTS_ARE_CASES = ("layers bf16", "layers autocast", "layers checkpoint")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # a machine that is three times as slow as usual, and busy, still passes
-@pytest.mark.parametrize("case", [layers(2)[0], *layers(1)[1:]], ids=str)
+@pytest.mark.parametrize(
+    "case", [layers(2)[0], *(case for case in layers(1)[1:] if case.name not in PARTS_ARE_CASES)], ids=str
+)
 def test_kernels_of_layers(case: Case) -> None:
     check_case(case, by_kernels)
 

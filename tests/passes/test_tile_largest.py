@@ -37,6 +37,7 @@ def wanted(graph: Graph) -> list[int]:
 
 
 @pytest.mark.parametrize("build", [float8_mlp, torchao_mlp])
+@pytest.mark.usefixtures("without_onednn")
 def test_swiglu_over_float8(build: Callable[[], nn.Module]) -> None:
     """z in forward, both gradients in backward: what is as wide as the hidden layer is read by its casts alone."""
     captured = compared(build, 3, shape=(160, 128))
