@@ -291,8 +291,8 @@ def test_kernels(case: Case) -> None:
     check_case(case, by_kernels)
 
 
-# A second layer is the first one's kernels again, except where the two meet: one case has two. Kernels under autocast and
-# in checkpoints are those of its parts, which are cases of their own; those in bfloat16 are the dynamic layer's.
+# A second layer is the first one's kernels again, except where the two meet: one case has two. Kernels under autocast
+# and in checkpoints are those of its parts, which are cases of their own; those in bfloat16 are the dynamic layer's.
 PARTS_ARE_CASES = ("layers bf16", "layers autocast", "layers checkpoint")
 
 
