@@ -12,7 +12,8 @@ Microseconds right after a large product on an H200 (M 8192, bfloat16; torch 2.1
     8192 x 3072     64    641.2   653.9   607.5   596.8   7.3          48.7               695.0
 
 Tried, and not kept, as it gains nothing at 14336 x 4096: ``dy [weight, s B]``, whose result is dX and g side by side.
-Microseconds of both dX of gate and up, both g, and the sum with ``g A`` (three runs of a quarter of a second)::
+Microseconds of both dX of gate and up, both g, and the sum with ``g A`` (three runs of a quarter of a second of a
+program that is not kept)::
 
     14336 x 4096    128   3055 to 3257 apart    2983 to 3070 side by side
     14336 x 4096    64    3019 to 3055          3028 to 3034
@@ -39,7 +40,8 @@ LEFT, RIGHT = "left", "right"
 
 MIN_RANK = 65
 """Of lower ranks the kernels that read y make the sums by the way, and what is computed of the results as well (rank
-64, in one session: 1.077 of the frozen block's time both ways, with a fifth more activations)."""
+64, by ``block.py --case r64`` with 64 in the place of this: 1.077 of the frozen block's time as before, and a fifth
+more activations)."""
 
 MIN_ROWS = 4096
 """Of fewer rows y is too small for copies of B and x to be worth it."""

@@ -272,7 +272,7 @@ def by_kernels(
 
 def by_eager(case: Case, module: nn.Module, *, dtype: torch.dtype) -> Outcome:
     # oneDNN multiplies float8 on CPUs with AMX, and has no results in float64.
-    with torch.backends.mkldnn.flags(enabled=dtype != torch.float64):
+    with torch.backends.mkldnn.flags(enabled=torch.backends.mkldnn.enabled and dtype != torch.float64):
         return run(case, module, case.wrap(module), dtype)
 
 
