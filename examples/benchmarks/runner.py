@@ -162,7 +162,7 @@ def run_case(
         for name, each in running.items():
             outcome.results[name] = _result(name, each, seconds[name], running[FROZEN], seconds[FROZEN])
             if name in settings.profiled:
-                outcome.kernels[name] = kernels(each.step, device)
+                outcome.kernels[name] = kernels(each.step, device, settings.window)
     return outcome
 
 

@@ -18,6 +18,7 @@ import functools
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,14 +170,18 @@ def measure(kernel: Kernel, tiles: Sequence[Tile], device: Device) -> None:
 
     given, written = materialised(kernel, device)
     kernel.copy = sum(t.numel() * t.element_size() for t in (*given, *written))
-    runs: dict[Tile, Callable[[], None]] = {}
-    for tile in tiles:
+
+    def compiled(tile: Tile) -> Callable[[], None] | None:
         text, outputs = with_tile(kernel, tile)
         memory = [torch.empty_like(output, device=device.name) for output in outputs]
         run = functools.partial(run_kernel, text, given, memory)
         with contextlib.suppress(OutOfResources):
-            run()  # compiles it
-            runs[tile] = run
+            run()
+            return run
+        return None
+
+    with ThreadPoolExecutor() as pool:  # the compiler lets others run meanwhile
+        runs = {tile: run for tile, run in zip(tiles, pool.map(compiled, tiles), strict=True) if run is not None}
     kernel.times.update(zip(runs, after_products(list(runs.values()), device), strict=True))
 
 

@@ -153,12 +153,16 @@ class Kernel:
     microseconds: float
 
 
-def kernels(step: Step, device: Device, steps: int = 10) -> list[Kernel]:
-    """The kernels of a step, the longest first, averaged over `steps` steps."""
-    for _ in range(3):
+def kernels(step: Step, device: Device, window: float, steps: int = 10) -> list[Kernel]:
+    """The kernels of a step, the longest first, averaged over `steps` steps.
+
+    On a GPU after `window` seconds of steps, until its clocks are what the step's power allows.
+    """
+    for _ in range(device.steps_in(step, window) if device.cuda else 3):
         step()
     device.synchronise()
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.cuda else [])]
+    # Not both: where the CPU is watched it launches too slowly to keep a GPU busy, whose clocks then rise.
+    activities = [ProfilerActivity.CUDA if device.cuda else ProfilerActivity.CPU]
     with profile(activities=activities) as profiler:
         for _ in range(steps):
             step()
