@@ -118,8 +118,8 @@ def choose(kinds: list[list[Any]], body: list[Statement], rows: Any, columns: in
     which what a step loads fits into shared memory, twice if it can. So do masks, whose bits are held in registers.
     """
     m = rows if isinstance(rows, int) else 1 << 13
-    tile = _choose(kinds, body, m, columns)
     experts = next((kind[1] for kind in kinds if kind[0] == "ends"), 0)
+    tile = _choose(kinds, body, m, columns, bool(experts))
     return tile if tile is None or not experts else _shared(tile, m / experts)
 
 
@@ -131,8 +131,8 @@ def _shared(tile: Tile, rows: float) -> Tile:
     return replace(tile, rows=height)
 
 
-def _choose(kinds: list[list[Any]], body: list[Statement], m: int, columns: int) -> Tile | None:
-    """The tile for a program of m rows that lie one behind the other."""
+def _choose(kinds: list[list[Any]], body: list[Statement], m: int, columns: int, experts: bool) -> Tile | None:
+    """The tile for a program of m rows, those of experts one behind the other."""
     if m > MOST_ROWS:
         return None
     names = [statement[0] for statement in body]
@@ -143,7 +143,7 @@ def _choose(kinds: list[list[Any]], body: list[Statement], m: int, columns: int)
     if m < FEW_ROWS and "across" not in names:
         return _few(kinds, names, rank, m, columns)
     if "across" in names:
-        return _across(names, rank, m, columns)
+        return _across(names, rank, m, columns, experts)
     if "down" in names:
         return _down(names, rank, m, columns)
     if rank > 32 and names.count("product") > 1 and "keep" not in names:
@@ -158,6 +158,8 @@ def _choose(kinds: list[list[Any]], body: list[Statement], m: int, columns: int)
         height = _shrunk(1024, 64, m, columns, 64, 2 * _enough(m))
         return Tile(rows=height, columns=64, step=64, walk="rows")
     if "keep" in names or names.count("product") != 1:
+        if names.count("load") > 2 and rank <= 16 and "keep" not in names:
+            return Tile(rows=_shrunk(256, 64, m, columns, 64, 512), columns=64, step=32, walk="rows", stages=3)
         if "load" in names and rank <= 16 and "keep" not in names:
             return Tile(rows=32, columns=128, step=32, walk="rows", stages=3)
         return Tile(rows=64, columns=128, step=32 if "keep" in names else 64, walk="rows")
@@ -187,7 +189,7 @@ def _few(kinds: list[list[Any]], names: list[str], rank: int, m: int, columns: i
     return Tile(rows=16 if m <= 64 else 64, columns=width, step=64 if narrow else 128, walk="columns", stages=stages)
 
 
-def _across(names: list[str], rank: int, m: int, columns: int) -> Tile:
+def _across(names: list[str], rank: int, m: int, columns: int, experts: bool) -> Tile:
     """For sums over rows, which are kept in registers while a program walks down."""
     if "product" in names:
         if rank <= 32:
@@ -198,10 +200,13 @@ def _across(names: list[str], rank: int, m: int, columns: int) -> Tile:
         half = rank <= 32 if "keep" in names else rank <= 16 and m > SHORT
         return Tile(rows=height, columns=64, step=16 if half else 32, walk="rows", stages=3)
     if "down" in names:
-        return _pair(rank, m, columns)
+        return _pair_of_experts(names, m, columns) if experts else _pair(rank, m, columns)
     if rank > 32 and "keep" not in names:
         height = _shrunk(1024, 64, m, columns, 64, 2 * _enough(m))
-        return Tile(rows=height, columns=64, step=64, walk="rows", stages=3)
+        # What is computed of two values takes registers that a third stage would leave to one program alone.
+        return Tile(rows=height, columns=64, step=64, walk="rows", stages=2 if names.count("load") == 2 else 3)
+    if experts and names.count("across") > 1 and "keep" not in names:
+        return Tile(rows=_capped(512, m), columns=128, step=64, walk="rows", stages=2)
     width = 128 if rank <= 32 else 64
     masked = "keep" in names
     height = _shrunk(512 if masked else 1024, width, m, columns, 64, 2 * _enough(m))
@@ -225,7 +230,18 @@ def _pair(rank: int, m: int, columns: int) -> Tile:
     if 2 * -(-m // 1024) * -(-columns // 256) <= MULTIPROCESSORS:
         height = _height(1024, 128, m, columns, 2 if rank <= 32 and m > SHORT else 1)
         return Tile(rows=height, columns=128, step=64, walk="rows", warps=8, stages=3)
+    # A last wave of few programs: narrower ones share its memory between more multiprocessors.
+    programs = -(-m // 1024) * -(-columns // 256)
+    if programs > MULTIPROCESSORS and 0 < 2 * (programs % MULTIPROCESSORS) < MULTIPROCESSORS:
+        return Tile(rows=1024, columns=128, step=64, walk="rows", stages=3)
     return Tile(rows=_capped(1024, m), columns=256, step=64, walk="rows", strips=2, stages=3)
+
+
+def _pair_of_experts(names: list[str], m: int, columns: int) -> Tile:
+    """The same of experts, whose ends take registers: narrower."""
+    if names.count("load") > 1:
+        return Tile(rows=_shrunk(256, 128, m, columns, 64, 128), columns=128, step=64, walk="rows", strips=2, stages=3)
+    return Tile(rows=_shrunk(1024, 128, m, columns, 64, 256), columns=128, step=64, walk="rows", stages=3)
 
 
 def _down(names: list[str], rank: int, m: int, columns: int) -> Tile:

@@ -46,7 +46,7 @@ def test_a_gpu_runs_a_form_for_as_long_before_it_measures_it():
 
 def test_kernels_are_sorted_by_time():
     x = torch.randn(128, 128)
-    rows = timing.kernels(lambda: (x @ x).relu(), CPU, steps=4)
+    rows = timing.kernels(lambda: (x @ x).relu(), CPU, 0.0, steps=4)
     assert {"aten::mm", "aten::relu"} <= {row.name for row in rows}
     assert next(row.calls for row in rows if row.name == "aten::mm") == 1
     assert [row.microseconds for row in rows] == sorted((row.microseconds for row in rows), reverse=True)

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.passes import tile_stacks
 from lora_fx.passes._torch import inductor_config
-from lora_fx.passes.graph import MM, is_call
+from lora_fx.passes.graph import CONVERT, MM, is_call
 from lora_fx.passes.kernels import operators
 from lora_fx.passes.kernels.tile_choice import choose
 from lora_fx.passes.kernels.tile_program import Tile
@@ -55,6 +55,19 @@ def qkv(width: int = 144, kv: int = 48, **config: Any) -> nn.Module:
 
 def mlp(width: int = 80, hidden: int = 160, **config: Any) -> nn.Module:
     return adapt(Mlp(width, hidden).to(bf16), **config)
+
+
+@pytest.mark.parametrize("rank", [40, 72])
+def test_small_products_are_scaled_before_they_are_rounded(rank: int) -> None:
+    """g and dB that are left to the matrix library: of gate and up g alone up to rank 64, above both."""
+    (backward,) = capture(mlp(160, 320, rank=rank, alpha=1.7 * rank), x(160), step=lower).backward
+    products = backward.graph.find_nodes(op="call_function", target=operators.float_mm)
+    assert len(products) == (2 if rank == 40 else 6)
+    for product in products:
+        (scaled,) = product.users
+        (rounded,) = scaled.users
+        assert product.meta["val"].dtype == scaled.meta["val"].dtype == torch.float32
+        assert is_call(rounded, CONVERT) and rounded.meta["val"].dtype == bf16
 
 
 def adds(node: Node) -> bool:

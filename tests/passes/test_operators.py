@@ -134,6 +134,13 @@ def test_scale_zero_is_exact() -> None:
     assert not operators.scaled_mm(a, b, zero).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_product_in_float32_of_factors_in_16_bits(dtype: torch.dtype) -> None:
+    inputs = operands(dtype)
+    found = operators.float_mm(inputs["dy"].t(), inputs["h"])
+    torch.testing.assert_close(found, inputs["dy"].float().t() @ inputs["h"].float())
+
+
 def samples() -> list[tuple[Any, tuple[Any, ...]]]:
     t, scale = operands(torch.float32), torch.tensor(0.5)
     return [
@@ -148,6 +155,7 @@ def samples() -> list[tuple[Any, tuple[Any, ...]]]:
         (operators.gradient_pair, (t["dy"], t["b"].t(), t["h"])),
         (operators.gradient_pair, (t["dy"], t["b"].t(), t["h"], scale)),
         (operators.gradient_pair, (t["dy"].bfloat16(), t["b"].t().bfloat16(), t["h"].bfloat16(), scale)),
+        (operators.float_mm, (t["dy"].bfloat16(), t["b"].t().bfloat16())),
     ]
 
 
@@ -157,13 +165,14 @@ def test_opcheck(operator: Any, arguments: tuple[Any, ...]) -> None:
     torch.library.opcheck(operator, arguments)
 
 
-@pytest.mark.parametrize("name", ["scaled_mm", "accumulate", "accumulate_", "gradient_pair"])
+@pytest.mark.parametrize("name", ["scaled_mm", "accumulate", "accumulate_", "gradient_pair", "float_mm"])
 def test_wrong_operands_are_refused_while_tracing(name: str) -> None:
     t = {key: tensor.to("meta") for key, tensor in operands(torch.float32).items()}
     wrong: dict[str, list[tuple[Any, ...]]] = {
         "scaled_mm": [(t["a"], t["b"].t()), (t["a"], t["b"].double()), (t["a"][0], t["b"])],
         "accumulate": [(t["base"], t["a"], t["b"].t()), (t["base"].double(), t["a"], t["b"])],
         "accumulate_": [(t["base"], t["a"], t["b"].t())],
+        "float_mm": [(t["a"], t["b"].t())],
         "gradient_pair": [(t["dy"], t["b"], t["h"]), (t["dy"], t["b"].t(), t["h"][1:])],
     }
     for arguments in wrong[name]:
