@@ -118,26 +118,12 @@ def scaled_mm(node: Node) -> None:
         with detect_fake_mode([val(node)]):
             _replace(node, _written_out(node, a, b, scale, bias))
         return
-    result = _scaled_product(node, a, b, scale, val(node))
+    result = _emit(node, MM, (a, b), value=val(node))
+    if scale is not None:
+        result = _emit(node, aten.mul.Tensor, (result, scale), value=val(node))
     if bias is not None:
         result = _emit(node, aten.add.Tensor, (result, bias), value=val(node))
     _replace(node, result)
-
-
-def _scaled_product(node: Node, a: Node, b: Node, scale: Node | None, value: torch.Tensor) -> Node:
-    """``a @ b * scale``. In 16 bits a result that is small beside ``a``, as g and dB are, is scaled before it is
-    rounded (:func:`lora_fx.passes.kernels.operators._float_mm`)."""
-    if scale is None:
-        return _emit(node, MM, (a, b), value=value)
-    inner, columns = shape(a)[1], shape(b)[1]
-    if value.dtype.itemsize > 2 or (isinstance(inner, int) and inner <= columns):
-        product = _emit(node, MM, (a, b), value=value)
-        return _emit(node, aten.mul.Tensor, (product, scale), value=value)
-    with detect_fake_mode([value]):
-        exact = value.float()
-    product = _emit(node, operators.float_mm, (a, b), value=exact)
-    scaled = _emit(node, aten.mul.Tensor, (product, scale), value=exact)
-    return _emit(node, CONVERT, (scaled, value.dtype), value=value)
 
 
 def thin_mm(node: Node) -> None:
@@ -161,7 +147,10 @@ def thin_mm(node: Node) -> None:
 
 
 def gradient_pair(node: Node) -> None:
-    """On an accelerator, the two products, and scales that Inductor fuses into the kernels that read them."""
+    """On an accelerator, the two products, and scales that Inductor fuses into the kernels that read them.
+
+    In 16 bits they are scaled before they are rounded (:func:`lora_fx.passes.kernels.operators._float_mm`).
+    """
     dy, b, h, scale = _operands(node, 4)
     grad_h, grad_b = val(node)
     if grad_h.device.type == "cpu":
@@ -169,7 +158,15 @@ def gradient_pair(node: Node) -> None:
     dy_t = _emit(node, aten.permute.default, (dy, [1, 0]), value=val(dy).t())
     results = []
     for operands, value in (((dy, b), grad_h), ((dy_t, h), grad_b)):
-        results.append(_scaled_product(node, *operands, scale, value))
+        if scale is None:
+            results.append(_emit(node, MM, operands, value=value))
+            continue
+        target, wide = (operators.float_mm, torch.float32) if value.dtype.itemsize == 2 else (MM, value.dtype)
+        with detect_fake_mode([value]):
+            exact = value.to(wide)
+        product = _emit(node, target, operands, value=exact)
+        scaled = _emit(node, aten.mul.Tensor, (product, scale), value=exact)
+        results.append(scaled if wide == value.dtype else _emit(node, CONVERT, (scaled, value.dtype), value=value))
     for user in list(node.users):
         _replace(user, results[cast(int, user.args[1])])
     node.graph.erase_node(node)

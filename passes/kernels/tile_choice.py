@@ -203,8 +203,7 @@ def _across(names: list[str], rank: int, m: int, columns: int, experts: bool) ->
         return _pair_of_experts(names, m, columns) if experts else _pair(rank, m, columns)
     if rank > 32 and "keep" not in names:
         height = _shrunk(1024, 64, m, columns, 64, 2 * _enough(m))
-        # What is computed of two values takes registers that a third stage would leave to one program alone.
-        return Tile(rows=height, columns=64, step=64, walk="rows", stages=2 if names.count("load") == 2 else 3)
+        return Tile(rows=height, columns=64, step=64, walk="rows", stages=3)
     if experts and names.count("across") > 1 and "keep" not in names:
         return Tile(rows=_capped(512, m), columns=128, step=64, walk="rows", stages=2)
     width = 128 if rank <= 32 else 64
