@@ -20,6 +20,8 @@ after a large product (*), when clocks are lower, and what moving the program's 
     g, dB of dy, N 1024 *                           8.3     6  11.1 in 256 x 256
     g, dB of dy, N 14336                           74.0    62  85.5 with 512 rows and steps of 32
     g, dB of dy, N 11008 *                         58.8    48  63.7 in 512 columns
+    g, dB of dy, N 5632 *                          31.0      25  38.0 in 256 columns, of whose programs a third run after the
+                                                               others; 32.1 with 8 warps
     g, dB of dy, N 14336, M 2048 *                 20.5    16  35.9 in 256 x 512, 30.8 in 512 columns
     g, dB of dy, N 4096, R 64 *                    30.7    26  38.2 in 128 columns, 43.4 with 8 warps
     g, dB of dy, N 3072, R 64 *                    31.7    20  49.9 with 512 rows
@@ -83,9 +85,16 @@ and of one of 4096 (64 tokens, each in a process of its own)::
 A forward and backward of 128 tokens took 467.4 with 64 x 512 and 16 x 512, 465.4 with 16 x 256 and 16 x 512, 460.2 with
 64 x 256 and 64 x 512. Products are fastest in 16 x 128 (of 16 to 64 x 64 to 256).
 
-Programs of experts get the same tiles, but for those that walk down more rows than twice an expert's share. On an H100
-(M 16384, N 5632, R 16, 8 experts; a copy moves 3.0 TB/s): silu(gate) * up and h of it 211 us (copy 190), SwiGLU
-backward and dA 347 (314), g and dB 104 (73).
+Programs of experts, which ask for each row whose it is, get the same tiles where they make or sum one thing, and none that
+walk down more rows than twice an expert's share. Right after a large product on an H200 (M 16384, R 16, 8 experts)::
+
+    silu(gate) * up and h of it, N 5632           148.3  134  153.8 in parts of 256 columns
+    SwiGLU backward and dA, N 5632                258.1  222  243.5 in 512 x 128
+    g, dB of dy, N 5632                            62.0   51  88.1 in 256 columns, 63.9 with 512 rows
+    y, g and dB of y, N 2048                       54.0   35  82.2 in 1024 x 256, 55.9 in 512 x 128 with 8 warps
+    dA of gate and up, N 2048                      34.7   18  50.1 in 1024 x 128 by 32, 32.7 with 256 rows
+    dX of gate and up, N 2048                      51.9   48  73.6 in 32 x 128, 53.3 in 128 x 128
+    h of gate and up, N 2048                       22.9   16  21.5 by 64
 
 A block of 512 tokens on an H100 (R 16, CUDA graphs, rounds in turn) took 993 us with as many programs as keep the GPU
 busy, 975 with half as many, 994 with a quarter; one of 2048 tokens 3645 and, with half as many, 3651. Those of g and dB

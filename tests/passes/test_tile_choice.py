@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="needs Triton")
 from lora_fx.passes.kernels.tile_choice import choose
 from lora_fx.passes.kernels.tile_memory import bound
 from lora_fx.passes.kernels.tile_program import Program, Tile
+from tests.passes.expert_cases import of_experts
 from tests.passes.tile_cases import CASES, Case, branch, pair, swiglu, swiglu_backward, swiglu_backward_written
 
 HOPPER = 232448
@@ -22,6 +23,13 @@ def product(rank: int) -> Case:
     """h B^T by itself."""
     inputs, body = [["thin", rank], ["factor", rank, "NR"]], [["product", 0, 1], ["store", 0, "bfloat16"]]
     return Case(f"product, rank {rank}", inputs, body, lambda h, b: (h @ b.t(),))
+
+
+def sums(rank: int) -> Case:
+    """dA of two branches that read one x."""
+    inputs = [["full"], ["full"], ["thin", rank], ["thin", rank]]
+    body = [["load", 0], ["load", 1], ["across", 0, 2, "RN"], ["across", 1, 3, "RN"]]
+    return Case(f"two sums, rank {rank}", inputs, body, lambda x, z, g, k: (g.t() @ x, k.t() @ z))
 
 
 def chosen(case: Case, rows: int, columns: int) -> Program | None:
@@ -52,6 +60,7 @@ def test_what_measurements_found() -> None:
         (pair(16, "NR"), 8192, 4096),
         (pair(16, "NR"), 8192, 3584),
         (pair(16, "NR"), 8192, 1024),
+        (pair(16, "NR"), 8192, 5632),
         (pair(16, "NR"), 8192, 11008),
         (pair(16, "NR"), 8192, 14336),
         (pair(16, "NR"), 16384, 14336),
@@ -70,6 +79,9 @@ def test_what_measurements_found() -> None:
         (swiglu_backward(16, ("store", "across")), 512, 14336),
         (swiglu_backward(64, ("store", "across")), 8192, 14336),
         (swiglu_backward_written(128), 8192, 14336),
+        (of_experts(pair(16, "NR"), 8), 16384, 5632),
+        (of_experts(sums(16), 8), 16384, 2048),
+        (of_experts(swiglu(16, 16), 8), 16384, 5632),
     ]
     for program in (chosen(*found) for found in programs):
         assert program is not None and bound(program, (2,) * len(program.inputs), 9) < HOPPER, "fewer stages would run"
@@ -87,6 +99,7 @@ branch, rank 16, NR, scaled; M 512, N 4096: 64 x 64 down by 64, 4 warps, 3 stage
 gradient pair, rank 16, NR; M 8192, N 4096: 1024 x 256 down by 64, 4 warps, 3 stages, 2 strips
 gradient pair, rank 16, NR; M 8192, N 3584: 1024 x 256 down by 64, 4 warps, 3 stages, 2 strips
 gradient pair, rank 16, NR; M 8192, N 1024: 256 x 128 down by 64, 8 warps, 3 stages
+gradient pair, rank 16, NR; M 8192, N 5632: 1024 x 128 down by 64, 4 warps, 3 stages
 gradient pair, rank 16, NR; M 8192, N 11008: 1024 x 256 down by 64, 4 warps, 3 stages, 2 strips
 gradient pair, rank 16, NR; M 8192, N 14336: 1024 x 512 down by 64, 4 warps, 3 stages, 4 strips
 gradient pair, rank 16, NR; M 16384, N 14336: 1024 x 512 down by 64, 4 warps, 3 stages, 4 strips
@@ -104,7 +117,10 @@ SwiGLU backward, rank 16, store and across; M 8192, N 14336: 512 x 64 down by 16
 SwiGLU backward, rank 16, store and across; M 2048, N 14336: 256 x 64 down by 16, 4 warps, 3 stages
 SwiGLU backward, rank 16, store and across; M 512, N 14336: 512 x 64 down by 32, 4 warps, 3 stages
 SwiGLU backward, rank 64, store and across; M 8192, N 14336: 1024 x 64 down by 32, 4 warps, 3 stages
-SwiGLU backward of three products, rank 128; M 8192, N 14336: 1024 x 128 down by 32, 4 warps, 3 stages""",
+SwiGLU backward of three products, rank 128; M 8192, N 14336: 1024 x 128 down by 32, 4 warps, 3 stages
+gradient pair, rank 16, NR, of 8 experts; M 16384, N 5632: 1024 x 128 down by 64, 4 warps, 3 stages
+two sums, rank 16, of 8 experts; M 16384, N 2048: 512 x 128 down by 64, 4 warps, 2 stages
+SwiGLU, ranks 16 and 16, of 8 experts; M 16384, N 5632: 64 x 512 along by 64, 4 warps, 3 stages""",
     )
 
 
