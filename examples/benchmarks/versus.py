@@ -16,7 +16,7 @@ import random
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -48,7 +48,7 @@ def serve(name: str, form: str, device: Device, window: float, smoke: bool, answ
     built = build_form(
         form, base, rank=case.rank, dropout=case.dropout, adapters=adapters, fp8=case.fp8, mode=case.mode, strict=False
     )
-    step = built.stepper(x, upstream)
+    step: Callable[[], object] = built.stepper(x, upstream)
     for _ in range(3):
         step()
     step = device.captured(step) if case.cuda_graphs else step

@@ -20,8 +20,8 @@ after a large product (*), when clocks are lower, and what moving the program's 
     g, dB of dy, N 1024 *                           8.3     6  11.1 in 256 x 256
     g, dB of dy, N 14336                           74.0    62  85.5 with 512 rows and steps of 32
     g, dB of dy, N 11008 *                         58.8    48  63.7 in 512 columns
-    g, dB of dy, N 5632 *                          31.0      25  38.0 in 256 columns, of whose programs a third run after the
-                                                               others; 32.1 with 8 warps
+    g, dB of dy, N 5632 *                          31.0      25  38.0 in 256 columns, of which a third run last and
+                                                               alone; 32.1 with 8 warps
     g, dB of dy, N 14336, M 2048 *                 20.5    16  35.9 in 256 x 512, 30.8 in 512 columns
     g, dB of dy, N 4096, R 64 *                    30.7    26  38.2 in 128 columns, 43.4 with 8 warps
     g, dB of dy, N 3072, R 64 *                    31.7    20  49.9 with 512 rows
@@ -85,8 +85,8 @@ and of one of 4096 (64 tokens, each in a process of its own)::
 A forward and backward of 128 tokens took 467.4 with 64 x 512 and 16 x 512, 465.4 with 16 x 256 and 16 x 512, 460.2 with
 64 x 256 and 64 x 512. Products are fastest in 16 x 128 (of 16 to 64 x 64 to 256).
 
-Programs of experts, which ask for each row whose it is, get the same tiles where they make or sum one thing, and none that
-walk down more rows than twice an expert's share. Right after a large product on an H200 (M 16384, R 16, 8 experts)::
+Programs of experts, which ask for each row whose it is, get the same tiles where they make or sum one thing, and none
+that walk down more rows than twice an expert's share. On an H200, right after a large product (M 16384, 8 experts)::
 
     silu(gate) * up and h of it, N 5632           148.3  134  153.8 in parts of 256 columns
     SwiGLU backward and dA, N 5632                258.1  222  243.5 in 512 x 128

@@ -1,6 +1,7 @@
 """The tiles that are chosen: those that measurements found, and for any shape some that a kernel can have."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -27,8 +28,8 @@ def product(rank: int) -> Case:
 
 def sums(rank: int) -> Case:
     """dA of two branches that read one x."""
-    inputs = [["full"], ["full"], ["thin", rank], ["thin", rank]]
-    body = [["load", 0], ["load", 1], ["across", 0, 2, "RN"], ["across", 1, 3, "RN"]]
+    inputs: list[list[Any]] = [["full"], ["full"], ["thin", rank], ["thin", rank]]
+    body: list[Any] = [["load", 0], ["load", 1], ["across", 0, 2, "RN"], ["across", 1, 3, "RN"]]
     return Case(f"two sums, rank {rank}", inputs, body, lambda x, z, g, k: (g.t() @ x, k.t() @ z))
 
 
