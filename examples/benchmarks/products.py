@@ -3,9 +3,10 @@
     python examples/benchmarks/products.py
 
 Of weights [N_1, K], [N_2, K], ..., factors [R, K] and M tokens in bfloat16. Forward: h and each y apart, or
-``[y_1, ..., h] = x [W_1; ...; A]^T`` with gaps between the rows. Backward: ``dX = g A``, to which each ``dy_i W_i`` adds itself, or
-``[dy_1, ..., g] [W_1; ...; A]``, also with g copied there before. Microseconds of each by itself, again and again, at
-the clock rate that this leaves; "frozen" has the products of the weights alone, whose sum somebody else makes.
+``[y_1, ..., h] = x [W_1; ...; A]^T`` with gaps between the rows. Backward: ``dX = g A``, to which each ``dy_i W_i``
+adds itself, or ``[dy_1, ..., g] [W_1; ...; A]``, also with g copied there before. Microseconds of each by itself, again
+and again, at the clock rate that this leaves; "frozen" has the products of the weights alone, whose sum somebody else
+makes.
 """
 
 import argparse
