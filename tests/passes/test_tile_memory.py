@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="needs Triton")
+triton = pytest.importorskip("triton", reason="needs Triton")
 
 from lora_fx.passes.kernels import tile_memory, tile_triton
 from lora_fx.passes.kernels.tile_choice import choose
@@ -56,13 +56,35 @@ def needed(program: Program, capability: int) -> int:
     options = {"num_warps": program.tile.warps, "num_stages": program.tile.stages}
     target = GPUTarget("cuda", capability, 32)
     with pytest.MonkeyPatch.context() as patch:
-        # Shared memory is laid out by then, and registers, which take longest, are of no interest.
-        for step in ("make_ptx", "make_cubin"):
-            patch.setattr(
-                CUDABackend, step, lambda self, source, metadata, *more: metadata.update(name="kernel") or b""
-            )
-        found = compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
-    return int(found.metadata.shared)
+        # Shared memory is laid out before code is made, which takes longest and is of no interest.
+        patch.setattr(CUDABackend, "make_llir", allocate)
+        with pytest.raises(Allocated) as found:
+            compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+    return found.value.size
+
+
+class Allocated(Exception):
+    """How much shared memory a kernel needs."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.size = size
+
+
+def allocate(self: Any, module: Any, metadata: dict[str, Any], options: Any, capability: int) -> None:
+    """The beginning of Triton's `make_llir`: up to where shared memory is laid out (3.6 to 3.9)."""
+    from triton._C.libtriton import ir, nvidia, passes
+    from triton.backends.nvidia.compiler import get_ptx_version_from_options
+
+    manager = ir.pass_manager(module.context)
+    passes.ttgpuir.add_combine_tensor_select_and_if(manager)
+    passes.ttgpuir.add_allocate_warp_groups(manager, *([False] if triton.__version__ >= "3.9" else []))
+    passes.convert.add_scf_to_cf(manager)
+    passes.gluon.add_inliner(manager)
+    version = get_ptx_version_from_options(options, self.target.arch)
+    nvidia.passes.ttgpuir.add_allocate_shared_memory_nv(manager, capability, version)
+    manager.run(module, "allocate")
+    raise Allocated(module.get_int_attr("ttg.shared"))
 
 
 MANY_ROWS, FEW_ROWS = (8192, 14336), (64, 4096)
