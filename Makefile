@@ -3,7 +3,7 @@
 # reuses .venv and installs there what it lacks, pinned by constraints.txt.
 #
 #   make demo        fine-tune a Llama-3 debug model through lora_fx.compile; writes loss_curves.png
-#   make test        lint, then the fast tests, then the slow ones: what CI runs
+#   make test        lint beside the fast tests, then the slow ones: what CI runs
 #   make test-fast   the tests to run while working (six minutes on 2 slow cores)
 #   make test-slow   the others
 #   make test-gpu    tests/gpu, on a machine with a CUDA device
@@ -45,7 +45,12 @@ spread := -n $(or $(JOBS),auto --maxprocesses 8) --dist worksteal
 demo: $(call ready,examples)
 	$(PY) examples/finetune.py $(ARGS)
 
-test: lint test-fast test-slow
+# Lint beside the fast tests: mypy takes half a minute in one thread, and tests leave a core alone now and then.
+test: $(call ready,test)
+	@mkdir -p build; $(MAKE) --no-print-directory lint >build/lint.log 2>&1 & lint=$$!; \
+	$(MAKE) --no-print-directory test-fast; tests=$$?; \
+	wait $$lint; linted=$$?; cat build/lint.log; test $$tests -eq 0 && test $$linted -eq 0
+	$(MAKE) --no-print-directory test-slow
 
 test-fast: $(call ready,test)
 	$(pytest) -m "not slow and not gpu" $(spread) $(ARGS)
@@ -87,13 +92,17 @@ distclean: clean
 
 # ---- the environment ------------------------------------------------------------------------------------------------
 
+# pip compiles what it installs in one thread, which would be half of its time.
+pip := "$(VENV)/bin/python" -m pip install --no-compile
+
 # `.ready-examples` says that .venv has the package with its extra `examples`, and so on: the demo does not wait for
 # what only the tests need. They take torchtitan's models alone, which is one small package: what else it names, for its
 # data sets and dashboards, is 40 packages that nothing here runs.
 $(VENV)/.ready-%: $(VENV)/.torch pyproject.toml
 	@echo "installing lora_fx[$*] into $(VENV)"
-	@$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
-	@test "$*" != test || $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps torchtitan
+	@$(pip) --quiet --constraint constraints.txt --editable ".[$*]"
+	@test "$*" != test || $(pip) --quiet --constraint constraints.txt --no-deps torchtitan
+	@$(VENV)/bin/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true  # some packages have templates that are no Python
 	@touch $@
 .PRECIOUS: $(VENV)/.ready-%
 
@@ -124,5 +133,5 @@ $(VENV)/.torch: constraints.txt
 	fi; \
 	set -- --constraint constraints.txt --no-deps torch; \
 	test "$$index" = none || set -- --extra-index-url "$$index" "$$@"; \
-	"$(VENV)/bin/python" -m pip install "$$@"
+	$(pip) "$$@"
 	@touch $@
