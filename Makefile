@@ -92,17 +92,13 @@ distclean: clean
 
 # ---- the environment ------------------------------------------------------------------------------------------------
 
-# pip compiles what it installs in one thread, which would be half of its time.
-pip := "$(VENV)/bin/python" -m pip install --no-compile
-
 # `.ready-examples` says that .venv has the package with its extra `examples`, and so on: the demo does not wait for
 # what only the tests need. They take torchtitan's models alone, which is one small package: what else it names, for its
 # data sets and dashboards, is 40 packages that nothing here runs.
 $(VENV)/.ready-%: $(VENV)/.torch pyproject.toml
 	@echo "installing lora_fx[$*] into $(VENV)"
-	@$(pip) --quiet --constraint constraints.txt --editable ".[$*]"
-	@test "$*" != test || $(pip) --quiet --constraint constraints.txt --no-deps torchtitan
-	@$(VENV)/bin/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true  # some packages have templates that are no Python
+	@$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	@test "$*" != test || $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps torchtitan
 	@touch $@
 .PRECIOUS: $(VENV)/.ready-%
 
@@ -133,5 +129,5 @@ $(VENV)/.torch: constraints.txt
 	fi; \
 	set -- --constraint constraints.txt --no-deps torch; \
 	test "$$index" = none || set -- --extra-index-url "$$index" "$$@"; \
-	$(pip) "$$@"
+	"$(VENV)/bin/python" -m pip install "$$@"
 	@touch $@
