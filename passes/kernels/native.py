@@ -1,7 +1,7 @@
 """The products of a thin matrix on a CPU, by the kernels of ``thin.cpp``.
 
 A matrix library runs h = x A^T, y += s h B^T and their gradients at half of a CPU's speed or less: one size of each is
-the rank. Each function here does its product when the shapes are thin and the layout is one that the kernels
+the rank. (Not where it multiplies 16 bits in tiles: there all of them are left to it.) Each function here does its product when the shapes are thin and the layout is one that the kernels
 read, and says so; else it does nothing, and the caller uses ATen. The kernels are compiled at their first use, by the
 compiler that Inductor needs anyway, into Inductor's cache. Where that fails, it is logged once and ATen does it all.
 
@@ -29,6 +29,9 @@ log = logging.getLogger("lora_fx.passes")
 FLAGS = ("-ffp-contract=fast",)
 SOURCE = Path(__file__).with_name("thin.cpp")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+FASTER = {torch.bfloat16: "amx_bf16", torch.float16: "avx512_fp16"}
+"""Instructions with which oneDNN's products of a type, thin ones as well, leave the kernels here behind."""
 
 MIN_WORK = 1 << 20
 """Multiplications below which a call of the library, a few microseconds, is all that a product costs."""
@@ -68,16 +71,34 @@ def declare(built: ctypes.CDLL) -> ctypes.CDLL:
 
 def _processor() -> str:
     """What tells CPUs with different instructions apart."""
+    return f"{platform.machine()} {hashlib.sha256(_features().encode()).hexdigest()}"
+
+
+def _features() -> str:
+    """The instructions that the CPU has, as Linux calls them."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(errors="replace").splitlines() if info.exists() else []
-    features = next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())
-    return f"{platform.machine()} {hashlib.sha256(features.encode()).hexdigest()}"
+    return next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())
+
+
+@functools.cache
+def has_faster_products(dtype: torch.dtype) -> bool:
+    """Whether the matrix library multiplies this type with instructions that the kernels here do not use.
+
+    Microseconds of the kernels and of oneDNN (M 2048, K and N 1024, R 16, two cores of a Xeon with both)::
+
+                h = x A^T      y += s h B^T    g and dB       dA
+        bfloat16    495  88        345  210        981  370       366  208
+        float16     589  339       339  324       1025  754       489  343
+    """
+    needed = FASTER.get(dtype)
+    return needed is not None and torch.backends.mkldnn.is_available() and needed in _features().split()
 
 
 @functools.cache
 def max_rank(dtype: torch.dtype) -> int:
     """The largest rank (or stack of ranks) of this type that the kernels are for; 0 for none."""
-    built = library() if dtype in TYPES else None
+    built = library() if dtype in TYPES and not has_faster_products(dtype) else None
     return int(built.lora_fx_max_rank(TYPES[dtype])) if built is not None else 0
 
 

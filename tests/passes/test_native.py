@@ -23,11 +23,22 @@ from tests.passes.harness import Case, adapt, by_kernels, capture, check_case
 from tests.passes.modules import QKV
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+HAS_FASTER_PRODUCTS = native.has_faster_products.__wrapped__
 ALLOWED, FLOOR = 1.1, 4 * 2.0**-24
 
 pytestmark = pytest.mark.skipif(
     native.max_rank(torch.float32) == 0, reason="there are no kernels for this CPU, or there is no compiler"
 )
+
+
+@pytest.fixture(autouse=True)
+def whatever_onednn_has(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernels are used for every type, on CPUs too where the matrix library is faster."""
+    native.max_rank.cache_clear()
+    monkeypatch.setattr(native, "has_faster_products", lambda dtype: False)
+    yield
+    monkeypatch.undo()
+    native.max_rank.cache_clear()
 
 
 @pytest.fixture
@@ -281,6 +292,25 @@ CASES = [
 def test_compiled(case: Case) -> None:
     """Kernels and all, as accurate as plain `torch.compile`."""
     check_case(case, by_kernels)
+
+
+@pytest.mark.parametrize(
+    ("features", "types"),
+    [
+        ("avx512f avx512_bf16", {torch.float32, torch.bfloat16, torch.float16}),
+        ("avx512f avx512_bf16 amx_tile amx_bf16", {torch.float32, torch.float16}),
+        ("avx512f avx512_bf16 avx512_fp16 amx_tile amx_bf16", {torch.float32}),
+    ],
+    ids=["vectors", "tiles of bfloat16", "and vectors of float16"],
+)
+def test_what_onednn_does_faster_is_left_to_it(
+    features: str, types: set[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "has_faster_products", HAS_FASTER_PRODUCTS)
+    monkeypatch.setattr(native, "_features", lambda: f"flags : fpu {features}")
+    x, a = torch.randn(512, 512), torch.randn(512, 4)
+    found = {dtype for dtype in DTYPES if native.scaled_mm(x.to(dtype), a.to(dtype), 1.0) is not None}
+    assert found == (types if torch.backends.mkldnn.is_available() else set(DTYPES))
 
 
 # ---- without kernels -------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="needs Triton")
+pytest.importorskip("triton", reason="needs Triton")
 
 from lora_fx.passes.kernels import tile_memory, tile_triton
 from lora_fx.passes.kernels.tile_choice import choose
@@ -73,12 +73,13 @@ class Allocated(Exception):
 
 def allocate(self: Any, module: Any, metadata: dict[str, Any], options: Any, capability: int) -> None:
     """The beginning of Triton's `make_llir`: up to where shared memory is laid out (3.6 to 3.9)."""
+    from triton import __version__
     from triton._C.libtriton import ir, nvidia, passes
     from triton.backends.nvidia.compiler import get_ptx_version_from_options
 
     manager = ir.pass_manager(module.context)
     passes.ttgpuir.add_combine_tensor_select_and_if(manager)
-    passes.ttgpuir.add_allocate_warp_groups(manager, *([False] if triton.__version__ >= "3.9" else []))
+    passes.ttgpuir.add_allocate_warp_groups(manager, *([False] if __version__ >= "3.9" else []))
     passes.convert.add_scf_to_cf(manager)
     passes.gluon.add_inliner(manager)
     version = get_ptx_version_from_options(options, self.target.arch)
