@@ -48,8 +48,9 @@ demo: $(call ready,examples)
 # Lint beside the fast tests: mypy takes half a minute in one thread, and tests leave a core alone now and then.
 test: $(call ready,test)
 	@mkdir -p build; $(MAKE) --no-print-directory lint >build/lint.log 2>&1 & lint=$$!; \
+	trap 'kill $$lint 2>/dev/null' EXIT; trap 'exit 1' INT TERM; \
 	$(MAKE) --no-print-directory test-fast; tests=$$?; \
-	wait $$lint; linted=$$?; cat build/lint.log; test $$tests -eq 0 && test $$linted -eq 0
+	wait $$lint && tail -n 1 build/lint.log || { cat build/lint.log; exit 1; }; exit $$tests
 	$(MAKE) --no-print-directory test-slow
 
 test-fast: $(call ready,test)

@@ -2,7 +2,7 @@
 
     python examples/benchmarks/products.py
 
-Of weights [N_1, K], [N_2, K], ..., factors [R, K] and M tokens in bfloat16. Forward: h and each y apart, or
+Of weights [N_1, K], [N_2, K], ..., a factor [R, K] for each and M tokens in bfloat16. Forward: h and each y apart, or
 ``[y_1, ..., h] = x [W_1; ...; A]^T`` with gaps between the rows. Backward: ``dX = g A``, to which each ``dy_i W_i``
 adds itself, or ``[dy_1, ..., g] [W_1; ...; A]``, also with g copied there before. Microseconds of each by itself, again
 and again, at the clock rate that this leaves; "frozen" has the products of the weights alone, whose sum somebody else
@@ -65,15 +65,16 @@ def forms(case: Siblings, device: Device) -> tuple[dict[str, Form], dict[str, Fo
     x, g, h = draw(case.m, case.k), draw(case.m, rank), draw(case.m, rank)
     both = draw(case.m, -(-(total + rank) // 64) * 64)[:, : total + rank]
     apart = [part.contiguous() for part in both[:, :total].split(case.n, 1)]
-    dx, each = draw(case.m, case.k), [draw(case.m, case.k) for _ in case.n]
+    dx, each, ys = draw(case.m, case.k), [draw(case.m, case.k) for _ in case.n], [draw(case.m, n) for n in case.n]
 
     def frozen_forward() -> None:
-        for weight, y in zip(weights, apart, strict=True):
+        for weight, y in zip(weights, ys, strict=True):
             torch.mm(x, weight.t(), out=y)
 
-    def apart_forward() -> None:
+    def apart_forward() -> list[torch.Tensor]:
         torch.mm(x, factors.t(), out=h)
         frozen_forward()
+        return [h, *ys]
 
     def frozen_backward() -> None:
         for dy, weight, out in zip(apart, weights, each, strict=True):

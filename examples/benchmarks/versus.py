@@ -25,19 +25,22 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.cases import SUITE
-from benchmarks.common import Ratio, format_table, write_json
+from benchmarks.common import Ratio, compiling, format_table, write_json
 from benchmarks.forms import FROZEN, OURS, Block, build_form, random_adapters
 from benchmarks.runner import inputs
 from benchmarks.timing import Device, environment
+
+import lora_fx
 
 EXAMPLES = Path(__file__).resolve().parents[1]
 HERE, THERE = "this checkout", "the other"
 
 
 def serve(name: str, form: str, device: Device, window: float, smoke: bool, answers: IO[str]) -> None:
-    """Compile the step of a form, then time it for each line that comes; gives the library's folder, then seconds."""
-    import lora_fx
+    """Compile the step of a form, then time it for each line that comes; gives the library's folder, then seconds.
 
+    The others are made after this one's first answer: nobody else is on the device while it is compiled and counted.
+    """
     case = SUITE[name][0]
     case = case.shrunk if smoke else case
     torch.manual_seed(0)
@@ -48,39 +51,40 @@ def serve(name: str, form: str, device: Device, window: float, smoke: bool, answ
     built = build_form(
         form, base, rank=case.rank, dropout=case.dropout, adapters=adapters, fp8=case.fp8, mode=case.mode, strict=False
     )
-    step: Callable[[], object] = built.stepper(x, upstream)
-    for _ in range(3):
-        step()
+    with compiling():
+        step: Callable[[], object] = built.stepper(x, upstream)
+        for _ in range(3):
+            step()
     step = device.captured(step) if case.cuda_graphs else step
     count = device.steps_in(step, window)
-    answers.write(json.dumps(str(Path(lora_fx.__file__).parents[1])) + "\n")
-    answers.flush()
+    print(json.dumps(str(Path(lora_fx.__file__).parents[1])), file=answers, flush=True)
     for _ in sys.stdin:
-        answers.write(json.dumps(device.seconds(step, count, count if device.cuda else 1)) + "\n")
-        answers.flush()
+        print(json.dumps(device.seconds(step, count, count if device.cuda else 1)), file=answers, flush=True)
 
 
 class Worker:
-    """A process that has one form of a case with the library of a checkout."""
+    """A process that has one form of a case, with the library of a checkout. It answers in a pipe of its own, and
+    prints whatever else it has to say where errors go."""
 
     def __init__(self, checkout: Path, case: str, form: str, options: argparse.Namespace) -> None:
-        command = [sys.executable, __file__, str(checkout), "--case", case, "--serve", form]
-        command += [
-            "--device",
-            options.device,
-            "--window",
-            str(options.window),
-            *(["--smoke"] if options.smoke else []),
-        ]
-        paths = [str(checkout), str(EXAMPLES), os.environ.get("PYTHONPATH", "")]
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        )
         self.what = f"{form} of {case} in {checkout}"
+        command = [sys.executable, __file__, str(checkout), "--case", case, "--serve", form]
+        command += ["--device", options.device, "--window", str(options.window)]
+        command += ["--smoke"] if options.smoke else []
+        paths = [str(checkout), str(EXAMPLES), os.environ.get("PYTHONPATH", "")]
+        ours, theirs = os.pipe()
+        try:
+            self.answers = os.fdopen(ours)
+            self.process = subprocess.Popen(
+                [*command, "--answers", str(theirs)],
+                stdin=subprocess.PIPE,
+                stdout=2,
+                text=True,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+                pass_fds=[theirs],
+            )
+        finally:
+            os.close(theirs)
 
     def answer(self) -> Any:
         """What it says next.
@@ -88,38 +92,38 @@ class Worker:
         Raises:
             RuntimeError: it has ended.
         """
-        assert self.process.stdout is not None
-        if not (line := self.process.stdout.readline()):
+        if not (line := self.answers.readline()):
             raise RuntimeError(f"{self.what} ended with code {self.process.wait()}: its error is above")
         return json.loads(line)
 
     def seconds(self) -> float:
         """Seconds of a step, now."""
         assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended, as the answer will say
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
         return float(self.answer())
+
+    def close(self) -> None:
+        """End it."""
+        self.process.kill()
+        self.answers.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.communicate()
 
 
 @contextlib.contextmanager
 def workers(case: str, other: Path, options: argparse.Namespace) -> Iterator[dict[str, Worker]]:
-    """The three of a case, which have compiled."""
+    """The three of a case, each compiled before the next is started; the one that is most likely to fail first."""
     here = EXAMPLES.parent
-    made = {
-        FROZEN: Worker(here, case, FROZEN, options),
-        HERE: Worker(here, case, OURS, options),
-        THERE: Worker(other, case, OURS, options),
-    }
-    try:
-        for name, worker in made.items():
-            library, expected = Path(worker.answer()), other if name == THERE else here
-            if library != expected:
+    made: dict[str, Worker] = {}
+    with contextlib.ExitStack() as stack:
+        for name, checkout, form in ((THERE, other, OURS), (HERE, here, OURS), (FROZEN, here, FROZEN)):
+            made[name] = worker = Worker(checkout, case, form, options)
+            stack.callback(worker.close)
+            if (library := Path(worker.answer())) != checkout:
                 raise RuntimeError(f"{worker.what} uses the library of {library}: is it a checkout of this project?")
         yield made
-    finally:
-        for worker in made.values():
-            worker.process.kill()
-            worker.process.wait()
 
 
 def compare(case: str, other: Path, options: argparse.Namespace) -> dict[str, list[float]]:
@@ -144,6 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help="shrink every case to a toy size: gives no figures")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here, too")
     parser.add_argument("--serve", choices=(FROZEN, OURS), help=argparse.SUPPRESS)
+    parser.add_argument("--answers", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.rounds < 1 or options.window <= 0:
         parser.error("--rounds and --window must be positive")
@@ -152,8 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(str(error))
     if options.serve is not None:
-        answers, sys.stdout = sys.stdout, sys.stderr  # whatever else is printed is no answer
-        serve(options.case[0], options.serve, device, options.window, options.smoke, answers)
+        with os.fdopen(options.answers, "w") as answers:
+            serve(options.case[0], options.serve, device, options.window, options.smoke, answers)
         return
     other = options.other.resolve()
     if not (other / "lora_fx" / "__init__.py").is_file():
@@ -163,7 +168,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = [("case", "frozen ms", HERE, THERE, "this / other", "quartiles")]
     document: list[dict[str, Any]] = []
     for case in options.case:
-        seconds = compare(case, other, options)
+        try:
+            seconds = compare(case, other, options)
+        except RuntimeError as error:
+            sys.exit(str(error))
         ours, theirs = (Ratio.of(seconds[name], seconds[FROZEN]).median for name in (HERE, THERE))
         ratio = Ratio.of(seconds[HERE], seconds[THERE])
         frozen = f"{1e3 * statistics.median(seconds[FROZEN]):.3f}"

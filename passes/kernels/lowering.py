@@ -149,7 +149,8 @@ def thin_mm(node: Node) -> None:
 def gradient_pair(node: Node) -> None:
     """On an accelerator, the two products, and scales that Inductor fuses into the kernels that read them.
 
-    In 16 bits they are scaled before they are rounded (:func:`lora_fx.passes.kernels.operators._float_mm`).
+    Of 16 bits cuBLAS makes results in float32, which are scaled before they are rounded
+    (:func:`lora_fx.passes.kernels.operators._float_mm`).
     """
     dy, b, h, scale = _operands(node, 4)
     grad_h, grad_b = val(node)
@@ -161,7 +162,8 @@ def gradient_pair(node: Node) -> None:
         if scale is None:
             results.append(_emit(node, MM, operands, value=value))
             continue
-        target, wide = (operators.float_mm, torch.float32) if value.dtype.itemsize == 2 else (MM, value.dtype)
+        in_float = value.dtype.itemsize == 2 and value.device.type == "cuda" and not torch.version.hip
+        target, wide = (operators.float_mm, torch.float32) if in_float else (MM, value.dtype)
         with detect_fake_mode([value]):
             exact = value.to(wide)
         product = _emit(node, target, operands, value=exact)

@@ -88,7 +88,7 @@ def _float_mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _float_mm_cuda(a: Tensor, b: Tensor) -> Tensor:
-    return _float_mm(a, b) if torch.version.hip else torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b, out_dtype=torch.float32)
 
 
 # On the CPU reading a number is free, and as alpha it multiplies before the result is rounded. Thin products, which is

@@ -611,15 +611,8 @@ bool dispatch(int type, Function f) {
 // type. Gives 0 when it did what was asked, 1 when there is no kernel for this.
 extern "C" {
 
-// The largest rank to use a type with; 0 for never. A CPU that multiplies tiles of bfloat16 (AMX) does ranks for which
-// arithmetic counts, and not memory, several times faster than these kernels. (32 is where the two should meet on paper.)
-int lora_fx_max_rank(int type) {
-  int rank = dispatch(type, [](auto) {}) ? 128 : 0;
-#ifdef __AMX_BF16__
-  if (type == 1) rank = 32;
-#endif
-  return rank;
-}
+// The largest rank to use a type with; 0 for never.
+int lora_fx_max_rank(int type) { return dispatch(type, [](auto) {}) ? 128 : 0; }
 
 // c [m, n] = scale * a [m, k] @ b [k, n], or c += it; c's columns are neighbours.
 int lora_fx_product(int type, Int m, Int n, Int k, const void* a, Int a_row, Int a_column, const void* b, Int b_row,

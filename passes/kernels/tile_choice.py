@@ -1,6 +1,6 @@
 """How a tile program walks, chosen by what it does and how large it is.
 
-The tiles are the best, or within 3% of it, of 6 to 145 that a search tried on an H200 for the programs of a Llama-3-8B
+Here the tiles are the best, or within 3% of it, of 6 to 145 that a search tried on an H200 for the programs of a Llama-3-8B
 block (M 8192, R 16, bfloat16), and on an H100 where the last column says so. Microseconds with a cold cache, or right
 after a large product (*), when clocks are lower, and what moving the program's bytes takes at the rate of a copy.
 ``examples/benchmarks/tiles.py`` prints the latter two for what is chosen, and with ``--tune`` for tiles near it.
@@ -85,14 +85,15 @@ and of one of 4096 (64 tokens, each in a process of its own)::
 A forward and backward of 128 tokens took 467.4 with 64 x 512 and 16 x 512, 465.4 with 16 x 256 and 16 x 512, 460.2 with
 64 x 256 and 64 x 512. Products are fastest in 16 x 128 (of 16 to 64 x 64 to 256).
 
-Programs of experts, which ask for each row whose it is, get the same tiles where they make or sum one thing, and none
-that walk down more rows than twice an expert's share. On an H200, right after a large product (M 16384, 8 experts)::
+Programs of experts, which ask for each row whose it is, get the same tiles, but narrower ones up to rank 16 for a pair,
+for several sums and for what is computed of three values; and none that walk down more rows than twice an expert's
+share. On an H200, right after a large product (M 16384, R 16, 8 experts)::
 
     silu(gate) * up and h of it, N 5632           148.3  134  153.8 in parts of 256 columns
     SwiGLU backward and dA, N 5632                258.1  222  243.5 in 512 x 128
     g, dB of dy, N 5632                            62.0   51  88.1 in 256 columns, 63.9 with 512 rows
     y, g and dB of y, N 2048                       54.0   35  82.2 in 1024 x 256, 55.9 in 512 x 128 with 8 warps
-    dA of gate and up, N 2048                      34.7   18  50.1 in 1024 x 128 by 32, 32.7 with 256 rows
+    dA of gate and up, N 2048                      32.7   18  50.1 in 1024 x 128 by 32, 34.7 with 512 rows
     dX of gate and up, N 2048                      51.9   48  73.6 in 32 x 128, 53.3 in 128 x 128
     h of gate and up, N 2048                       22.9   16  21.5 by 64
 
@@ -152,7 +153,12 @@ def _choose(kinds: list[list[Any]], body: list[Statement], m: int, columns: int,
     if m < FEW_ROWS and "across" not in names:
         return _few(kinds, names, rank, m, columns)
     if "across" in names:
-        return _across(names, rank, m, columns, experts)
+        if experts and rank <= 16 and "product" not in names and "keep" not in names:
+            if "down" in names:
+                return _pair_of_experts([kind[0] for kind in kinds].count("full"), m, columns)
+            if names.count("across") > 1:
+                return Tile(rows=_capped(256, m), columns=128, step=64, walk="rows", stages=2)
+        return _across(names, rank, m, columns)
     if "down" in names:
         return _down(names, rank, m, columns)
     if rank > 32 and names.count("product") > 1 and "keep" not in names:
@@ -167,7 +173,7 @@ def _choose(kinds: list[list[Any]], body: list[Statement], m: int, columns: int,
         height = _shrunk(1024, 64, m, columns, 64, 2 * _enough(m))
         return Tile(rows=height, columns=64, step=64, walk="rows")
     if "keep" in names or names.count("product") != 1:
-        if names.count("load") > 2 and rank <= 16 and "keep" not in names:
+        if experts and [kind[0] for kind in kinds].count("full") > 2 and rank <= 16 and "keep" not in names:
             return Tile(rows=_shrunk(256, 64, m, columns, 64, 512), columns=64, step=32, walk="rows", stages=3)
         if "load" in names and rank <= 16 and "keep" not in names:
             return Tile(rows=32, columns=128, step=32, walk="rows", stages=3)
@@ -198,7 +204,7 @@ def _few(kinds: list[list[Any]], names: list[str], rank: int, m: int, columns: i
     return Tile(rows=16 if m <= 64 else 64, columns=width, step=64 if narrow else 128, walk="columns", stages=stages)
 
 
-def _across(names: list[str], rank: int, m: int, columns: int, experts: bool) -> Tile:
+def _across(names: list[str], rank: int, m: int, columns: int) -> Tile:
     """For sums over rows, which are kept in registers while a program walks down."""
     if "product" in names:
         if rank <= 32:
@@ -209,12 +215,10 @@ def _across(names: list[str], rank: int, m: int, columns: int, experts: bool) ->
         half = rank <= 32 if "keep" in names else rank <= 16 and m > SHORT
         return Tile(rows=height, columns=64, step=16 if half else 32, walk="rows", stages=3)
     if "down" in names:
-        return _pair_of_experts(names, m, columns) if experts else _pair(rank, m, columns)
+        return _pair(rank, m, columns)
     if rank > 32 and "keep" not in names:
         height = _shrunk(1024, 64, m, columns, 64, 2 * _enough(m))
         return Tile(rows=height, columns=64, step=64, walk="rows", stages=3)
-    if experts and names.count("across") > 1 and "keep" not in names:
-        return Tile(rows=_capped(512, m), columns=128, step=64, walk="rows", stages=2)
     width = 128 if rank <= 32 else 64
     masked = "keep" in names
     height = _shrunk(512 if masked else 1024, width, m, columns, 64, 2 * _enough(m))
@@ -238,16 +242,16 @@ def _pair(rank: int, m: int, columns: int) -> Tile:
     if 2 * -(-m // 1024) * -(-columns // 256) <= MULTIPROCESSORS:
         height = _height(1024, 128, m, columns, 2 if rank <= 32 and m > SHORT else 1)
         return Tile(rows=height, columns=128, step=64, walk="rows", warps=8, stages=3)
-    # A last wave of few programs: narrower ones share its memory between more multiprocessors.
+    # Few programs behind the first wave: narrower ones share their memory between more multiprocessors.
     programs = -(-m // 1024) * -(-columns // 256)
-    if programs > MULTIPROCESSORS and 0 < 2 * (programs % MULTIPROCESSORS) < MULTIPROCESSORS:
-        return Tile(rows=1024, columns=128, step=64, walk="rows", stages=3)
+    if rank <= 16 and MULTIPROCESSORS < programs < 3 * MULTIPROCESSORS // 2:
+        return Tile(rows=_capped(1024, m), columns=128, step=64, walk="rows", stages=3)
     return Tile(rows=_capped(1024, m), columns=256, step=64, walk="rows", strips=2, stages=3)
 
 
-def _pair_of_experts(names: list[str], m: int, columns: int) -> Tile:
-    """The same of experts, whose ends take registers: narrower."""
-    if names.count("load") > 1:
+def _pair_of_experts(values: int, m: int, columns: int) -> Tile:
+    """The same of experts, whose ends take registers, and of what is computed of so many values: narrower."""
+    if values > 1:
         return Tile(rows=_shrunk(256, 128, m, columns, 64, 128), columns=128, step=64, walk="rows", strips=2, stages=3)
     return Tile(rows=_shrunk(1024, 128, m, columns, 64, 256), columns=128, step=64, walk="rows", stages=3)
 

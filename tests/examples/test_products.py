@@ -7,9 +7,12 @@ from benchmarks.timing import Device
 
 def test_as_one_they_give_what_they_give_one_by_one():
     torch.manual_seed(0)
-    _, backward = products.forms(products.Siblings("toy", 24, 64, (32, 16), 8), Device("cpu"))
+    forward, backward = products.forms(products.Siblings("toy", 24, 64, (32, 16), 8), Device("cpu"))
     apart = backward["apart"]().clone()
     torch.testing.assert_close(backward["one, g copied"](), apart, rtol=0.02, atol=0.2)
+    assert torch.equal(backward["one"](), backward["one, g copied"]()), "g is there by now"
+    h, *ys = forward["apart"]()
+    torch.testing.assert_close(forward["one"](), torch.cat([*ys, h], 1), rtol=0.02, atol=0.2)
 
 
 def test_it_runs(capsys):

@@ -235,6 +235,18 @@ def test_launches_are_inductors_own(name: str) -> None:
     assert not any("lora_fx.tile_" in line or "lora_fx.sum_" in line for line in lines)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_in_float32_of_16_bits(dtype: torch.dtype) -> None:
+    """As g and dB have them: of rows, and of rows that are transposed."""
+    from lora_fx.passes.kernels import operators
+
+    dy, b, h = (torch.randn(*size, device="cuda", dtype=dtype) for size in ((1024, 1016), (1016, 104), (1024, 104)))
+    for left, right in ((dy, b), (dy.t(), h)):
+        found = operators.float_mm(left, right)
+        assert found.dtype == torch.float32
+        assert error(found, left.double() @ right.double()) < 1e-4, "half a rounding to float16 at most"
+
+
 def test_any_number_of_tokens() -> None:
     module, x = model("SwiGLU", rank=16)
     exact = copy.deepcopy(module).double()

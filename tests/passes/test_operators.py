@@ -172,7 +172,7 @@ def test_wrong_operands_are_refused_while_tracing(name: str) -> None:
         "scaled_mm": [(t["a"], t["b"].t()), (t["a"], t["b"].double()), (t["a"][0], t["b"])],
         "accumulate": [(t["base"], t["a"], t["b"].t()), (t["base"].double(), t["a"], t["b"])],
         "accumulate_": [(t["base"], t["a"], t["b"].t())],
-        "float_mm": [(t["a"], t["b"].t())],
+        "float_mm": [(t["a"], t["b"].t()), (t["a"], t["b"].double())],
         "gradient_pair": [(t["dy"], t["b"], t["h"]), (t["dy"], t["b"].t(), t["h"][1:])],
     }
     for arguments in wrong[name]:

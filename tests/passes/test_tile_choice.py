@@ -33,6 +33,15 @@ def sums(rank: int) -> Case:
     return Case(f"two sums, rank {rank}", inputs, body, lambda x, z, g, k: (g.t() @ x, k.t() @ z))
 
 
+def terms(rank: int) -> Case:
+    """dX of two branches, beside three other terms."""
+    factors: list[list[Any]] = [["thin", rank], ["factor", rank, "RN"]] * 2
+    body: list[Any] = [["product", 3, 4], ["product", 5, 6], *(["load", i] for i in range(3))]
+    body += [["op", "add", i, 4 + i + (i > 0)] for i in range(4)] + [["store", 8, "bfloat16"]]
+    inputs = [["full"], ["full"], ["full"], *factors]
+    return Case(f"five terms, rank {rank}", inputs, body, lambda x, y, z, g, a, k, c: (x + y + z + g @ a + k @ c,))
+
+
 def chosen(case: Case, rows: int, columns: int) -> Program | None:
     program = case.program(columns, torch.bfloat16, FIRST)
     tile = choose(program.inputs, program.body, rows, columns)
@@ -69,6 +78,8 @@ def test_what_measurements_found() -> None:
         (pair(16, "NR"), 2048, 14336),
         (pair(16, "NR"), 512, 4096),
         (pair(16, "NR"), 512, 14336),
+        (pair(16, "NR"), 16384, 3072),
+        (pair(64, "NR"), 8192, 14336),
         (pair(64, "NR"), 8192, 4096),
         (pair(64, "NR"), 8192, 3072),
         (pair(64, "NR"), 8192, 1024),
@@ -82,6 +93,8 @@ def test_what_measurements_found() -> None:
         (swiglu_backward_written(128), 8192, 14336),
         (of_experts(pair(16, "NR"), 8), 16384, 5632),
         (of_experts(sums(16), 8), 16384, 2048),
+        (of_experts(terms(16), 8), 16384, 2048),
+        (of_experts(pair(64, "NR"), 8), 16384, 5632),
         (of_experts(swiglu(16, 16), 8), 16384, 5632),
     ]
     for program in (chosen(*found) for found in programs):
@@ -108,6 +121,8 @@ gradient pair, rank 16, NR; M 8192, N 18944: 1024 x 512 down by 64, 4 warps, 3 s
 gradient pair, rank 16, NR; M 2048, N 14336: 1024 x 256 down by 64, 4 warps, 3 stages, 2 strips
 gradient pair, rank 16, NR; M 512, N 4096: 128 x 128 down by 64, 8 warps, 3 stages
 gradient pair, rank 16, NR; M 512, N 14336: 128 x 512 down by 64, 4 warps, 3 stages, 4 strips
+gradient pair, rank 16, NR; M 16384, N 3072: 1024 x 128 down by 64, 4 warps, 3 stages
+gradient pair, rank 64, NR; M 8192, N 14336: 1024 x 256 down by 64, 4 warps, 3 stages, 2 strips
 gradient pair, rank 64, NR; M 8192, N 4096: 1024 x 256 down by 64, 4 warps, 3 stages, 2 strips
 gradient pair, rank 64, NR; M 8192, N 3072: 1024 x 256 down by 64, 4 warps, 3 stages, 2 strips
 gradient pair, rank 64, NR; M 8192, N 1024: 512 x 128 down by 64, 8 warps, 3 stages
@@ -120,7 +135,9 @@ SwiGLU backward, rank 16, store and across; M 512, N 14336: 512 x 64 down by 32,
 SwiGLU backward, rank 64, store and across; M 8192, N 14336: 1024 x 64 down by 32, 4 warps, 3 stages
 SwiGLU backward of three products, rank 128; M 8192, N 14336: 1024 x 128 down by 32, 4 warps, 3 stages
 gradient pair, rank 16, NR, of 8 experts; M 16384, N 5632: 1024 x 128 down by 64, 4 warps, 3 stages
-two sums, rank 16, of 8 experts; M 16384, N 2048: 512 x 128 down by 64, 4 warps, 2 stages
+two sums, rank 16, of 8 experts; M 16384, N 2048: 256 x 128 down by 64, 4 warps, 2 stages
+five terms, rank 16, of 8 experts; M 16384, N 2048: 256 x 64 down by 32, 4 warps, 3 stages
+gradient pair, rank 64, NR, of 8 experts; M 16384, N 5632: 1024 x 256 down by 64, 4 warps, 3 stages, 2 strips
 SwiGLU, ranks 16 and 16, of 8 experts; M 16384, N 5632: 64 x 512 along by 64, 4 warps, 3 stages""",
     )
 

@@ -23,8 +23,11 @@ LIMITS = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
 """Bytes of shared memory that a program may have, by compute capability."""
 
 
-def needed(program: Program, capability: int) -> int:
-    """Bytes of shared memory, as compiled for values in bfloat16 and sizes that are multiples of 16."""
+def needed(program: Program, capability: int, *, whole: bool = False) -> int:
+    """Bytes of shared memory, as compiled for values in bfloat16 and sizes that are multiples of 16.
+
+    Triton lays it out before it makes code, which takes longest; `whole`, as it says when it has made LLVM's.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import CUDABackend
     from triton.compiler import ASTSource, compile
@@ -55,11 +58,15 @@ def needed(program: Program, capability: int) -> int:
     kernel = tile_triton.kernel(program.dumps())
     options = {"num_warps": program.tile.warps, "num_stages": program.tile.stages}
     target = GPUTarget("cuda", capability, 32)
+    source = ASTSource(kernel, signature, constants, attributes)
     with pytest.MonkeyPatch.context() as patch:
-        # Shared memory is laid out before code is made, which takes longest and is of no interest.
+        if whole:
+            for step in ("make_ptx", "make_cubin"):
+                patch.setattr(CUDABackend, step, lambda self, code, metadata, *more: metadata.update(name="k") or b"")
+            return int(compile(source, target=target, options=options).metadata.shared)
         patch.setattr(CUDABackend, "make_llir", allocate)
         with pytest.raises(Allocated) as found:
-            compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+            compile(source, target=target, options=options)
     return found.value.size
 
 
@@ -77,13 +84,14 @@ def allocate(self: Any, module: Any, metadata: dict[str, Any], options: Any, cap
     from triton._C.libtriton import ir, nvidia, passes
     from triton.backends.nvidia.compiler import get_ptx_version_from_options
 
+    version = tuple(map(int, __version__.split(".")[:2]))
     manager = ir.pass_manager(module.context)
     passes.ttgpuir.add_combine_tensor_select_and_if(manager)
-    passes.ttgpuir.add_allocate_warp_groups(manager, *([False] if __version__ >= "3.9" else []))
+    passes.ttgpuir.add_allocate_warp_groups(manager, *([False] if version >= (3, 9) else []))
     passes.convert.add_scf_to_cf(manager)
     passes.gluon.add_inliner(manager)
-    version = get_ptx_version_from_options(options, self.target.arch)
-    nvidia.passes.ttgpuir.add_allocate_shared_memory_nv(manager, capability, version)
+    ptx = get_ptx_version_from_options(options, self.target.arch)
+    nvidia.passes.ttgpuir.add_allocate_shared_memory_nv(manager, capability, ptx)
     manager.run(module, "allocate")
     raise Allocated(module.get_int_attr("ttg.shared"))
 
@@ -128,6 +136,17 @@ def test_kernels_need_no_more(
             raise
         return  # Triton 3.6 does not compile every program for Blackwell
     assert bytes_needed <= tile_memory.bound(program, (2,) * len(program.inputs), capability // 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_what_is_laid_out_is_what_triton_says(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And chosen programs become code on every generation."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for case, size in PROGRAMS[::9]:
+        if (tile := choose(case.inputs, case.body, *size)) is not None:
+            program = _without_unread(case.program(size[1], torch.bfloat16, tile))
+            assert needed(program, capability) == needed(program, capability, whole=True), case
 
 
 def _without_unread(program: Program) -> Program:
