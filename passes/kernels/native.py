@@ -1,10 +1,10 @@
 """The products of a thin matrix on a CPU, by the kernels of ``thin.cpp``.
 
 A matrix library runs h = x A^T, y += s h B^T and their gradients at half of a CPU's speed or less: one size of each is
-the rank. (Not of bfloat16 where it has AMX, nor of float16 where it has AVX512-FP16: all of those are left to it.) Each
-function here does its product when the shapes are thin and the layout is one that the kernels read, and says so; else it
-does nothing, and the caller uses ATen. The kernels are compiled at their first use, by the compiler that Inductor needs anyway, into
-Inductor's cache. Where that fails, it is logged once and ATen does it all.
+the rank. (Not of bfloat16 where it has AMX, nor of float16 where it has AVX512-FP16: those are left to it.) Each
+function here does its product when the shapes are thin and the layout is one that the kernels read, and says so; else
+it does nothing, and the caller uses ATen. The kernels are compiled at their first use, by the compiler that Inductor
+needs anyway, into Inductor's cache. Where that fails, it is logged once and ATen does it all.
 
 Legend: M tokens, K in, N out, R rank.
 """
