@@ -1,9 +1,10 @@
 """How a tile program walks, chosen by what it does and how large it is.
 
 These tiles are the best, or within 3% of it, of 6 to 145 that a search tried on an H200 for the programs of a
-Llama-3-8B block (M 8192, R 16, bfloat16), and on an H100 where the last column says so. Microseconds with a cold cache, or right
-after a large product (*), when clocks are lower, and what moving the program's bytes takes at the rate of a copy.
-``examples/benchmarks/tiles.py`` prints the latter two for what is chosen, and with ``--tune`` for tiles near it.
+Llama-3-8B block (M 8192, R 16, bfloat16), and on an H100 where the last column says so. Microseconds with a cold
+cache, or right after a large product (*), when clocks are lower, and what moving the program's bytes takes at the rate
+of a copy. ``examples/benchmarks/tiles.py`` prints the latter two for what is chosen, and with ``--tune`` for tiles near
+it.
 
     ===========================================  ======  ====  ====================================================
     program                                          us  copy  others that were tried
