@@ -31,16 +31,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True)
-def whatever_onednn_has() -> Iterator[None]:
-    """The kernels are used for every type, on CPUs too where the matrix library is faster."""
-    native.max_rank.cache_clear()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "has_faster_products", lambda dtype: False)
-        yield
-    native.max_rank.cache_clear()
-
-
 @pytest.fixture
 def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """No product is too small."""
@@ -309,8 +299,10 @@ def test_what_onednn_does_faster_is_left_to_it(
     native.library()  # which is built for the CPU that this is
     monkeypatch.setattr(native, "has_faster_products", HAS_FASTER_PRODUCTS)
     monkeypatch.setattr(native, "_features", lambda: f"flags : fpu {features}")
+    native.max_rank.cache_clear()
     x, a = torch.randn(512, 512), torch.randn(512, 4)
     found = {dtype for dtype in DTYPES if native.scaled_mm(x.to(dtype), a.to(dtype), 1.0) is not None}
+    native.max_rank.cache_clear()
     assert found == (types if torch.backends.mkldnn.is_available() else set(DTYPES))
 
 
