@@ -18,7 +18,8 @@ product that accumulates and 1.094 with all at rank 64, 1.171 and 1.164 at rank 
 growing sum once more, so this is for these sums alone: gradients err by 1.18e-2 instead of 1.17e-2.
 
 Not built: one product for all terms, ``[dq, dk, dv, g] [W_q; W_k; W_v; A]``, and one for all that reads x, with the
-weights together in memory. Microseconds on an H200 (``examples/benchmarks/products.py``), of y and h, and of dX::
+weights together in memory. Microseconds on an H200, of y and h, and of dX, by the script that has become
+``examples/benchmarks/products.py``::
 
     siblings   M      K      R     y: frozen   apart   one       dX: frozen   apart   one     one, with g copied there
     q, k, v    8192   4096   16       630       652     635          634       677     613     622

@@ -28,7 +28,8 @@ def without_onednn() -> Iterator[None]:
 def kernels_on_every_cpu() -> Iterator[None]:
     """Thin products of 16 bits by our kernels wherever they run, so that one CPU tests what another does.
 
-    Of small shapes oneDNN, to which CPUs with AMX leave them, would spend a quarter more time on making its kernels.
+    oneDNN, to which CPUs with AMX leave them, makes kernels of its own for each small shape: three files of tests took
+    175 seconds with them and 130 without.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "has_faster_products", lambda dtype: False)

@@ -87,7 +87,8 @@ def has_faster_products(dtype: torch.dtype) -> bool:
     """Whether the matrix library multiplies this type with instructions that the kernels here do not use: whether torch
     was built with it, and not whether it is switched off just now.
 
-    Microseconds of the kernels and of oneDNN (M 2048, K and N 1024, R 16, two cores of a Xeon with both)::
+    Microseconds of the kernels and of oneDNN (M 2048, K and N 1024, R 16, two cores of a Xeon with both), by a script
+    that is not kept; what a step takes is ``examples/benchmarks/cpu.py``'s::
 
                 h = x A^T      y += s h B^T    g and dB       dA
         bfloat16    495  88        345  210        981  370       366  208

@@ -21,7 +21,7 @@ it.
     g, dB of dy, N 1024 *                           8.3     6  11.1 in 256 x 256
     g, dB of dy, N 14336                           74.0    62  85.5 with 512 rows and steps of 32
     g, dB of dy, N 11008 *                         58.8    48  63.7 in 512 columns
-    g, dB of dy, N 5632 *                          31.0      25  38.0 in 256 columns, of which a third run last and
+    g, dB of dy, N 5632 *                          31.0    25  38.0 in 256 columns, of which a third run last and
                                                                alone; 32.1 with 8 warps
     g, dB of dy, N 14336, M 2048 *                 20.5    16  35.9 in 256 x 512, 30.8 in 512 columns
     g, dB of dy, N 4096, R 64 *                    30.7    26  38.2 in 128 columns, 43.4 with 8 warps

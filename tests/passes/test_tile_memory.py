@@ -70,6 +70,13 @@ def needed(program: Program, capability: int, *, whole: bool = False) -> int:
     return found.value.size
 
 
+def triton_version() -> tuple[int, ...]:
+    """Its first two numbers."""
+    from triton import __version__
+
+    return tuple(map(int, __version__.split(".")[:2]))
+
+
 class Allocated(Exception):
     """How much shared memory a kernel needs."""
 
@@ -80,14 +87,12 @@ class Allocated(Exception):
 
 def allocate(self: Any, module: Any, metadata: dict[str, Any], options: Any, capability: int) -> None:
     """The beginning of Triton's `make_llir`: up to where shared memory is laid out (3.6 to 3.9)."""
-    from triton import __version__
     from triton._C.libtriton import ir, nvidia, passes
     from triton.backends.nvidia.compiler import get_ptx_version_from_options
 
-    version = tuple(map(int, __version__.split(".")[:2]))
     manager = ir.pass_manager(module.context)
     passes.ttgpuir.add_combine_tensor_select_and_if(manager)
-    passes.ttgpuir.add_allocate_warp_groups(manager, *([False] if version >= (3, 9) else []))
+    passes.ttgpuir.add_allocate_warp_groups(manager, *([False] if triton_version() >= (3, 9) else []))
     passes.convert.add_scf_to_cf(manager)
     passes.gluon.add_inliner(manager)
     ptx = get_ptx_version_from_options(options, self.target.arch)
@@ -132,9 +137,11 @@ def test_kernels_need_no_more(
     try:
         bytes_needed = needed(program, capability)
     except RuntimeError:
-        if capability < 100:
-            raise
-        return  # Triton 3.6 does not compile every program for Blackwell
+        if capability == 100 and triton_version() < (3, 9):
+            pytest.skip(
+                "this Triton does not compile every program for Blackwell: 3.6 fails in its passes, 3.9 does not"
+            )
+        raise
     assert bytes_needed <= tile_memory.bound(program, (2,) * len(program.inputs), capability // 10)
 
 

@@ -135,7 +135,7 @@ def test_no_program_needs_a_sum_of_its_own(rank: int, frozen: str) -> None:
 def test_float32_is_left_to_inductor() -> None:
     captured = compared(lambda: mlp(torch.float32), 3, dtype=torch.float32)
     for half in (captured.forward, captured.backward):
-        assert "lora_fx" not in graph_text(half[0].graph).replace("lora_fx.float_mm", "mm")
+        assert "lora_fx" not in graph_text(half[0].graph)
 
 
 def test_on_the_cpu_nothing_is_cut() -> None:
