@@ -9,14 +9,16 @@ Nothing else changes: the parameters are the objects that they were, with the sa
 of one has nothing of the other in it. Only the rows of a weight with room lie further apart than they are long. State
 dicts have copies of those, without gaps; a tensor that is pickled with its gaps has what is in the room. Several
 linears share an allocation, which lives as long as any of them: memory comes in pieces of 2 MiB, of which an allocation
-for each linear would leave a part of one idle.
+for each linear would leave a part of one idle. In it the next linear begins where one ends, so that those that read one
+x can be one product as well (`lora_fx.passes.sibling_gradients`).
 """
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +32,8 @@ log = logging.getLogger("lora_fx")
 
 _HALF = (torch.bfloat16, torch.float16)
 
-# Bytes of an allocation, and what each linear's part of it begins at a multiple of.
-CHUNK, ALIGNED = 512 << 20, 512
+# Bytes of an allocation. Each linear's part of it begins at a multiple of 128, as all sizes are multiples of 8.
+CHUNK = 512 << 20
 
 
 def lay_beside(model: nn.Module, device: str = "cuda") -> None:
@@ -47,7 +49,7 @@ def lay_beside(model: nn.Module, device: str = "cuda") -> None:
     alone = _alone(model, adapted, device)
     moved = [module for module in alone if not _lies(module) and _can_be_laid(module)]
     sides = _sides(model, moved)
-    for modules in _chunks(moved, sides):
+    for modules in _chunks(moved, sides, _families(model)):
         # DLPack is of the current device alone; and tensors that are made here must be fit for training.
         index = modules[0].weight.device.index
         with (
@@ -93,7 +95,7 @@ def _sides(model: nn.Module, modules: list[LoRAModule]) -> dict[LoRAModule, str]
     if ranks.is_available() and ranks.is_initialized() and ranks.get_world_size() > 1:
         return {}
     holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    parents = {child: parent for parent in model.modules() for child in parent.children()}
+    parents = _families(model)
     before: Counter[nn.Module | None] = Counter()
     found = {}
     for module in modules:
@@ -149,25 +151,42 @@ def _can_be_laid(module: LoRAModule) -> bool:
     )
 
 
-def _chunks(modules: list[LoRAModule], sides: dict[LoRAModule, str]) -> Iterator[list[LoRAModule]]:
-    """Modules that share an allocation: neighbours of one device and dtype."""
+def _families(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """The parent of every module."""
+    return {child: parent for parent in model.modules() for child in parent.children()}
+
+
+def _chunks(
+    modules: list[LoRAModule], sides: dict[LoRAModule, str], parents: dict[nn.Module, nn.Module]
+) -> Iterator[list[LoRAModule]]:
+    """Modules that share an allocation: neighbours of one device and dtype.
+
+    Those that may read one x, as q, k and v do, share one if they fit into it.
+    """
+
+    def kind(module: LoRAModule) -> Any:
+        return module.weight.device, module.weight.dtype
+
+    def size(*some: LoRAModule) -> int:
+        return sum(_size(module, sides) for module in some)
+
     chunk: list[LoRAModule] = []
-    for module in modules:
-        alike = chunk and (module.weight.device, module.weight.dtype) == (chunk[0].weight.device, chunk[0].weight.dtype)
-        if chunk and (not alike or sum(_size(each, sides) for each in (*chunk, module)) > CHUNK):
-            yield chunk
-            chunk = []
-        chunk.append(module)
+    for _, found in itertools.groupby(modules, lambda m: (kind(m), id(parents.get(m)), m.weight.shape[1])):
+        siblings = list(found)
+        for some in [siblings] if size(*siblings) <= CHUNK else [[module] for module in siblings]:
+            if chunk and (kind(chunk[0]) != kind(some[0]) or size(*chunk, *some) > CHUNK):
+                yield chunk
+                chunk = []
+            chunk = [*chunk, *some]
     if chunk:
         yield chunk
 
 
 def _size(module: LoRAModule, sides: dict[LoRAModule, str]) -> int:
-    """Bytes of both, up to where the next may begin."""
+    """Bytes of both."""
     n, k = module.weight.shape
     rank = module.lora_a.shape[0]
-    size = (n * (k + rank) if module in sides else (n + rank) * k) * module.weight.itemsize
-    return -(-size // ALIGNED) * ALIGNED
+    return int((n * (k + rank) if module in sides else (n + rank) * k) * module.weight.itemsize)
 
 
 def _lay(modules: list[LoRAModule], sides: dict[LoRAModule, str]) -> None:

@@ -215,6 +215,35 @@ def copy_into(target: Any, source: Any) -> None:
     _private("torch._inductor.lowering:lowerings")[torch.ops.aten.copy_.default](target, source)
 
 
+def side_by_side_in_memory(parts: list[Any], starts: list[int], columns: int) -> Any:
+    """Inductor's tensors [M, N_i] as columns of a new one: what computes them writes them there, the rest is copied.
+
+    Its own concatenation leaves no columns free, and may compute all that is concatenated in one kernel.
+    """
+    ir, graph = importlib.import_module("torch._inductor.ir"), _private("torch._inductor.virtualized:V").graph
+    concatenation = _private("torch._inductor.ir:ConcatKernel")
+    rows, options = parts[0].get_size()[0], {"device": parts[0].get_device(), "dtype": parts[0].get_dtype()}
+    made = concatenation(
+        name=None, layout=ir.FixedLayout(size=[rows, columns], stride=[columns, 1], **options), inputs=[]
+    )
+    memory = ir.StorageBox(made)
+    for part, start in zip(parts, starts, strict=True):
+        place = ir.SliceView.create(memory, 1, start, start + part.get_size()[1], clamp=False)
+        made.inputs.append(concatenation.realize_into(part, place))
+    made.name = graph.register_buffer(made)
+    made.inputs = concatenation.unwrap_storage(made.inputs)
+    graph.register_operation(made)
+    return ir.TensorBox(memory)
+
+
+def put_into(target: Any, parts: list[Any], starts: list[int]) -> None:
+    """Write some of Inductor's tensors [M, N_i] over the columns of another one that begin at ``starts``."""
+    lowerings = _private("torch._inductor.lowering:lowerings")
+    for part, start in zip(parts, starts, strict=True):
+        end = start + part.get_size()[1]
+        copy_into(lowerings[torch.ops.aten.slice.Tensor](target, 1, start, end), part)
+
+
 def launch(
     function: Any, arguments: dict[str, Any], written: Sequence[str], grid: Sequence[Any], warps: int, stages: int
 ) -> None:

@@ -1,4 +1,4 @@
-"""Have the base's product compute h as well, where A lies behind the weight in memory.
+"""Have the base's product compute h as well, where A lies behind the weight in memory, and one product do siblings.
 
 Before (gate and up of a SwiGLU; M tokens, K in, N out, R rank)::
 
@@ -8,17 +8,19 @@ Before (gate and up of a SwiGLU; M tokens, K in, N out, R rank)::
 
 After::
 
-    both_g = lora_fx::stacked_mm(x, W_g, A_g)        [M, N + R]
-    gate = both_g[:, :N];  h_g = both_g[:, N:];      and so on
+    both = lora_fx::stacked_mm(x, [W_g, A_g, W_u, A_u])         [M, N + R + N + R]
+    gate = both[:, :N];  h_g = both[:, N : N + R];              and so on
 
-Done on a GPU once forward and backward are apart, where R more columns take less time than h by itself
-(:func:`lora_fx.passes.kernels.beside.pays`); and where autograd keeps neither base nor h, so without gradients or in a
-checkpoint: what it keeps would be a part of ``both``, with gaps between its rows. The user's hooks may give that back
-without them (``save_on_cpu``), and backward would read what is not there. Not where Inductor is to tune large products
-or to pipeline them with collectives, which it does with those that it knows.
+Done on a GPU once forward and backward are apart, where it takes less time
+(:func:`lora_fx.passes.kernels.beside.pays_together`), or for each by itself, ``stacked_mm(x, [W, A])``, where R more
+columns take less than h alone (:func:`lora_fx.passes.kernels.beside.pays`) and what reads y computes on. And where
+autograd does not keep the base: that would be a part of ``both``, with gaps between its rows, which the user's hooks
+may give back without them (``save_on_cpu``), so that backward would read what is not there. It is given a copy of h.
+Not where Inductor is to tune large products or to pipeline them with collectives, which it does with those that it
+knows.
 
-Tried, and not kept: in training as well, with gaps and all. Of 8192 tokens (Llama-3-8B, rank 16, an H200) gate and up
-take 13 us less each and no kernel makes h, for 27; of the step's 13,100 us.
+Tried, and not kept: in training for gate and up as well, each with its gaps. Of 8192 tokens (Llama-3-8B, rank 16, an
+H200) they take 13 us less each and no kernel makes h, for 27; of the step's 13,100 us.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from lora_fx.passes._torch import detect_fake_mode, inductor_config, stable_topo
 from lora_fx.passes.graph import (
     MM,
     aten,
+    is_alias,
     is_beside_factor,
     is_call,
     is_sum,
@@ -62,16 +65,30 @@ def show(site: Site) -> None:
         turned.args = (turned.args[0], [1, -2])
 
 
+def is_beside_weight(turned: Any) -> bool:
+    """Whether a node is a weight as :func:`show` has transposed it."""
+    return is_call(turned, aten.permute.default) and list(turned.args[1]) == [1, -2]
+
+
 @dataclass(frozen=True)
 class Pair:
     """A branch's h, rows of a product of stacked factors or all of it, and the product that can compute it."""
 
+    total: Node
+    """The sum of both parts of y."""
     large: Node
+    weight: Node
     down: Node
     """The product of x with A, or with the factors of siblings."""
     start: int
     """The column of it that h begins at."""
     a: Node
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """N, K and R."""
+        n, k = shape(self.weight)
+        return int(n), int(k), int(shape(self.a)[0])
 
 
 def join(graph: Graph) -> Iterator[tuple[Node, Exception]]:
@@ -81,14 +98,14 @@ def join(graph: Graph) -> Iterator[tuple[Node, Exception]]:
         return
     before, place = Snapshot(graph), next(iter(graph.find_nodes(op="output")))
     try:
-        groups: dict[Node, list[Pair]] = {}
+        found: dict[Node, list[Pair]] = {}
         for node in graph.nodes:
             if (pair := _pair(node)) is not None:
-                groups.setdefault(pair.down, []).append(pair)
-        for down, pairs in groups.items():
-            if _covers(down, pairs):
+                found.setdefault(pair.down, []).append(pair)
+        for down, pairs in found.items():
+            for group in _groups(down, sorted(pairs, key=lambda pair: pair.start)):
                 place = down
-                _rewrite(down, pairs)
+                _rewrite(down, group)
         if place.op != "output":
             stable_topological_sort(graph)
             graph.eliminate_dead_code()
@@ -98,18 +115,17 @@ def join(graph: Graph) -> Iterator[tuple[Node, Exception]]:
 
 
 def _pair(node: Node) -> Pair | None:
-    """The h and the large product of the branch whose sum ``node`` is, if all that reads it computes from it.
-
-    Where the sum is written, a large product adds itself to the branch's: that rounds once what this would round twice.
-    """
-    up = (
-        next((u for a in node.args[:2] if is_call(u := peel_views(a), operators.scaled_mm)), None)
-        if is_sum(node)
-        else None
-    )
-    if up is None:
-        return None
-    large, h = next(peel_views(a) for a in node.args[:2] if peel_views(a) is not up), peel_views(up.args[0])
+    """The h and the large product of the branch whose sum ``node`` is."""
+    large: Any
+    if is_call(node, operators.accumulate):
+        large, up = peel_views(node.args[0]), node
+        h = peel_views(node.args[1])
+    else:
+        ups = [u for a in node.args[:2] if is_call(u := peel_views(a), operators.scaled_mm)] if is_sum(node) else []
+        if not ups:
+            return None
+        up = ups[0]
+        large, h = next(peel_views(a) for a in node.args[:2] if peel_views(a) is not up), peel_views(up.args[0])
     found = h
     if is_call(h, aten.slice.Tensor) and h.args[1:2] == (1,):
         found = peel_views(h.args[0])
@@ -122,9 +138,7 @@ def _pair(node: Node) -> Pair | None:
         return None
     start = h.args[2] if found is not h else 0
     a = _factor_at(start, factor)
-    if a is None or not _fits(large, weight, a) or not _is_computed_on(node):
-        return None
-    return Pair(large, found, start, a)
+    return Pair(node, large, weight, found, start, a) if a is not None and _fits(large, weight, a) else None
 
 
 def _factor_at(column: Any, factor: Node) -> Node | None:
@@ -139,29 +153,37 @@ def _untransposed(node: Any) -> Node | None:
 
 
 def _fits(large: Node, weight: Node, a: Node) -> bool:
-    """Whether the product of x with a weight and with a factor is one that is worth it."""
-    sizes = (*shape(weight), *shape(a))
+    """Whether a product of x with a weight and with a factor could be one."""
     if a.op != "placeholder" or not is_half(large) or val(large).device.type != "cuda":
         return False
     if val(weight).dtype != val(large).dtype or val(a).dtype != val(large).dtype:
         return False
-    return all(isinstance(size, int) for size in sizes) and beside.pays(shape(large)[0], *map(int, sizes[:3]))
+    return all(isinstance(size, int) for size in (*shape(weight), *shape(a)))
 
 
-def _is_computed_on(total: Node) -> bool:
-    """Whether the sum of a base and its branch goes into other values before any is written."""
-    columns = int(shape(total)[-1])  # N of a weight
-    return all(can_compute(r, columns) and not is_left_to_norm(r, peel_views(total)) for r in readers(total))
-
-
-def _covers(down: Node, pairs: list[Pair]) -> bool:
-    """Whether large products can compute all of a product with factors, each a part, and autograd keeps none of it."""
-    if sum(shape(pair.a)[0] for pair in pairs) != shape(down)[1]:  # some are missing, or read twice
-        return False
+def _groups(down: Node, pairs: list[Pair]) -> list[list[Pair]]:
+    """What should be one product each: all siblings, every one by itself, or none."""
     places = {place for pair in pairs for place in _places(down, pair)}
-    if any(user not in places for user in down.users if down not in places):
-        return False
-    return not any(goes_out(node) for node in (*places, *(pair.large for pair in pairs)))
+    # Some are missing or read twice, or somebody else reads h.
+    if sum(shape(pair.a)[0] for pair in pairs) != shape(down)[1]:
+        return []
+    if any(user not in places for user in down.users if down not in places) or any(goes_out(p.large) for p in pairs):
+        return []
+    rows = shape(down)[0]
+    if len(pairs) > 1 and beside.pays_together(rows, max(pair.sizes[2] for pair in pairs)):
+        return [pairs]
+    alone = all(beside.pays(rows, *pair.sizes) and _is_computed_on(pair) for pair in pairs)
+    return [[pair] for pair in pairs] if alone and not any(map(goes_out, places)) else []
+
+
+def _is_computed_on(pair: Pair) -> bool:
+    """Whether the sum of a base and its branch goes into other values before any is written.
+
+    Where the sum is written, a large product adds itself to the branch's: that rounds once what this would round twice.
+    """
+    total, columns = pair.total, pair.sizes[0]
+    alone = all(can_compute(r, columns) and not is_left_to_norm(r, peel_views(total)) for r in readers(total))
+    return alone and is_sum(total)
 
 
 def _places(down: Node, pair: Pair) -> list[Node]:
@@ -177,16 +199,32 @@ def _places(down: Node, pair: Pair) -> list[Node]:
 
 
 def _rewrite(down: Node, pairs: list[Pair]) -> None:
+    """One product for all ``pairs``, of which there is one or those of all siblings."""
+    first = pairs[0].large
     with detect_fake_mode([val(down)]):
+        rows = [part for pair in pairs for part in (pair.weight, pair.a)]
+        both = _emit(first, operators.stacked_mm, first.args[0], rows)
+        start, hs = 0, []
         for pair in pairs:
-            large, (n, rank) = pair.large, (shape(pair.large)[1], shape(pair.a)[0])
-            both = _emit(large, operators.stacked_mm, large.args[0], _untransposed(large.args[1]), pair.a)
-            base = _emit(large, aten.slice.Tensor, both, 1, 0, n)
-            h = _emit(large, aten.slice.Tensor, both, 1, n, n + rank)
+            n, _, rank = pair.sizes
+            base = _emit(first, aten.slice.Tensor, both, 1, start, start + n)
+            hs.append(_emit(first, aten.slice.Tensor, both, 1, start + n, start + n + rank))
+            start += n + rank
+            pair.large.replace_all_uses_with(base)
+        kept = [place for pair in pairs for place in _places(down, pair) if goes_out(place)]
+        stack = _emit(first, aten.cat.default, hs, 1) if kept else None
+        for pair, h in zip(pairs, hs):
             for place in _places(down, pair):
+                if stack is not None and place in kept:
+                    copy = _emit(first, aten.slice.Tensor, stack, 1, pair.start, pair.start + pair.sizes[2])
+                    place.replace_all_uses_with(copy, delete_user_cb=_leads_out)
                 place.replace_all_uses_with(h)
-            large.replace_all_uses_with(base)
-            large.graph.erase_node(large)
+    for pair in pairs:
+        pair.large.graph.erase_node(pair.large)
+
+
+def _leads_out(user: Node) -> bool:
+    return user.op == "output" or (is_alias(user) and goes_out(user))
 
 
 def _emit(like: Node, target: Any, *args: Any, **kwargs: Any) -> Node:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from lora_fx.passes import tile_joint, tile_outputs, tile_pairs, tile_stacks, tile_sums
+from lora_fx.passes import sibling_gradients, tile_joint, tile_outputs, tile_pairs, tile_stacks, tile_sums
 from lora_fx.passes._torch import auto_functionalized, detect_fake_mode, stable_topological_sort
 from lora_fx.passes.graph import (
     CONVERT,
@@ -90,6 +90,8 @@ def _cut(graph: Graph, output: Node, choose: Choose, failures: list[tuple[Node, 
             graph.eliminate_dead_code()
             tile_outputs.settle(graph)
             tile_joint.join(graph)
+    with _undone(graph, output, failures):
+        sibling_gradients.settle(graph)
 
 
 class _TornError(Exception):

@@ -32,6 +32,7 @@ from lora_fx.passes import (
     recompute_input,
     row_order,
     scatter_low_rank,
+    sibling_gradients,
     stack_siblings,
     unflatten_products,
     widen,
@@ -257,6 +258,8 @@ class LoweringStage(Stage):
             for step, lower in (
                 # Before regions are cut, which take h with what they make of it.
                 ("beside", beside.join),
+                # While g has no program: theirs would write what this makes by the way.
+                ("sibling_gradients", sibling_gradients.join),
                 ("tile", fuse_tiles.cut),
                 ("lowering", lowering.lower),
                 ("unflatten", unflatten_products.unflatten),

@@ -75,7 +75,7 @@ def accumulate(graph: Graph) -> None:
         if _is_small(node) and _is_large(peel_views(node.args[0]), node):
             _expand(node)
     for product in [node for node in graph.find_nodes(op="call_function", target=MM) if _is_small(node)]:
-        larges, beta = _large_terms(product), operators.beta_for(val(product).dtype)
+        larges, beta = large_terms(product), operators.beta_for(val(product).dtype)
         if larges and beta != 1.0:
             product = _share(product, beta ** -len(larges))
         for place, large in enumerate(larges, 1):
@@ -108,7 +108,7 @@ def _expand(node: Node) -> None:
     node.graph.erase_node(node)
 
 
-def _large_terms(product: Node) -> list[Node]:
+def large_terms(product: Node) -> list[Node]:
     """The large products that are added to ``product``, and read by nobody else; that with most work first."""
     total, top = None, product
     while len(top.users) == 1 and (is_row_view(user := next(iter(top.users))) or _adds_alike(user)):
@@ -187,20 +187,27 @@ def _accumulate(base: Node, a: Any, b: Any, *, beta: float, alpha: float, like: 
 def _rewrite(product: Node, large: Node, beta: float, alpha: float) -> Node:
     """``alpha * large`` accumulates into ``beta * product``, whose place in the sum falls away; gives the result."""
     graph = product.graph
-    leaf = product
-    while is_row_view(user := next(iter(leaf.users))):
-        leaf = user
-    (total,) = leaf.users
     a, b = large.args[:2]
+    drop(product, stays=True)
     with graph.inserting_before(large):
         result = _accumulate(product, a, b, beta=beta, alpha=alpha, like=large)
     large.replace_all_uses_with(result)
     graph.erase_node(large)
+    return result
+
+
+def drop(term: Node, stays: bool = False) -> None:
+    """Take a term, which nobody else reads, out of the sum that it is in, and out of the graph unless it ``stays``."""
+    graph, leaf = term.graph, term
+    while is_row_view(user := next(iter(leaf.users))):
+        leaf = user
+    (total,) = leaf.users
     rest = total.args[1] if total.args[0] is leaf else total.args[0]
     assert isinstance(rest, Node)
     total.replace_all_uses_with(rest)
     graph.erase_node(total)
-    while leaf is not product:
+    while leaf is not term:
         leaf, gone = leaf.args[0], leaf  # type: ignore[assignment]  # a view of a node
         graph.erase_node(gone)
-    return result
+    if not stays:
+        graph.erase_node(term)

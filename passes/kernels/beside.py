@@ -34,6 +34,7 @@ and 297 of rows without, where by itself it takes 295 of either.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from typing import Any
 
@@ -65,6 +66,28 @@ def pays(m: Any, n: int, k: int, rank: int) -> bool:
     return few and m >= 16
 
 
+def pays_together(m: Any, rank: int) -> bool:
+    """Whether one product should make y and h of siblings, instead of one for each y and one for all h.
+
+    By the table of :mod:`lora_fx.passes.tile_stacks`, and with few tokens by this one: microseconds on an H200 (K 4096,
+    R 16, CUDA graphs, weights not in the cache) of the products of the weights alone, of those and one of h, of
+    ``stacked_mm`` for each, and for all::
+
+        siblings   M      frozen   and h   each    together
+        q, k, v    1        28.3    36.0    28.9       16.1
+        q, k, v    16       29.3    37.3    29.8       16.3
+        q, k, v    64       28.5    36.1    30.2       16.6
+        q, k, v    512      51.6    60.9    51.2       38.3
+        q, k, v    2048    163.5   169.5   162.4      155.7
+        gate, up   1        60.4    66.8    61.5       56.2
+        gate, up   16       64.6    71.3    60.5       60.7
+        gate, up   64       65.9    72.7    66.1       60.6
+        gate, up   512     212.7   207.9   174.6      198.3
+        gate, up   2048    727.9   737.5   739.7      706.9
+    """
+    return rank <= HIGH_RANK or (isinstance(m, int) and m <= MANY_ROWS)
+
+
 def are_beside(weight: Tensor, a: Tensor) -> bool:
     """Whether ``a``, [R, K], begins where ``weight``, [N, K], ends."""
     alike = weight.dtype == a.dtype and weight.device == a.device and weight.shape[1] == a.shape[1]
@@ -72,28 +95,79 @@ def are_beside(weight: Tensor, a: Tensor) -> bool:
     return alike and whole and a.data_ptr() == weight.data_ptr() + weight.numel() * weight.itemsize
 
 
-def stacked_mm(x: Tensor, weight: Tensor, a: Tensor) -> Tensor:
-    """``[x weight^T, x a^T]``: x [M, K], weight [N, K], a [R, K]; gives [M, N + R], with gaps between its rows.
+def stacked_mm(x: Tensor, rows: list[Tensor]) -> Tensor:
+    """``x [rows_1; rows_2; ...]^T``: x [M, K], rows [N_i, K] each, weights and factors; gives [M, sum of N], with gaps.
 
-    Where the two do not lie together any more, as after a move of one of them, it is two products, and the log says so.
+    A product for all rows that lie one behind the other in memory. If a factor does not lie behind its weight any more,
+    as after a move of one of them, the log says so.
     """
-    n, rank = weight.shape[0], a.shape[0]
-    out = _memory(x, n + rank)
-    if are_beside(weight, a):
-        both = _both(weight.data_ptr(), n + rank, weight.shape[1], weight.dtype, weight.device)
-        torch.mm(x, both.t(), out=out)
-    else:
-        _say_once()
-        torch.mm(x, weight.t(), out=out[:, :n])
-        torch.mm(x, a.t(), out=out[:, n:])
+    out, start = _memory(x, sum(len(part) for part in rows)), 0
+    for part in _together(rows):
+        torch.mm(x, part.t(), out=out[:, start : start + len(part)])
+        start += len(part)
     return out
 
 
-def stacked_mm_fake(x: Tensor, weight: Tensor, a: Tensor) -> Tensor:
+def stacked_mm_fake(x: Tensor, rows: list[Tensor]) -> Tensor:
     """The result without values."""
-    torch._check(x.dim() == weight.dim() == a.dim() == 2, lambda: f"{x.shape}, {weight.shape} and {a.shape}")
-    torch._check(x.shape[1] == weight.shape[1] == a.shape[1], lambda: f"{x.shape}, {weight.shape} and {a.shape}")
-    return _memory(x, weight.shape[0] + a.shape[0])
+    sizes = [part.shape for part in rows]
+    torch._check(all(size[1] == x.shape[1] for size in sizes), lambda: f"{x.shape} and {sizes}")
+    return _memory(x, sum(part.shape[0] for part in rows))
+
+
+def joined_mm(both: Tensor, rows: list[Tensor]) -> Tensor:
+    """``both [rows_1; rows_2; ...]``: both [M, sum of N], rows [N_i, K] each; gives [M, K].
+
+    As :func:`stacked_mm`; where several products are needed, each adds itself to those before.
+    """
+    out, start = both.new_empty(both.shape[0], rows[0].shape[1]), 0
+    for part in _together(rows):
+        columns = both[:, start : start + len(part)]
+        if start == 0:
+            torch.mm(columns, part, out=out)
+        else:
+            out.addmm_(columns, part)
+        start += len(part)
+    return out
+
+
+def joined_mm_fake(both: Tensor, rows: list[Tensor]) -> Tensor:
+    """The result without values."""
+    inner = sum(part.shape[0] for part in rows)
+    torch._check(both.shape[1] == inner, lambda: f"{both.shape} and {inner} rows")
+    return both.new_empty(both.shape[0], rows[0].shape[1])
+
+
+def side_by_side(parts: list[Tensor], starts: list[int], columns: int) -> Tensor:
+    """Matrices [M, N_i] as the columns of one [M, columns] that begin at ``starts``; others hold anything."""
+    # Not anything, here: oneDNN (of torch 2.13, with AMX) multiplies what lies behind a row's end by zero.
+    out = parts[0].new_zeros(parts[0].shape[0], columns)
+    put_(out, parts, starts)
+    return out
+
+
+def side_by_side_fake(parts: list[Tensor], starts: list[int], columns: int) -> Tensor:
+    """The result without values."""
+    return parts[0].new_empty(parts[0].shape[0], columns)
+
+
+def put_(target: Tensor, parts: list[Tensor], starts: list[int]) -> None:
+    """Write matrices [M, N_i] over the columns of ``target`` that begin at ``starts``."""
+    for part, start in zip(parts, starts, strict=True):
+        target[:, start : start + part.shape[1]].copy_(part)
+
+
+def _together(rows: list[Tensor]) -> list[Tensor]:
+    """As few matrices as have those rows, each of those that lie one behind the other."""
+    runs = [[rows[0]]]
+    for part, after in itertools.pairwise(rows):
+        if are_beside(part, after):
+            runs[-1].append(after)
+        else:
+            runs.append([after])
+    if 2 * len(runs) > len(rows):
+        _say_once()
+    return [run[0] if len(run) == 1 else _both(run[0], sum(len(part) for part in run)) for run in runs]
 
 
 def _memory(x: Tensor, columns: int) -> Tensor:
@@ -101,9 +175,13 @@ def _memory(x: Tensor, columns: int) -> Tensor:
     return x.new_empty_strided((x.shape[0], columns), (width, 1))
 
 
+def _both(first: Tensor, height: int) -> Tensor:
+    return _seen(first.data_ptr(), height, first.shape[1], first.dtype, first.device)
+
+
 # It owns nothing: whoever gets it has tensors that do, at the same address.
 @functools.lru_cache(maxsize=8192)
-def _both(address: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _seen(address: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return at_address(address, (rows, columns), dtype, device)
 
 

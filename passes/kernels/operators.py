@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_fx.passes._torch import lower_as_donated, lower_with, read_from_memory
+from lora_fx.passes._torch import (
+    lower_as_donated,
+    lower_with,
+    put_into,
+    read_from_memory,
+    side_by_side_in_memory,
+)
 from lora_fx.passes.kernels import beside, dropout, native, tile_program, wide
 
 _library = torch.library.Library("lora_fx", "DEF")
@@ -27,7 +33,10 @@ for _schema in (
     "sum_parts(Tensor[] parts, Tensor?[] scales, ScalarType dtype, bool stacked=False) -> Tensor[]",
     "sum_expert_parts(Tensor parts, Tensor ends, int rows, Tensor? scale, ScalarType dtype) -> Tensor",
     "donated(Tensor saved, SymInt[] size) -> Tensor",
-    "stacked_mm(Tensor x, Tensor weight, Tensor a) -> Tensor",
+    "stacked_mm(Tensor x, Tensor[] rows) -> Tensor",
+    "joined_mm(Tensor both, Tensor[] rows) -> Tensor",
+    "side_by_side(Tensor[] parts, int[] starts, int columns) -> Tensor",
+    "put_(Tensor(a!) target, Tensor[] parts, int[] starts) -> ()",
     "wide_mm(Tensor xh, Tensor weight, Tensor b, Tensor? scale, str side) -> Tensor",
 ):
     _tags = [torch.Tag.pt2_compliant_tag]
@@ -200,7 +209,9 @@ def teach_inductor() -> None:
     lower_with(tile_, _lower_tile)
     lower_with(sum_parts, _lower_sum_parts)
     lower_with(sum_expert_parts, _lower_sum_expert_parts)
-    products = [stacked_mm, wide_mm, accumulate_, scaled_mm, gradient_pair, float_mm]
+    lower_with(side_by_side, side_by_side_in_memory)
+    lower_with(put_, put_into)
+    products = [stacked_mm, joined_mm, wide_mm, accumulate_, scaled_mm, gradient_pair, float_mm]
     read_from_memory([*products, tile_, sum_parts, sum_expert_parts])
 
 
@@ -235,6 +246,12 @@ def _donated(saved: Tensor, size: list[int | torch.SymInt]) -> Tensor:
 
 _library.impl("stacked_mm", beside.stacked_mm, "CompositeExplicitAutograd")
 torch.library.register_fake("lora_fx::stacked_mm", beside.stacked_mm_fake, lib=_library)
+_library.impl("joined_mm", beside.joined_mm, "CompositeExplicitAutograd")
+torch.library.register_fake("lora_fx::joined_mm", beside.joined_mm_fake, lib=_library)
+_library.impl("side_by_side", beside.side_by_side, "CompositeExplicitAutograd")
+torch.library.register_fake("lora_fx::side_by_side", beside.side_by_side_fake, lib=_library)
+_library.impl("put_", beside.put_, "CompositeExplicitAutograd")
+torch.library.register_fake("lora_fx::put_", lambda target, parts, starts: None, lib=_library)
 _library.impl("wide_mm", wide.wide_mm, "CompositeExplicitAutograd")
 torch.library.register_fake("lora_fx::wide_mm", wide.wide_mm_fake, lib=_library)
 _library.impl("keep", dropout.keep_eager, "CompositeExplicitAutograd")
@@ -336,4 +353,7 @@ sum_parts = torch.ops.lora_fx.sum_parts.default
 sum_expert_parts = torch.ops.lora_fx.sum_expert_parts.default
 donated = torch.ops.lora_fx.donated.default
 stacked_mm = torch.ops.lora_fx.stacked_mm.default
+joined_mm = torch.ops.lora_fx.joined_mm.default
+side_by_side = torch.ops.lora_fx.side_by_side.default
+put_ = torch.ops.lora_fx.put_.default
 wide_mm = torch.ops.lora_fx.wide_mm.default

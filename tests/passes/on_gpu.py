@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 from torch.fx.node import Argument, Target
 
-from lora_fx.passes import beside, fuse_tiles, pipeline
+from lora_fx.passes import beside, fuse_tiles, pipeline, sibling_gradients
 from lora_fx.passes.kernels import dropout, lowering, operators
 from lora_fx.passes.kernels.tile_program import Program, Tile, split
 from lora_fx.passes.printer import graph_text
@@ -88,7 +88,8 @@ class OnGpu(CustomGraphPass):
 def lower(graph: Graph, choose: fuse_tiles.Choose = one_tile) -> None:
     """As `LoweringStage`, with one tile for all."""
     operators.teach_inductor()
-    for node, error in (*beside.join(graph), *fuse_tiles.cut(graph, choose), *lowering.lower(graph)):
+    joined = (*beside.join(graph), *sibling_gradients.join(graph))
+    for node, error in (*joined, *fuse_tiles.cut(graph, choose), *lowering.lower(graph)):
         raise AssertionError(f"{node.format_node()} was left as it was") from error
 
 

@@ -290,12 +290,12 @@ def operands(dtype: torch.dtype = bf16) -> tuple[Tensor, Tensor, Tensor]:
 def test_the_operator(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
     given, weight, a = operands(dtype)
     assert beside.are_beside(weight, a)
-    both = operators.stacked_mm(given, weight, a)
+    both = operators.stacked_mm(given, [weight, a])
     assert both.shape == (20, N + R) and both.stride() == (192, 1)
     exact = torch.cat([given.double() @ weight.double().t(), given.double() @ a.double().t()], 1)
     torch.testing.assert_close(both.double(), exact, rtol=2e-2, atol=2e-2)
     assert not caplog.messages
-    torch.library.opcheck(operators.stacked_mm, (given, weight, a), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(operators.stacked_mm, (given, [weight, a]), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_the_operator_where_they_lie_apart(caplog: pytest.LogCaptureFixture) -> None:
@@ -305,7 +305,7 @@ def test_the_operator_where_they_lie_apart(caplog: pytest.LogCaptureFixture) -> 
     with caplog.at_level(logging.WARNING, "lora_fx.passes"):
         for _ in range(2):
             torch.testing.assert_close(
-                operators.stacked_mm(given, weight.clone(), a.clone()), operators.stacked_mm(given, weight, a)
+                operators.stacked_mm(given, [weight.clone(), a.clone()]), operators.stacked_mm(given, [weight, a])
             )
     assert len(caplog.messages) == 1 and "before lora_fx.compile" in caplog.messages[0]
 
@@ -316,7 +316,7 @@ def test_an_address_that_others_have_by_now() -> None:
     for _ in range(2):
         given = torch.randn(20, K, dtype=bf16)
         weight, a = (part.detach() for part in memory.split([N, R]))
-        both = operators.stacked_mm(given, weight, a)
+        both = operators.stacked_mm(given, [weight, a])
         torch.testing.assert_close(both, torch.cat([given @ weight.t(), given @ a.t()], 1))
         # Another owner of the same place, as an allocator has them.
         memory = torch.from_dlpack(memory)

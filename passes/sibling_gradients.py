@@ -1,0 +1,259 @@
+"""One product for the dX of siblings, whose weights and factors lie one behind the other in memory.
+
+Before, in the backward graph of q, k and v (M tokens, N out of each, K in, R rank)::
+
+    g  = cat([g_q, g_k, g_v])                                      of the pairs g_q, dB_q = gradient_pair(dq, ...)
+    dX = mm(dq, W_q) + mm(dk, W_k) + mm(dv, W_v) + mm(g, cat([A_q, A_k, A_v]))
+
+After (:func:`join`), before regions are cut, which would make a program of the last product::
+
+    both = cat([dq, g[:, :R], dk, g[:, R:2R], dv, g[:, 2R:]])      [M, sum of N + R]
+    dX   = lora_fx::joined_mm(both, [W_q, A_q, W_k, A_k, W_v, A_v])
+
+and (:func:`settle`), when they are, with nothing of the size of dq copied that a kernel of Inductor's computes::
+
+    room = lora_fx::side_by_side([dq, dk, dv], columns...)         written there by what computes them
+    g    = ...                                                     the pairs read dq, dk and dv there
+    both = lora_fx::put_(room, [g...], columns...)
+    dX   = lora_fx::joined_mm(both, [W_q, A_q, W_k, A_k, W_v, A_v])
+
+Every other form makes a matrix [M, K] for each term and adds them up, or has one product add itself to what the one
+before has written. For times see :mod:`lora_fx.passes.tile_stacks`. And it rounds once.
+
+Not where a kernel of ours computes what is multiplied, as with gate and up of a SwiGLU: it writes over what it reads.
+Nor where more than a third of the columns would be copied. v's gradient is, which attention writes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from lora_fx.passes._torch import auto_functionalized, detect_fake_mode, inductor_config, stable_topological_sort
+from lora_fx.passes.beside import is_beside_weight
+from lora_fx.passes.graph import (
+    MM,
+    aten,
+    is_alias,
+    is_call,
+    is_pointwise,
+    is_row_view,
+    is_tensor,
+    is_transpose,
+    peel_views,
+    shape,
+    val,
+)
+from lora_fx.passes.kernels import operators
+from lora_fx.passes.kernels.beside import ALIGNED
+from lora_fx.passes.site import MARK
+from lora_fx.passes.snapshot import Snapshot
+from lora_fx.passes.tile_copies import descendants
+from lora_fx.passes.tile_nodes import is_half, makes
+from lora_fx.passes.tile_stacks import drop, large_terms
+
+MOST_COPIED = 1 / 3
+"""The part of the columns that may have to be copied."""
+
+
+@dataclass(frozen=True)
+class Sibling:
+    """One linear's share of dX."""
+
+    large: Node
+    """dy times the weight."""
+    dy: Node
+    """[M, N]."""
+    weight: Node
+    factor: Node
+    columns: int
+    """N."""
+
+
+def join(graph: Graph) -> Iterator[tuple[Node, Exception]]:
+    """Rewrite every such sum of ``graph``; where that fails, the graph is what it was, and gives where and why."""
+    config = inductor_config()
+    if config.max_autotune or config.max_autotune_gemm or config._micro_pipeline_tp:
+        return
+    before, place = Snapshot(graph), graph.output_node()
+    try:
+        changed = False
+        for product in graph.find_nodes(op="call_function", target=MM):
+            if product.meta.get(MARK) and (siblings := _siblings(product)):
+                place, changed = product, True
+                _join(product, siblings)
+        if changed:
+            stable_topological_sort(graph)
+            graph.eliminate_dead_code()
+    except Exception as error:
+        before.restore()
+        yield place, error
+
+
+def _siblings(product: Node) -> list[Sibling]:
+    """Whose dX the sum is that a product of g with a stack of factors is in; nobody's, where it must stay as it is."""
+    stack: Any = product.args[0]
+    factors: Any = product.args[1]
+    if not (is_call(stack, aten.cat.default) and is_call(factors, aten.cat.default)):
+        return []
+    if val(product).device.type != "cuda" or not is_half(product) or len(stack.args[0]) != len(factors.args[0]):
+        return []
+    gs, each = stack.args[0], factors.args[0]
+    larges = large_terms(product)
+    found = [_sibling(g, factor, larges) for g, factor in zip(gs, each, strict=True)]
+    siblings = [sibling for sibling in found if sibling is not None]
+    if len(siblings) < len(found) or len({sibling.large for sibling in siblings}) < len(found):
+        return []
+    copied = sum(s.columns for s in siblings if not _is_pointwise(s.dy))
+    if copied > MOST_COPIED * sum(s.columns for s in siblings):
+        return []
+    return [] if any(_is_from_a_product(s.dy) for s in siblings) else siblings
+
+
+def _sibling(g: Any, factor: Any, larges: list[Node]) -> Sibling | None:
+    pair: Any = g.args[0] if is_call(g, operator.getitem) and g.args[1] == 0 else None
+    if not is_call(pair, operators.gradient_pair) or factor.op != "placeholder":
+        return None
+    large = next((each for each in larges if peel_views(each.args[0]) is peel_views(pair.args[0])), None)
+    weight = None if large is None else _weight(large.args[1])
+    if large is None or weight is None or val(factor).dtype != val(weight).dtype:
+        return None
+    sizes = (n, k, rank, inner) = (*shape(weight), *shape(factor))
+    if not all(isinstance(size, int) and size % 8 == 0 for size in sizes):
+        return None
+    dy: Any = large.args[0]
+    fits = k == inner == shape(large)[1] and n == shape(dy)[1] and rank == shape(g)[1]
+    return Sibling(large, dy, weight, factor, int(n)) if fits else None
+
+
+def _weight(turned: Any) -> Node | None:
+    """The weight that dy is multiplied by, of which a product of the forward graph has the transpose."""
+    if not is_transpose(turned) or not is_beside_weight(turned.args[0]):
+        return None
+    weight: Node = turned.args[0].args[0]
+    return weight if weight.op == "placeholder" else None
+
+
+def _is_pointwise(node: Any) -> bool:
+    """Whether a kernel of Inductor's computes a value, which it can write anywhere."""
+    node = peel_views(node)
+    while is_tensor(node) and is_alias(node):
+        node = node.args[0]
+    return is_tensor(node) and (is_pointwise(node) or is_call(node, aten.cat.default))
+
+
+def _is_from_a_product(node: Any) -> bool:
+    """Whether pointwise operations lead to a value from a product, of which a kernel of ours may make one region."""
+    pending, seen = [node], {node}
+    while pending:
+        each = pending.pop()
+        if is_call(each, MM, operators.accumulate) or makes(each):
+            return True
+        if is_pointwise(each) or is_alias(each) or is_call(each, aten.cat.default):
+            new = [source for source in each.all_input_nodes if source not in seen and is_tensor(source)]
+            seen.update(new)
+            pending += new
+    return False
+
+
+def _join(product: Node, siblings: list[Sibling]) -> None:
+    last = siblings[0].large
+    stack: Any = product.args[0]
+    parts: list[Node] = []
+    with detect_fake_mode([val(product)]):
+        rows, start = [], 0
+        for sibling in siblings:
+            rank = int(shape(sibling.factor)[0])
+            g = _emit(product, aten.slice.Tensor, stack, 1, start, start + rank)
+            parts, start = [*parts, sibling.dy, g], start + rank
+            rows += [sibling.weight, sibling.factor]
+        both = _emit(product, aten.cat.default, parts, 1)
+        joined = _emit(product, operators.joined_mm, both, rows)
+    for term in (*(sibling.large for sibling in siblings[1:]), product):
+        drop(term)
+    last.replace_all_uses_with(joined)
+    joined.graph.erase_node(last)
+
+
+def settle(graph: Graph) -> None:
+    """Have what computes the gradients write them side by side, and what reads them read them there."""
+    changed = False
+    for joined in graph.find_nodes(op="call_function", target=operators.joined_mm):
+        both: Any = joined.args[0]
+        if is_call(both, aten.cat.default) and len(both.users) == 1:
+            changed |= _settle(joined, both)
+    if changed:
+        stable_topological_sort(graph)
+        graph.eliminate_dead_code()
+
+
+def _settle(joined: Node, both: Node) -> bool:
+    parts: Any = both.args[0]
+    widths = [int(shape(part)[1]) for part in parts]
+    starts = [*itertools.accumulate(widths, initial=0)]
+    first, later = parts[::2], parts[1::2]  # gradients, and what is computed of them
+    waiting = {node for part in first for reader in _readers(part, both) for node in (reader, *descendants(reader))}
+    if any(part in waiting or peel_views(part) in waiting for part in first):
+        return False
+    columns = -(-starts[-1] // ALIGNED) * ALIGNED
+    with detect_fake_mode([val(joined)]):
+        room = _emit(both, operators.side_by_side, list(first), starts[:-1:2], columns)
+        for part, start, width in zip(first, starts[::2], widths[::2]):
+            _read_there(part, _emit(both, aten.slice.Tensor, room, 1, start, start + width), (room, both))
+        value = torch.empty_like(val(room))
+        operands: Any = {"target": room, "parts": list(later), "starts": starts[1:-1:2]}
+        with both.graph.inserting_before(both):
+            wrapper = both.graph.call_function(auto_functionalized, (operators.put_,), operands)
+            filled = both.graph.call_function(operator.getitem, (wrapper, 1))
+        for node, its in ((wrapper, (None, value)), (filled, value)):
+            node.meta.update(room.meta, val=its)
+        joined.update_arg(0, _emit(both, aten.slice.Tensor, filled, 1, 0, starts[-1]))
+    both.graph.erase_node(both)
+    return True
+
+
+def _readers(part: Node, both: Node) -> Iterator[Node]:
+    """What reads a gradient, seen in any shape, but for its place in ``both``."""
+    pending = [peel_views(part)]
+    while pending:
+        for user in pending.pop().users:
+            if is_row_view(user):
+                pending.append(user)
+            elif user is not both:
+                yield user
+
+
+def _read_there(part: Node, there: Node, but: tuple[Node, ...]) -> None:
+    """Have all that reads ``part``, in the shapes in which it is seen, read ``there``, but for some nodes."""
+    pending = [peel_views(part)]
+    while pending:
+        node = pending.pop()
+        users = [user for user in node.users if user not in but]
+        pending += [user for user in users if is_row_view(user)]
+        others = [user for user in users if not is_row_view(user)]
+        if others:
+            seen = there if len(shape(node)) == 2 else _emit(but[1], aten.reshape.default, there, _sizes(node, but[1]))
+            for user in others:
+                user.replace_input_with(node, seen)
+
+
+def _sizes(node: Node, like: Node) -> list[Any]:
+    return [
+        size if isinstance(size, int) else _emit(like, aten.sym_size.int, node, dim)
+        for dim, size in enumerate(shape(node))
+    ]
+
+
+def _emit(like: Node, target: Any, *args: Any) -> Node:
+    """A node before ``like``, with its value computed."""
+    with like.graph.inserting_before(like):
+        node = like.graph.call_function(target, args)
+    node.meta.update({name: item for name, item in like.meta.items() if name not in ("val", "tensor_meta", MARK)})
+    node.meta["val"] = target(*torch.fx.node.map_arg(args, val))
+    return node
