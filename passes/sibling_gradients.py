@@ -198,14 +198,19 @@ def _settle(joined: Node, both: Node) -> bool:
     widths = [int(shape(part)[1]) for part in parts]
     starts = [*itertools.accumulate(widths, initial=0)]
     first, later = parts[::2], parts[1::2]  # gradients, and what is computed of them
-    waiting = {node for part in first for reader in _readers(part, both) for node in (reader, *descendants(reader))}
-    if any(part in waiting or peel_views(part) in waiting for part in first):
+    reading = [[*_readers(part, both)] for part in first]
+    waiting = {node for found in reading for reader, _ in found for node in (reader, *descendants(reader))}
+    if any(part in waiting for part in first):
         return False
     columns = -(-starts[-1] // ALIGNED) * ALIGNED
     with detect_fake_mode([val(joined)]):
         room = _emit(both, operators.side_by_side, list(first), starts[:-1:2], columns)
-        for part, start, width in zip(first, starts[::2], widths[::2]):
-            _read_there(part, _emit(both, aten.slice.Tensor, room, 1, start, start + width), (room, both))
+        for found, start, width in zip(reading, starts[::2], widths[::2]):
+            there = _emit(both, aten.slice.Tensor, room, 1, start, start + width)
+            for reader, seen in found:
+                matrix = len(shape(seen)) == 2
+                view = there if matrix else _emit(both, aten.reshape.default, there, _sizes(seen, both))
+                reader.replace_input_with(seen, view)
         value = torch.empty_like(val(room))
         operands: Any = {"target": room, "parts": list(later), "starts": starts[1:-1:2]}
         with both.graph.inserting_before(both):
@@ -218,29 +223,16 @@ def _settle(joined: Node, both: Node) -> bool:
     return True
 
 
-def _readers(part: Node, both: Node) -> Iterator[Node]:
-    """What reads a gradient, seen in any shape, but for its place in ``both``."""
-    pending = [peel_views(part)]
-    while pending:
-        for user in pending.pop().users:
-            if is_row_view(user):
-                pending.append(user)
-            elif user is not both:
-                yield user
-
-
-def _read_there(part: Node, there: Node, but: tuple[Node, ...]) -> None:
-    """Have all that reads ``part``, in the shapes in which it is seen, read ``there``, but for some nodes."""
+def _readers(part: Node, both: Node) -> Iterator[tuple[Node, Node]]:
+    """What reads a gradient from memory, but for ``both``, and the view of it that it reads."""
     pending = [peel_views(part)]
     while pending:
         node = pending.pop()
-        users = [user for user in node.users if user not in but]
-        pending += [user for user in users if is_row_view(user)]
-        others = [user for user in users if not is_row_view(user)]
-        if others:
-            seen = there if len(shape(node)) == 2 else _emit(but[1], aten.reshape.default, there, _sizes(node, but[1]))
-            for user in others:
-                user.replace_input_with(node, seen)
+        for user in node.users:
+            if is_row_view(user):
+                pending.append(user)
+            elif user is not both and not is_pointwise(user):
+                yield user, node
 
 
 def _sizes(node: Node, like: Node) -> list[Any]:

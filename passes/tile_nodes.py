@@ -22,6 +22,7 @@ from lora_fx.passes.graph import (
     is_tensor,
     is_transpose,
     peel_views,
+    readers,
     shape,
     val,
 )
@@ -223,6 +224,12 @@ def goes_out(node: Node) -> bool:
 def is_part_of_stacked(node: Node) -> bool:
     """Whether ``node`` is the base's part, or h, of a product that has both (:mod:`lora_fx.passes.beside`)."""
     return is_call(node, aten.slice.Tensor) and is_call(node.args[0], operators.stacked_mm)
+
+
+def is_joined(node: Node) -> bool:
+    """Whether a kernel of Inductor's writes ``node`` beside others (:mod:`lora_fx.passes.sibling_gradients`)."""
+    stacks = [reader for reader in readers(node) if is_call(reader, aten.cat.default)]
+    return any(is_call(user, operators.joined_mm) for stack in stacks for user in stack.users)
 
 
 def _is_value(node: Any, columns: int) -> bool:

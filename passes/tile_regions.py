@@ -39,6 +39,7 @@ from lora_fx.passes.tile_nodes import (
     gradients_of,
     has_few_rows_of_tiles,
     is_half,
+    is_joined,
     is_reduction,
     makes,
     operand_kind,
@@ -126,7 +127,11 @@ def producers(source: Node, region: Region) -> set[Node] | None:
         node = pending.pop()
         if node in found or node in region.nodes:
             continue
-        if makes(node) and region.is_of(node):
+        if is_joined(node):
+            if node is source:
+                return None
+            loaded.add(node)
+        elif makes(node) and region.is_of(node):
             found.add(node)
         elif can_compute(node, region.columns) and not any(
             _depends_on_sum(a, node, region.columns) for a in operands_of(node)

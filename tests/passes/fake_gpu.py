@@ -224,6 +224,7 @@ def _runner(found: Recorded, code: str, device: str, interpret: bool) -> Callabl
     text = text.replace("torch.ops.higher_order.run_with_rng_state(", "_restoring(")
     text = text.replace("torch.ops.lora_fx.tile_.default(", "_tile(")
     text = text.replace("torch.ops.lora_fx.sum_parts.default(", "_sums(")
+    text = text.replace("torch.ops.lora_fx.joined_mm.default(", "_joined(")
 
     def called(operator: Any) -> Any:
         def call(*arguments: Any) -> Any:
@@ -245,6 +246,8 @@ def _runner(found: Recorded, code: str, device: str, interpret: bool) -> Callabl
         "_guard": contextlib.nullcontext(),
         "_tile": called(operators.tile_),
         "_sums": called(operators.sum_parts),
+        # oneDNN multiplies what lies behind the end of a row by zero, and it is not a number here.
+        "_joined": lambda both, rows: operators.joined_mm(both.contiguous(), rows),
     }
     exec(compile(text, "<inductor>", "exec"), space)
 

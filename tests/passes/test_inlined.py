@@ -307,20 +307,21 @@ else:
             (modules.Mlp, 160, 0.0),
             (modules.Block, 160, 0.0),
             (Wide, 160, 0.0),
+            (modules.Attention, 160, 0.0),
         ],
-        ids=["residual", "mlp with dropout", "mlp", "block", "mlp with h beside"],
+        ids=["residual", "mlp with dropout", "mlp", "block", "mlp with h beside", "attention, side by side"],
     )
     def test_what_inductor_launches_is_right(build: Any, tokens: int, dropout: float) -> None:
         """A step of training: all memory that Inductor gave to a kernel holds NaN until something is written there."""
         torch.manual_seed(0)
-        model, is_wide = build().to(torch.float16), build is Wide
-        lora_fx.install(model, lora_fx.LoRAConfig(rank=8 if is_wide else 4, alpha=8, dropout=dropout))
+        model, is_laid = build().to(torch.float16), build in (Wide, modules.Attention)
+        lora_fx.install(model, lora_fx.LoRAConfig(rank=8 if is_laid else 4, alpha=8, dropout=dropout))
         case = harness.Case("", build, 0, {}, shape=(2, tokens, 48), dtype=torch.float16, seeds=1)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_b" in name:
                     parameter.normal_(std=0.2)
-        if is_wide:
+        if is_laid:
             lay_beside(model, "cpu")
         forms: dict[bool, harness.Outcome] = {}
         for lowered in (True, False):
@@ -333,7 +334,11 @@ else:
                 function = torch.compile(model, backend=backend, dynamic=False, fullgraph=True)
                 forms[lowered] = harness.run(case, model, function, case.dtype)
             assert bool(found.ours) == lowered and bool(found.operators) != lowered
-            assert sum(code.count("lora_fx.stacked_mm.default(") for code in found.codes) == (4 if is_wide else 0)
+            # Of both, or all three, in forward; of a checkpoint once more, and of attention dX.
+            counts = [
+                sum(code.count(f"lora_fx.{n}.default(") for code in found.codes) for n in ("stacked_mm", "joined_mm")
+            ]
+            assert counts == {Wide: [2, 0], modules.Attention: [1, 1]}.get(build, [0, 0])
         # The operators run as ATen, and draw the same masks.
         for name in forms[True].tensors[0]:
             assert harness.error(forms[True].tensors, forms[False].tensors, name) < 4e-3, name
