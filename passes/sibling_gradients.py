@@ -14,7 +14,7 @@ and (:func:`settle`), when they are, with nothing of the size of dq copied that 
 
     room = lora_fx::side_by_side([dq, dk, dv], columns...)         written there by what computes them
     g    = ...                                                     the pairs read dq, dk and dv there
-    both = lora_fx::put_(room, [g...], columns...)
+    both = lora_fx::put_(room, [g...], columns...)                 or ``sum_parts_beside_``, which adds up their parts
     dX   = lora_fx::joined_mm(both, [W_q, A_q, W_k, A_k, W_v, A_v])
 
 Every other form makes a matrix [M, K] for each term and adds them up, or has one product add itself to what the one
@@ -211,16 +211,47 @@ def _settle(joined: Node, both: Node) -> bool:
                 matrix = len(shape(seen)) == 2
                 view = there if matrix else _emit(both, aten.reshape.default, there, _sizes(seen, both))
                 reader.replace_input_with(seen, view)
-        value = torch.empty_like(val(room))
-        operands: Any = {"target": room, "parts": list(later), "starts": starts[1:-1:2]}
-        with both.graph.inserting_before(both):
-            wrapper = both.graph.call_function(auto_functionalized, (operators.put_,), operands)
-            filled = both.graph.call_function(operator.getitem, (wrapper, 1))
-        for node, its in ((wrapper, (None, value)), (filled, value)):
-            node.meta.update(room.meta, val=its)
+        filled = _fill(both, room, list(later), starts[1:-1:2])
         joined.update_arg(0, _emit(both, aten.slice.Tensor, filled, 1, 0, starts[-1]))
     both.graph.erase_node(both)
     return True
+
+
+def _fill(like: Node, room: Node, parts: list[Node], starts: list[int]) -> Node:
+    """``room`` with ``parts`` in the columns that begin at ``starts``: by what adds them up, or a copy of each."""
+    value, sums = torch.empty_like(val(room)), _sums(parts)
+    operands: dict[str, Any]
+    if sums is None:
+        target, operands = operators.put_, {"target": room, "parts": parts, "starts": starts}
+    else:
+        added: Any = sums.args[0]
+        target = operators.sum_parts_beside_
+        operands = {"room": room, "parts": added.args[0], "scales": added.args[1], "starts": starts}
+    results = (None if sums is None else val(sums), value)
+    with like.graph.inserting_before(like):
+        wrapper = like.graph.call_function(auto_functionalized, (target,), operands)
+        stack, filled = (like.graph.call_function(operator.getitem, (wrapper, place)) for place in (0, 1))
+    for node, its in ((wrapper, results), (stack, results[0]), (filled, value)):
+        node.meta.update(room.meta, val=its)
+    if sums is None:
+        like.graph.erase_node(stack)
+    else:
+        sums.replace_all_uses_with(stack)
+    return filled
+
+
+def _sums(parts: list[Node]) -> Node | None:
+    """The sums side by side that ``parts`` are, all of them, if nobody has written them yet."""
+    stack: Any = parts[0].args[0]
+    added: Any = stack.args[0] if is_call(stack, operator.getitem) else None
+    if not is_call(added, operators.sum_parts) or added.args[3:] != (True,):
+        return None
+    ends = [*itertools.accumulate((int(shape(part)[1]) for part in parts), initial=0)]
+    whole = all(
+        is_call(part, aten.slice.Tensor) and part.args == (stack, 1, start, end)
+        for part, start, end in zip(parts, ends, ends[1:])
+    )
+    return stack if whole and ends[-1] == shape(stack)[1] and len(parts) == len(added.args[0]) else None
 
 
 def _readers(part: Node, both: Node) -> Iterator[tuple[Node, Node]]:

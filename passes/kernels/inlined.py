@@ -56,6 +56,30 @@ def sum_parts(parts: list[Any], scales: list[Any], dtype: torch.dtype, stacked: 
             return NotImplemented
         chunks = [slice(first, first + most) for first in range(0, len(parts), most)]
         return [total for chunk in chunks for total in sum_parts(parts[chunk], scales[chunk], dtype)]
+    return _sums(parts, scales, dtype, stacked)
+
+
+def sum_parts_beside(room: Any, parts: list[Any], scales: list[Any], starts: list[int]) -> Any:
+    """Lower ``sum_parts_beside_``: a launch that writes fresh memory and columns of ``room``."""
+    if len(parts) > MOST_ARGUMENTS // _FOR_A_SUM:
+        return NotImplemented
+    target = _torch.in_memory(room)
+    _, (pitch, step) = _torch.layout(target)
+    if step != 1 or not isinstance(pitch, int):
+        return NotImplemented
+    (stack,) = _sums(parts, scales, room.get_dtype(), True, {"room": target}, tuple(starts), pitch)
+    return stack
+
+
+def _sums(
+    parts: list[Any],
+    scales: list[Any],
+    dtype: torch.dtype,
+    stacked: bool,
+    beside: dict[str, Any] | None = None,
+    starts: tuple[int, ...] = (),
+    pitch: int = 0,
+) -> list[Any]:
     given = [_torch.in_memory(part) for part in parts]
     sizes = [_torch.layout(part)[0] for part in given]
     found = part_sums.launch(sizes, tuple(scale is not None for scale in scales), stacked)
@@ -63,9 +87,9 @@ def sum_parts(parts: list[Any], scales: list[Any], dtype: torch.dtype, stacked: 
     if found.blocks == 0:
         return outputs
     whole = [_torch.laid_out(part, tile_launch.contiguous(size)) for part, size in zip(given, sizes)]
-    written = [f"out{i}" for i in range(len(outputs))]
-    arguments = found.arguments(outputs, whole, scales)
-    function = part_sums.kernel(found.scaled, found.ranks)
+    written = [*(f"out{i}" for i in range(len(outputs))), *(beside or {})]
+    arguments = {**found.arguments(outputs, whole, scales), **(beside or {})}
+    function = part_sums.kernel(found.scaled, found.ranks, starts, pitch)
     _torch.launch(function, arguments, written, (found.blocks,), warps=4, stages=3)
     return outputs
 

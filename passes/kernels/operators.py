@@ -31,6 +31,7 @@ for _schema in (
     "keep(Tensor seed, SymInt[] size, float p) -> Tensor",
     "tile_(Tensor(a!)[] outputs, str program, Tensor[] inputs) -> ()",
     "sum_parts(Tensor[] parts, Tensor?[] scales, ScalarType dtype, bool stacked=False) -> Tensor[]",
+    "sum_parts_beside_(Tensor(a!) room, Tensor[] parts, Tensor?[] scales, int[] starts) -> Tensor",
     "sum_expert_parts(Tensor parts, Tensor ends, int rows, Tensor? scale, ScalarType dtype) -> Tensor",
     "donated(Tensor saved, SymInt[] size) -> Tensor",
     "stacked_mm(Tensor x, Tensor[] rows) -> Tensor",
@@ -178,6 +179,23 @@ def _sum_parts_cuda(
     return run(parts, scales, dtype, stacked)
 
 
+def _sum_parts_beside_(room: Tensor, parts: list[Tensor], scales: list[Tensor | None], starts: list[int]) -> Tensor:
+    """``sum_parts`` side by side, which is the result, also in columns of ``room`` [M, N] from ``starts`` on."""
+    (stack,) = _sum_parts(parts, scales, room.dtype, True)
+    beside.put_(room, list(stack.split([part.shape[2] for part in parts], 1)), starts)
+    return stack
+
+
+def _sum_parts_beside_cuda_(
+    room: Tensor, parts: list[Tensor], scales: list[Tensor | None], starts: list[int]
+) -> Tensor:
+    """The same in one launch."""
+    from lora_fx.passes.kernels.part_sums import run
+
+    (stack,) = run(parts, scales, room.dtype, True, room, starts)
+    return stack
+
+
 def _sum_expert_parts(parts: Tensor, ends: Tensor, rows: int, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The sums of each expert's parts, times scale, in ``dtype``: parts [P, a, b] in float32 gives [E, a, b].
 
@@ -208,11 +226,12 @@ def teach_inductor() -> None:
     lower_as_donated(donated)
     lower_with(tile_, _lower_tile)
     lower_with(sum_parts, _lower_sum_parts)
+    lower_with(sum_parts_beside_, _lower_sum_parts_beside)
     lower_with(sum_expert_parts, _lower_sum_expert_parts)
     lower_with(side_by_side, side_by_side_in_memory)
     lower_with(put_, put_into)
     products = [stacked_mm, joined_mm, wide_mm, accumulate_, scaled_mm, gradient_pair, float_mm]
-    read_from_memory([*products, tile_, sum_parts, sum_expert_parts])
+    read_from_memory([*products, tile_, sum_parts, sum_parts_beside_, sum_expert_parts])
 
 
 def _lower_tile(*operands: Any, **named: Any) -> Any:
@@ -227,6 +246,13 @@ def _lower_sum_parts(*operands: Any, **named: Any) -> Any:
     from lora_fx.passes.kernels.inlined import sum_parts
 
     return sum_parts(*operands, **named)
+
+
+def _lower_sum_parts_beside(*operands: Any, **named: Any) -> Any:
+    """Likewise."""
+    from lora_fx.passes.kernels.inlined import sum_parts_beside
+
+    return sum_parts_beside(*operands, **named)
 
 
 def _lower_sum_expert_parts(*operands: Any, **named: Any) -> Any:
@@ -259,6 +285,8 @@ _library.impl("tile_", _tile_, "CPU")
 _library.impl("tile_", _tile_cuda_, "CUDA")
 _library.impl("sum_parts", _sum_parts, "CPU")
 _library.impl("sum_parts", _sum_parts_cuda, "CUDA")
+_library.impl("sum_parts_beside_", _sum_parts_beside_, "CPU")
+_library.impl("sum_parts_beside_", _sum_parts_beside_cuda_, "CUDA")
 _library.impl("sum_expert_parts", _sum_expert_parts, "CPU")
 _library.impl("sum_expert_parts", _sum_expert_parts_cuda, "CUDA")
 _library.impl("donated", _donated, "CompositeExplicitAutograd")
@@ -274,6 +302,14 @@ def _sum_parts_fake(
     if stacked:
         return [parts[0].new_empty((parts[0].shape[1], sum(part.shape[2] for part in parts)), dtype=dtype)]
     return [part.new_empty(part.shape[1:], dtype=dtype) for part in parts]
+
+
+@torch.library.register_fake("lora_fx::sum_parts_beside_", lib=_library)
+def _sum_parts_beside_fake_(
+    room: Tensor, parts: list[Tensor], scales: list[Tensor | None], starts: list[int]
+) -> Tensor:
+    torch._check(len(parts) == len(scales) == len(starts), lambda: f"{len(parts)} sums in {len(starts)} places")
+    return parts[0].new_empty((parts[0].shape[1], sum(part.shape[2] for part in parts)), dtype=room.dtype)
 
 
 @torch.library.register_fake("lora_fx::sum_expert_parts", lib=_library)
@@ -350,6 +386,7 @@ float_mm = torch.ops.lora_fx.float_mm.default
 keep = torch.ops.lora_fx.keep.default
 tile_ = torch.ops.lora_fx.tile_.default
 sum_parts = torch.ops.lora_fx.sum_parts.default
+sum_parts_beside_ = torch.ops.lora_fx.sum_parts_beside_.default
 sum_expert_parts = torch.ops.lora_fx.sum_expert_parts.default
 donated = torch.ops.lora_fx.donated.default
 stacked_mm = torch.ops.lora_fx.stacked_mm.default

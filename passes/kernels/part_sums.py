@@ -30,8 +30,11 @@ with 1024: 985; of 2048 tokens, 3559 of 3645."""
 _AT_ONCE = 8
 
 
-def source(scaled: tuple[bool, ...], ranks: tuple[int, ...]) -> str:
+def source(scaled: tuple[bool, ...], ranks: tuple[int, ...], starts: tuple[int, ...] = (), pitch: int = 0) -> str:
     """The kernel for as many sums as ``scaled`` has entries; those that are true are multiplied by a number.
+
+    With ``starts``, sums side by side are written once more, to the columns that begin there of a matrix whose rows are
+    ``pitch`` elements apart.
 
     Each program of the launch sums one block of one sum: they lie one behind the other, each in an output of its own,
     or, where ``ranks`` says how many columns they have, side by side in one. It finds out which first, and all share
@@ -50,6 +53,8 @@ def source(scaled: tuple[bool, ...], ranks: tuple[int, ...]) -> str:
         }
         if ranks:
             chosen |= {"rank": f"{ranks[i]} + no_part", "column": f"{sum(ranks[:i])} + no_part"}
+        if starts:
+            chosen["start"] = f"{starts[i]} + no_part"
         lines = [f"{name} = {value}" for name, value in chosen.items()]
         choices += lines if i == 0 else ["if pid >= last:", "    first = last", *(f"    {line}" for line in lines)]
         choices.append(f"{'    ' if i else ''}last = first + (E + {_BLOCK - 1}) // {_BLOCK}")
@@ -76,6 +81,10 @@ def source(scaled: tuple[bool, ...], ranks: tuple[int, ...]) -> str:
         "    total += ((v0 + v1) + (v2 + v3)) + ((v4 + v5) + (v6 + v7))",
         f"tl.store(out + {place}, total * scale, mask=there)",
     ]
+    if starts:
+        names.append("room")
+        again = f"room + (e // {rank}).to(tl.int64) * {pitch} + start + e % {rank}"
+        body.append(f"tl.store({again}, total * scale, mask=there)")
     lines = ["@triton.jit", f"def {_name(scaled)}({', '.join(names)}):", *(f"    {line}" for line in body)]
     return "\n".join(lines) + "\n"
 
@@ -85,9 +94,9 @@ def _name(scaled: tuple[bool, ...]) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def kernel(scaled: tuple[bool, ...], ranks: tuple[int, ...] = ()) -> Any:
+def kernel(scaled: tuple[bool, ...], ranks: tuple[int, ...] = (), starts: tuple[int, ...] = (), pitch: int = 0) -> Any:
     """The kernel of :func:`source`."""
-    return define(source(scaled, ranks), _name(scaled), "sums")
+    return define(source(scaled, ranks, starts, pitch), _name(scaled), "sums")
 
 
 @dataclass(frozen=True)
@@ -125,14 +134,25 @@ def launch(sizes: Sequence[Sequence[Any]], scaled: tuple[bool, ...], stacked: bo
     return Launch(scaled, ranks, outputs, numbers, blocks)
 
 
-def run(parts: list[Tensor], scales: list[Tensor | None], dtype: torch.dtype, stacked: bool = False) -> list[Tensor]:
+def run(
+    parts: list[Tensor],
+    scales: list[Tensor | None],
+    dtype: torch.dtype,
+    stacked: bool = False,
+    room: Tensor | None = None,
+    starts: Sequence[int] = (),
+) -> list[Tensor]:
     """``parts[i].sum(0) * scales[i]`` in ``dtype``, for parts [P, E...]; zeros where there are none, for no tokens.
 
-    ``stacked``: for parts [P, M, R], the sums side by side in one matrix [M, sum of R].
+    ``stacked``: for parts [P, M, R], the sums side by side in one matrix [M, sum of R], and in ``room`` as well, in the
+    columns that begin at ``starts``.
     """
     found = launch([part.shape for part in parts], tuple(s is not None for s in scales), stacked)
     outputs = [parts[0].new_empty(size, dtype=dtype) for size in found.outputs]
     if found.blocks:
         arguments = found.arguments(outputs, [part.contiguous() for part in parts], scales)
-        kernel(found.scaled, found.ranks)[(found.blocks,)](**arguments)
+        if room is not None:
+            arguments["room"] = room
+        pitch = 0 if room is None else room.stride(0)
+        kernel(found.scaled, found.ranks, tuple(starts), pitch)[(found.blocks,)](**arguments)
     return outputs

@@ -97,6 +97,7 @@ def test_sums_of_parts(dtype: torch.dtype) -> None:
 
     test_part_sums.check(operators.sum_parts, dtype, "cuda")
     test_part_sums.check_stacked(operators.sum_parts, dtype, "cuda")
+    test_part_sums.check_beside(operators.sum_parts_beside_, dtype, "cuda")
 
 
 def test_sums_of_experts_parts() -> None:
@@ -233,6 +234,8 @@ def test_launches_are_inductors_own(name: str) -> None:
     lines = [line for code in codes for line in code.splitlines() if not line.lstrip().startswith("#")]
     assert any("lora_fx_" in line and ".run(" in line for line in lines)
     assert not any("lora_fx.tile_" in line or "lora_fx.sum_" in line for line in lines)
+    for operator in ("stacked_mm", "joined_mm"):  # of q, k and v, in either direction
+        assert any(f"lora_fx.{operator}." in line for line in lines) == (name == "two blocks")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -279,7 +282,28 @@ def test_retain_graph(name: str) -> None:
     assert torch.equal(y, kept)
 
 
-@pytest.mark.parametrize("name", ["SwiGLU", "linear and silu", "experts"])
+@pytest.mark.usefixtures("attention_in_order")
+@pytest.mark.parametrize("rank", [16, 64])
+@pytest.mark.parametrize("tokens", [1, 7, 64, 512])
+def test_siblings_without_gradients(tokens: int, rank: int) -> None:
+    """One product for all that read one x, of any number of tokens."""
+    torch.manual_seed(0)
+    module, x = model("two blocks", rank=rank)
+    exact, plain = copy.deepcopy(module).double(), copy.deepcopy(module)
+    plain.compile(dynamic=False)
+    lora_fx.compile(module, strict=True, dynamic=False)
+    squares = []
+    with torch.no_grad():
+        for _ in range(8):
+            x = torch.randn(2, tokens, 512, device="cuda", dtype=bf16)
+            oracle = exact(x.double())
+            squares.append([error(function(x), oracle) ** 2 for function in (plain, module)])
+    theirs, ours = torch.tensor(squares).mean(0).sqrt().tolist()
+    assert ours <= 1.1 * theirs
+
+
+@pytest.mark.usefixtures("attention_in_order")
+@pytest.mark.parametrize("name", ["SwiGLU", "linear and silu", "experts", "two blocks"])
 def test_in_a_cuda_graph(name: str) -> None:
     """A captured step, replayed with other inputs, gives what the step gives."""
     module, x = model(name, rank=16)

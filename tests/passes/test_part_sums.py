@@ -50,6 +50,19 @@ def check_stacked(run: Runner, dtype: torch.dtype, device: str = "cpu") -> None:
         assert found.shape == (rows, 27) and (found.any() or not rows)
 
 
+def check_beside(run: Runner, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Side by side, and in the columns of a wider matrix, of which the others stay as they are."""
+    for rows in (160, 7, 0):
+        parts = [torch.randn(count, rows, rank, device=device) for count, rank in ((4, 16), (9, 3), (1, 8))]
+        scales = [None, torch.rand((), device=device) + 0.5, None]
+        room, before = (torch.full((rows, 72), 7.0, dtype=dtype, device=device)[:, :70] for _ in range(2))
+        stack = run(room, parts, scales, [4, 30, 61])
+        assert torch.equal(stack, operators.sum_parts(parts, scales, dtype, True)[0])
+        for start, part in zip((4, 30, 61), stack.split([16, 3, 8], 1)):
+            before[:, start : start + part.shape[1]] = part
+        assert torch.equal(room, before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_operator(dtype: torch.dtype) -> None:
     check(operators.sum_parts, dtype)
@@ -57,6 +70,9 @@ def test_the_operator(dtype: torch.dtype) -> None:
     check_stacked(operators.sum_parts, dtype)
     stack = [torch.randn(4, 5, rank) for rank in (2, 3)]
     torch.library.opcheck(operators.sum_parts, (stack, [None, torch.rand(())], dtype, True))
+    check_beside(operators.sum_parts_beside_, dtype)
+    given = (torch.zeros(5, 8, dtype=dtype), stack, [None, torch.rand(())], [0, 5])
+    torch.library.opcheck(operators.sum_parts_beside_, given, test_utils=("test_schema", "test_faketensor"))
 
 
 def sums(graph: Graph) -> list[Node]:

@@ -13,6 +13,7 @@ from torch._inductor import config
 from torch.fx import Graph
 
 from lora_fx.passes import sibling_gradients
+from lora_fx.passes._torch import auto_functionalized
 from lora_fx.passes.graph import aten, peel_views
 from lora_fx.passes.kernels import beside, operators
 from tests.passes.harness import Case, adapt, compare
@@ -185,11 +186,18 @@ def test_nothing_else_makes_a_matrix_for_dx() -> None:
     (room,) = graph.find_nodes(op="call_function", target=operators.side_by_side)
     assert [part.meta["val"].shape[1] for part in room.all_input_nodes] == [K, K // 2, K // 2]
     assert room.args[1:] == ([0, K + R, K + R + K // 2 + R], 192)
-    pairs = [
-        call for call in calls(graph) if any(peel_views(each).args[:1] == (room,) for each in call.kwargs["inputs"])
-    ]
-    assert len(pairs) == 1 and len(pairs[0].kwargs["inputs"]) == 9  # one launch for all three
+    inputs: list[Any] = [call.kwargs["inputs"] for call in calls(graph)]
+    (pairs,) = [given for given in inputs if any(peel_views(each).args[:1] == (room,) for each in given)]
+    assert len(pairs) == 9  # one launch for all three
     assert not any(aten.cat.default is node.target and joined in node.users for node in graph.nodes)
+
+
+@pytest.mark.parametrize(("k", "parts"), [(K, False), (2 * K, True)])
+def test_what_adds_up_g_writes_it_there(k: int, parts: bool) -> None:
+    """Where all of it comes in parts; else it is copied."""
+    graph = backward(adapted(Attention(k)), inputs=x(k))
+    targets = [node.args[0] for node in graph.find_nodes(op="call_function", target=auto_functionalized)]
+    assert targets.count(operators.sum_parts_beside_) == parts and targets.count(operators.put_) == (not parts)
 
 
 def test_a_gradient_of_a_gradient() -> None:
@@ -207,6 +215,7 @@ def case(name: str, build: Callable[[], nn.Module], **more: Any) -> Case:
 
 CASES = [
     case("attention", lambda: adapted(Attention(K))),
+    case("in parts", lambda: adapted(Attention(2 * K)), shape=(2, 80, 2 * K), seeds=2),
     case("float16", lambda: adapted(Attention(K), f16), dtype=f16),
     case("any number of tokens", lambda: adapted(Curves()), shapes=((2, 80, K), (2, 33, K)), dynamic=True),
     case("rank 72", lambda: adapted(Attention(320), rank=72), shape=(2, 80, 320), seeds=2),

@@ -237,16 +237,28 @@ if not INTERPRETED:
         assert compiled(few_rows_cases.joint(torch.bfloat16), None, "bf16").asm["cubin"]
 
     @pytest.mark.slow
-    @pytest.mark.parametrize(("scaled", "ranks"), [((True,), ()), ((False, True, False), ()), ((True, True), (16, 4))])
+    @pytest.mark.parametrize(
+        ("scaled", "ranks", "starts"),
+        [
+            ((True,), (), ()),
+            ((False, True, False), (), ()),
+            ((True, True), (16, 4), ()),
+            ((True, True), (8, 8), (24, 72)),
+        ],
+    )
     def test_sums_compile_for_a_gpu(
-        scaled: tuple[bool, ...], ranks: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        scaled: tuple[bool, ...],
+        ranks: tuple[int, ...],
+        starts: tuple[int, ...],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource, compile
 
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-        kernel = part_sums.kernel(scaled, ranks)
-        types = {"out": "*bf16", "parts": "*fp32", "scale": "*fp32", "P": "i32", "E": "i32"}
+        kernel = part_sums.kernel(scaled, ranks, starts, 128)
+        types = {"out": "*bf16", "room": "*bf16", "parts": "*fp32", "scale": "*fp32", "P": "i32", "E": "i32"}
         signature = {name: types[name.rstrip("0123456789")] for name in kernel.arg_names}
         assert compile(ASTSource(kernel, signature, {}), target=GPUTarget("cuda", 90, 32)).asm["cubin"]
 
@@ -334,6 +346,10 @@ else:
     def test_sums_of_parts() -> None:
         test_part_sums.check(part_sums.run, torch.float32)
         test_part_sums.check_stacked(part_sums.run, torch.float32)
+        test_part_sums.check_beside(
+            lambda room, parts, scales, starts: part_sums.run(parts, scales, room.dtype, True, room, starts)[0],
+            torch.float32,
+        )
 
     @pytest.mark.parametrize("case", pointwise_cases.every(), ids=str)
     def test_pointwise(case: Case) -> None:
