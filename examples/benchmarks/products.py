@@ -2,14 +2,17 @@
 
     python examples/benchmarks/products.py
 
-Of weights [N_1, K], [N_2, K], ..., a factor [R, K] for each and M tokens in bfloat16. Forward: h and each y apart, or
-``[y_1, ..., h] = x [W_1; ...; A]^T`` with gaps between the rows. Backward: ``dX = g A``, to which each ``dy_i W_i``
-adds itself, or ``[dy_1, ..., g] [W_1; ...; A]``, also with g copied there before. Microseconds of each by itself, again
-and again, at the clock rate that this leaves; "frozen" has the products of the weights alone, whose sum somebody else
-makes.
+Of weights [N_1, K], [N_2, K], ..., a factor [R, K] behind each and M tokens in bfloat16. Forward: the products of the
+weights alone ("frozen"), those and one of all factors ("apart"), ``x [W_i; A_i]^T`` for each, or
+``x [W_1; A_1; W_2; ...]^T`` with gaps between its rows ("one"). Backward: the products of the weights alone, whose sum
+somebody else makes; ``dX = g A``, to which each ``dy_i W_i`` adds itself; or
+``[dy_1, g_1, dy_2, ...] [W_1; A_1; W_2; ...]``, also with g copied there before. Microseconds of each, again and again,
+at the clock rate that this leaves; up to 2048 tokens as a CUDA graph, of several models whose weights do not stay in
+the cache.
 """
 
 import argparse
+import functools
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -39,15 +42,16 @@ class Siblings:
 
 LLAMA = {"q, k, v": (4096, 1024, 1024), "gate, up": (14336, 14336)}
 CASES = [
-    *(Siblings(name, m, 4096, n, 16) for m in (8192, 2048, 512) for name, n in LLAMA.items()),
+    *(Siblings(name, m, 4096, n, 16) for m in (8192, 2048, 512, 64, 16, 1) for name, n in LLAMA.items()),
     *(Siblings(name, 8192, 4096, n, 64) for name, n in LLAMA.items()),
     Siblings("q, k, v", 8192, 3072, (3072, 1024, 1024), 64),
     Siblings("gate, up", 8192, 3072, (8192, 8192), 64),
     Siblings("q, k, v", 8192, 2048, (2048, 1024, 1024), 16),
     Siblings("gate, up", 8192, 2048, (5632, 5632), 16),
 ]
-FORWARD, BACKWARD = ("frozen", "apart", "one"), ("frozen", "apart", "one", "one, g copied")
-
+FORWARD, BACKWARD = ("frozen", "apart", "each", "one"), ("frozen", "apart", "one", "one, g copied")
+FEW, MODELS, LAUNCHES = 2048, 4, 2
+"""The most tokens of which several models are one CUDA graph, how many models, and how often it has each."""
 
 Form = Callable[[], Any]
 """Gives what it wrote."""
@@ -59,13 +63,18 @@ def forms(case: Siblings, device: Device) -> tuple[dict[str, Form], dict[str, Fo
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device.name, dtype=torch.bfloat16)
 
-    total, rank = sum(case.n), case.rank * len(case.n)
-    together = draw(total + rank, case.k)
-    weights, factors = together[:total].split(case.n), together[total:]
-    x, g, h = draw(case.m, case.k), draw(case.m, rank), draw(case.m, rank)
-    both = draw(case.m, -(-(total + rank) // 64) * 64)[:, : total + rank]
-    apart = [part.contiguous() for part in both[:, :total].split(case.n, 1)]
-    dx, each, ys = draw(case.m, case.k), [draw(case.m, case.k) for _ in case.n], [draw(case.m, n) for n in case.n]
+    def wide(columns: int) -> torch.Tensor:
+        return draw(case.m, -(-columns // 64) * 64)[:, :columns]
+
+    rank, total = case.rank, sum(case.n) + case.rank * len(case.n)
+    sizes = [size for n in case.n for size in (n, rank)]
+    together = draw(total, case.k)
+    weights, pairs = together.split(sizes)[::2], together.split([n + rank for n in case.n])
+    factors = torch.cat(together.split(sizes)[1::2])
+    x, g, h = draw(case.m, case.k), draw(case.m, rank * len(case.n)), draw(case.m, rank * len(case.n))
+    both, ys, with_h = wide(total), [draw(case.m, n) for n in case.n], [wide(n + rank) for n in case.n]
+    apart, places = [part.contiguous() for part in both.split(sizes, 1)[::2]], both.split(sizes, 1)[1::2]
+    dx, each = draw(case.m, case.k), [draw(case.m, case.k) for _ in case.n]
 
     def frozen_forward() -> None:
         for weight, y in zip(weights, ys, strict=True):
@@ -75,6 +84,9 @@ def forms(case: Siblings, device: Device) -> tuple[dict[str, Form], dict[str, Fo
         torch.mm(x, factors.t(), out=h)
         frozen_forward()
         return [h, *ys]
+
+    def each_forward() -> list[torch.Tensor]:
+        return [torch.mm(x, pair.t(), out=out) for pair, out in zip(pairs, with_h, strict=True)]
 
     def frozen_backward() -> None:
         for dy, weight, out in zip(apart, weights, each, strict=True):
@@ -87,12 +99,31 @@ def forms(case: Siblings, device: Device) -> tuple[dict[str, Form], dict[str, Fo
         return dx
 
     def copied() -> torch.Tensor:
-        both[:, total:].copy_(g)
+        for place, part in zip(places, g.split(rank, 1), strict=True):
+            place.copy_(part)
         return torch.mm(both, together, out=dx)
 
-    forward = (frozen_forward, apart_forward, lambda: torch.mm(x, together.t(), out=both))
+    forward = (frozen_forward, apart_forward, each_forward, lambda: torch.mm(x, together.t(), out=both))
     backward = (frozen_backward, apart_backward, lambda: torch.mm(both, together, out=dx), copied)
     return dict(zip(FORWARD, forward, strict=True)), dict(zip(BACKWARD, backward, strict=True))
+
+
+def microseconds(case: Siblings, device: Device, rounds: int, window: float) -> list[float]:
+    """Of every form, forward and backward."""
+    models = [forms(case, device) for _ in range(MODELS if case.m <= FEW else 1)]
+    found = []
+    for steps in zip(*models, strict=True):
+        named: dict[str, Form] = {name: functools.partial(_in_turn, [s[name] for s in steps]) for name in steps[0]}
+        if case.m <= FEW:
+            named = {name: device.captured(step) for name, step in named.items()}
+        seconds = alternate(named, rounds, window, device)
+        found += [1e6 * statistics.median(each) / (LAUNCHES * len(models)) for each in seconds.values()]
+    return found
+
+
+def _in_turn(steps: Sequence[Form]) -> None:
+    for step in [*steps] * LAUNCHES:
+        step()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -113,11 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cases = [Siblings("toy", 16, 64, (32, 16), 8)] if options.smoke else CASES
     rows = [("siblings", "M", "K", "R", *(f"y: {name}" for name in FORWARD), *(f"dX: {name}" for name in BACKWARD))]
     for case in tqdm(cases, unit="case"):
-        found = []
-        for steps in forms(case, device):
-            seconds = alternate(steps, options.rounds, options.window, device)
-            found += [f"{1e6 * statistics.median(each):.1f}" for each in seconds.values()]
-        rows.append((case.name, str(case.m), str(case.k), str(case.rank), *found))
+        found = microseconds(case, device, options.rounds, options.window)
+        rows.append((case.name, str(case.m), str(case.k), str(case.rank), *(f"{each:.1f}" for each in found)))
     print(f"\n{format_table(rows)}")
 
 

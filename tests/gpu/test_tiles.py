@@ -229,7 +229,7 @@ def test_launches_are_inductors_own(name: str) -> None:
     """No operator is called for what is a launch."""
     from torch._inductor.utils import run_and_get_code
 
-    module, x = model(name)
+    module, x = model(name, rank=16)
     _, codes = run_and_get_code(step, lora_fx.compile(module), x)
     lines = [line for code in codes for line in code.splitlines() if not line.lstrip().startswith("#")]
     assert any("lora_fx_" in line and ".run(" in line for line in lines)
