@@ -81,7 +81,7 @@ def join(graph: Graph) -> Iterator[tuple[Node, Exception]]:
     config = inductor_config()
     if config.max_autotune or config.max_autotune_gemm or config._micro_pipeline_tp:
         return
-    before, place = Snapshot(graph), graph.output_node()
+    before, place = Snapshot(graph), next(iter(graph.find_nodes(op="output")))
     try:
         changed = False
         for product in graph.find_nodes(op="call_function", target=MM):
