@@ -6,6 +6,7 @@ out.
 """
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -69,7 +70,12 @@ def library_sources(root: Path | None = None) -> Corpus:
     """
     root = root or Path(sysconfig.get_path("stdlib"))
     documents: dict[str, bytes] = {}
-    for path in sorted(root.rglob("*.py")):
+    paths: list[Path] = []
+    for folder, folders, files in os.walk(root):
+        if folder == str(root):  # installed packages are many times the library: not even their names are read
+            folders[:] = [name for name in folders if name not in EXCLUDED]
+        paths += [Path(folder, file) for file in files if file.endswith(".py")]
+    for path in sorted(paths):
         folder = path.relative_to(root).parts[0]
         if folder in EXCLUDED or folder.startswith("_sysconfigdata") or "test" in path.parts or "tests" in path.parts:
             continue

@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import gc
 import logging
 from collections.abc import Iterator
 
@@ -7,6 +8,19 @@ import pytest
 import torch
 
 from lora_fx.passes.kernels import native
+from tests.anew import collect_garbage_seldom, leave_out_latency_of_guards
+
+leave_out_latency_of_guards()
+
+
+def pytest_collection_finish() -> None:
+    """Once all tests are imported."""
+    collect_garbage_seldom()
+
+
+def pytest_unconfigure() -> None:
+    """What ends with Python is collected again: nanobind complains of what is left."""
+    gc.unfreeze()
 
 
 @pytest.hookimpl(wrapper=True)

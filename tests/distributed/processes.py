@@ -26,7 +26,7 @@ GRACE = 10.0
 """Seconds that the other ranks get to say what they saw, after one failed."""
 
 # Ranks are forked from a server that has imported torch, which takes longer than most of what they do. It starts with
-# the first rank and ends with this process. Nothing of this tree is imported there: the server has another sys.path.
+# the first rank and ends with this process. Nothing of the package is imported there: the server has another sys.path.
 # Where there is a GPU the server imports nothing: these modules look for it, and then no fork may use it.
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOAD = [
@@ -34,9 +34,10 @@ PRELOAD = [
     "torch.distributed.fsdp",
     "torch.distributed.pipelining",
     "torch.distributed.tensor.parallel",
+    "tests.distributed.warm",
 ]
 CONTEXT.set_forkserver_preload([] if torch.cuda.is_available() else PRELOAD)
-SERVER = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+SERVER = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "PYTHONPATH": str(ROOT)}
 """Its environment beside this process's own: libraries read these when they are loaded."""
 
 
