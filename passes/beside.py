@@ -170,9 +170,10 @@ def _groups(down: Node, pairs: list[Pair]) -> list[list[Pair]]:
     if any(user not in places for user in down.users if down not in places) or any(goes_out(p.large) for p in pairs):
         return []
     rows = shape(down)[0]
-    if len(pairs) > 1 and beside.pays_together(rows, max(pair.sizes[2] for pair in pairs)):
+    written = not all(map(_is_computed_on, pairs))
+    if len(pairs) > 1 and beside.pays_together(rows, max(pair.sizes[2] for pair in pairs), written):
         return [pairs]
-    alone = all(beside.pays(rows, *pair.sizes) and _is_computed_on(pair) for pair in pairs)
+    alone = not written and all(beside.pays(rows, *pair.sizes) for pair in pairs)
     return [[pair] for pair in pairs] if alone and not any(map(goes_out, places)) else []
 
 

@@ -47,7 +47,7 @@ from lora_fx.passes.tile_nodes import (
     sources,
     value_of,
 )
-from lora_fx.passes.tile_residuals import is_left_to_norm
+from lora_fx.passes.tile_residuals import is_left_to_norm, is_left_to_readers
 
 
 @dataclass
@@ -100,7 +100,8 @@ def _neighbours(node: Node, region: Region) -> Iterator[set[Node]]:
             # A gradient pair reads what a large product reads as well, so it is in memory, and with sums over rows and
             # over columns a kernel holds too much at once. SwiGLU backward on an H200 (M 8192, N 14336, R 16): 687 us
             # with both pairs in it, 549 in three kernels, sums of parts included. One that was split sums over rows.
-            if (can_compute(user, region.columns) and not is_left_to_norm(user, node)) or (
+            left = is_left_to_norm(user, node) or is_left_to_readers(user, region.columns)
+            if (can_compute(user, region.columns) and not left) or (
                 region.is_of(user)
                 and gradients_of(user) != {0, 1}
                 and not (is_written(node) and has_few_rows_of_tiles(user) and any(map(makes, region.nodes)))

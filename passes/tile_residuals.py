@@ -27,9 +27,20 @@ from typing import Any
 from torch.fx import Node
 
 from lora_fx.passes._torch import inductor_config
-from lora_fx.passes.graph import MM, is_call, is_pointwise, is_sum, peel_views, readers, shape, val
+from lora_fx.passes.graph import MM, is_call, is_pointwise, is_sum, peel_views, readers, shape, stays_in_kernel, val
 from lora_fx.passes.kernels import operators
-from lora_fx.passes.tile_nodes import is_reduction, makes
+from lora_fx.passes.tile_nodes import can_compute, is_part_of_stacked, is_reduction, makes
+
+
+def is_left_to_readers(total: Node, columns: int) -> bool:
+    """Whether ``total`` is a sum of a branch and a base that a product of siblings makes, which Inductor computes.
+
+    Where kernels of its own compute on and no region could, as a rotary embedding of q: they read both terms and do not
+    round their sum, as with plain LoRA. A base by itself adds to the branch, which rounds once (`Writer.accumulated`).
+    """
+    if not is_sum(total) or not any(is_part_of_stacked(peel_views(a)) for a in total.args[:2]):
+        return False
+    return stays_in_kernel(total) and not any(can_compute(reader, columns) for reader in readers(total))
 
 
 def is_left_to_norm(total: Node, value: Node) -> bool:

@@ -17,26 +17,10 @@ passes. On an H100 (M 8192, N 4096) it took 233 us, and 163 with three terms. Fo
 product that accumulates and 1.094 with all at rank 64, 1.171 and 1.164 at rank 128 (rounds in turn). Each rounds the
 growing sum once more, so this is for these sums alone: gradients err by 1.18e-2 instead of 1.17e-2.
 
-Not built: one product for all terms, ``[dq, dk, dv, g] [W_q; W_k; W_v; A]``, and one for all that reads x, with the
-weights together in memory. Microseconds on an H200, of y and h, and of dX, by the script that has become
-``examples/benchmarks/products.py``::
-
-    siblings   M      K      R     y: frozen   apart   one       dX: frozen   apart   one     one, with g copied there
-    q, k, v    8192   4096   16       630       652     635          634       677     613     622
-    gate, up   8192   4096   16      2884      2907    2842         2808      2891    2842    2881
-    q, k, v    2048   4096   16       163       170     159          166       176     156     160
-    gate, up   2048   4096   16       737       747     701          709       719     687     702
-    q, k, v     512   4096   16        49        62      42           50        55      42      48
-    gate, up    512   4096   16       204       215     198          190       195     193     196
-    q, k, v    8192   4096   64       617       646     646          642       700     635     637
-    gate, up   8192   4096   64      2889      2910    2858         2796      2862    2815    2803
-    q, k, v    8192   3072   64       395       420     423          411       451     404     412
-    gate, up   8192   3072   64      1287      1309    1277         1228      1260    1223    1225
-    q, k, v    8192   2048   16       218       227     227          224       248     211     216
-    gate, up   8192   2048   16       579       588     585          567       579     566     571
-
-It takes dq, dk and dv side by side (v's comes from attention, which would be copied), and gate and up in the columns of
-what autograd keeps, for backward to write over them.
+Where weights and factors lie together, q, k and v have one product for all terms (:mod:`sibling_gradients`), and this
+is for what is left. Not built: the same for gate and up in training. It takes gate and up in the columns of what
+autograd keeps, for backward to write over them, and of rank 64 the kernels between lose what the products gain
+(:mod:`lora_fx.passes.kernels.beside`).
 """
 
 from __future__ import annotations

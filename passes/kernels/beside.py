@@ -1,4 +1,4 @@
-"""h in the same product as y, where A lies behind its weight in memory.
+"""h in the same product as y, where A lies behind its weight in memory, and siblings in one product.
 
     weight: [N, K]   A: [R, K]   at weight's end            [y, h] = x [weight; A]^T      [M, N + R]
 
@@ -66,12 +66,16 @@ def pays(m: Any, n: int, k: int, rank: int) -> bool:
     return few and m >= 16
 
 
-def pays_together(m: Any, rank: int) -> bool:
+def pays_together(m: Any, rank: int, written: bool) -> bool:
     """Whether one product should make y and h of siblings, instead of one for each y and one for all h.
 
-    By the table of :mod:`lora_fx.passes.tile_stacks`, and with few tokens by this one: microseconds on an H200 (K 4096,
-    R 16, CUDA graphs, weights not in the cache) of the products of the weights alone, of those and one of h, of
-    ``stacked_mm`` for each, and for all::
+    Where the sum of y and its branch is ``written``, as of q, k and v, that rounds twice what a product that adds
+    itself to the branch's rounds once: with many tokens it saves less than it is worth, a thousandth of the step.
+
+    By the table of :mod:`lora_fx.passes.sibling_gradients`, and with few tokens by this one: microseconds on an H200
+    (K 4096, R 16, CUDA graphs, weights not in the cache) of the products of the weights alone, of those and one of h,
+    of ``stacked_mm`` for each, and for all. A script made it that is not kept; ``examples/benchmarks/products.py``
+    times the same::
 
         siblings   M      frozen   and h   each    together
         q, k, v    1        28.3    36.0    28.9       16.1
@@ -85,7 +89,8 @@ def pays_together(m: Any, rank: int) -> bool:
         gate, up   512     212.7   207.9   174.6      198.3
         gate, up   2048    727.9   737.5   739.7      706.9
     """
-    return rank <= HIGH_RANK or (isinstance(m, int) and m <= MANY_ROWS)
+    few = isinstance(m, int) and m <= MANY_ROWS
+    return few or (rank <= HIGH_RANK and not written)
 
 
 def are_beside(weight: Tensor, a: Tensor) -> bool:

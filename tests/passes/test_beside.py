@@ -18,14 +18,14 @@ from lora_fx.passes.tile_nodes import is_part_of_stacked
 from tests.passes.harness import Case, adapt, compare
 from tests.passes.laying import WideBlock, by_graphs, checkpointed, laid
 from tests.passes.modules import QKV, Attention, Mlp
-from tests.passes.on_gpu import calls, capture, text
+from tests.passes.on_gpu import calls, capture, programs, text
 
 bf16 = torch.bfloat16
 K, N, R = 48, 128, 8
 
 
-def x(tokens: int = 160, **options: Any) -> Tensor:
-    return torch.randn(tokens, K, **{"dtype": bf16, "requires_grad": True, **options})
+def x(tokens: int = 160, k: int = K, **options: Any) -> Tensor:
+    return torch.randn(tokens, k, **{"dtype": bf16, "requires_grad": True, **options})
 
 
 def mlp(dtype: torch.dtype = bf16, **options: Any) -> nn.Module:
@@ -208,13 +208,30 @@ def test_alone_not_where_a_sum_is_written() -> None:
     assert stacked(inferred(module, x(64))) == 0
 
 
-@pytest.mark.parametrize(("rank", "expected"), [(32, 1), (40, 0)])
-def test_siblings_of_high_ranks_only_of_few_rows(rank: int, expected: int) -> None:
-    module = laid(adapt(QKV(96, 96).to(bf16), rank=rank))
+@pytest.mark.parametrize(
+    ("build", "rank", "expected"),
+    [(Mlp, 32, 1), (Mlp, 40, 0), (QKV, 32, 0)],
+    ids=["rank 32", "rank 40", "sums that are written"],
+)
+def test_siblings_of_many_rows(build: Any, rank: int, expected: int) -> None:
+    """Up to some rows all are one product; with more, those of ranks that are not high whose sums no kernel writes."""
+    module = laid(adapt(build(96, 96).to(bf16), rank=rank))
     inputs = [torch.randn(rows, 96, dtype=bf16) for rows in (beside.MANY_ROWS, beside.MANY_ROWS + 8)]
     assert stacked(inferred(module, inputs[0])) == 1
     torch._dynamo.reset()
     assert stacked(inferred(module, inputs[1])) == expected
+
+
+def test_a_sum_that_kernels_compute_on_is_left_to_them() -> None:
+    """q and k under their rotary embedding, which would be rounded before, and v where heads are repeated; not what the
+    caller gets."""
+    alone, added = ["product", "store"], ["product", "load", "op", "store"]
+    for module, k, expected in ((Attention(64), 64, [alone] * 3), (QKV(K, 24), K, [added] * 3)):
+        torch._dynamo.reset()
+        graph = capture(laid(adapt(module.to(bf16), rank=R)), x(k=k).unflatten(0, (2, -1))).forward[0].graph
+        assert stacked(graph) == 1
+        bodies = [[statement[0] for statement in program.body] for program in programs(graph)]
+        assert [body for body in bodies if body in (alone, added)] == expected
 
 
 def test_autograd_keeps_a_copy_of_h() -> None:
