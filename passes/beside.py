@@ -213,7 +213,8 @@ def _rewrite(down: Node, pairs: list[Pair]) -> None:
             start += n + rank
             pair.large.replace_all_uses_with(base)
         kept = [place for pair in pairs for place in _places(down, pair) if goes_out(place)]
-        stack = _emit(first, aten.cat.default, hs, 1) if kept else None
+        # Of slices that nobody else reads, or Inductor copies each by itself.
+        stack = _emit(first, aten.cat.default, [_emit(first, h.target, *h.args) for h in hs], 1) if kept else None
         for pair, h in zip(pairs, hs):
             for place in _places(down, pair):
                 if stack is not None and place in kept:
