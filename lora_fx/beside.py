@@ -13,7 +13,6 @@ for each linear would leave a part of one idle. In it the next linear begins whe
 x can be one product as well (`lora_fx.passes.sibling_gradients`).
 """
 
-import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -159,9 +158,9 @@ def _families(model: nn.Module) -> dict[nn.Module, nn.Module]:
 def _chunks(
     modules: list[LoRAModule], sides: dict[LoRAModule, str], parents: dict[nn.Module, nn.Module]
 ) -> Iterator[list[LoRAModule]]:
-    """Modules that share an allocation: neighbours of one device and dtype.
+    """Modules that share an allocation, of one device and dtype.
 
-    Those that may read one x, as q, k and v do, share one if they fit into it.
+    Those that may read one x, as q, k and v or gate and up do, follow one another, and share one if they fit into it.
     """
 
     def kind(module: LoRAModule) -> Any:
@@ -170,9 +169,11 @@ def _chunks(
     def size(*some: LoRAModule) -> int:
         return sum(_size(module, sides) for module in some)
 
+    families: dict[Any, list[LoRAModule]] = {}
+    for module in modules:
+        families.setdefault((kind(module), parents.get(module), module.weight.shape[1]), []).append(module)
     chunk: list[LoRAModule] = []
-    for _, found in itertools.groupby(modules, lambda m: (kind(m), id(parents.get(m)), m.weight.shape[1])):
-        siblings = list(found)
+    for siblings in families.values():
         for some in [siblings] if size(*siblings) <= CHUNK else [[module] for module in siblings]:
             if chunk and (kind(chunk[0]) != kind(some[0]) or size(*chunk, *some) > CHUNK):
                 yield chunk

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -222,18 +223,35 @@ def side_by_side_in_memory(parts: list[Any], starts: list[int], columns: int) ->
     """
     ir, graph = importlib.import_module("torch._inductor.ir"), _private("torch._inductor.virtualized:V").graph
     concatenation = _private("torch._inductor.ir:ConcatKernel")
-    rows, options = parts[0].get_size()[0], {"device": parts[0].get_device(), "dtype": parts[0].get_dtype()}
-    made = concatenation(
-        name=None, layout=ir.FixedLayout(size=[rows, columns], stride=[columns, 1], **options), inputs=[]
-    )
+    device, dtype, (rows, _) = parts[0].get_device(), parts[0].get_dtype(), parts[0].get_size()
+    made = concatenation(name=None, layout=ir.FixedLayout(device, dtype, [rows, columns], [columns, 1]), inputs=[])
     memory = ir.StorageBox(made)
     for part, start in zip(parts, starts, strict=True):
-        place = ir.SliceView.create(memory, 1, start, start + part.get_size()[1], clamp=False)
-        made.inputs.append(concatenation.realize_into(part, place))
+        source, strides = _in_own_shape(ir, part, columns)
+        layout = ir.FixedLayout(device, dtype, source.get_size(), strides, start)
+        made.inputs.append(concatenation.realize_into(source, ir.ReinterpretView(data=memory, layout=layout)))
     made.name = graph.register_buffer(made)
     made.inputs = concatenation.unwrap_storage(made.inputs)
     graph.register_operation(made)
     return ir.TensorBox(memory)
+
+
+def _in_own_shape(ir: Any, part: Any, columns: int) -> tuple[Any, list[Any]]:
+    """A tensor [M, N] as what it is a reshaped view of, and the strides that this has in rows ``columns`` apart.
+
+    A kernel that computes heads [B, T, H, D] would not be one with what writes rows [M, N] of it: both would be run.
+    """
+    source = part.data
+    while type(source) is ir.View:
+        source = source.data
+    sizes = [*source.get_size()] if isinstance(source, ir.StorageBox) else []
+    for first in range(1, len(sizes)):
+        row = math.prod(sizes[first:])
+        if row == part.get_size()[1]:
+            inner = [math.prod(sizes[place + 1 :]) for place in range(first, len(sizes))]
+            outer = [columns * math.prod(sizes[place + 1 : first]) for place in range(first)]
+            return source, [*outer, *inner]
+    return part, [columns, 1]
 
 
 def put_into(target: Any, parts: list[Any], starts: list[int]) -> None:

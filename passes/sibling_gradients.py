@@ -70,7 +70,7 @@ from lora_fx.passes.kernels.beside import ALIGNED
 from lora_fx.passes.site import MARK
 from lora_fx.passes.snapshot import Snapshot
 from lora_fx.passes.tile_copies import descendants
-from lora_fx.passes.tile_nodes import is_half, makes
+from lora_fx.passes.tile_nodes import goes_out, is_half, is_joined, makes
 from lora_fx.passes.tile_stacks import drop, large_terms
 
 MOST_COPIED = 1 / 3
@@ -125,6 +125,9 @@ def _siblings(product: Node) -> list[Sibling]:
     siblings = [sibling for sibling in found if sibling is not None]
     if len(siblings) < len(found) or len({sibling.large for sibling in siblings}) < len(found):
         return []
+    # What the caller gets has no gaps, and a gradient can be beside others once.
+    if any(goes_out(peel_views(s.dy)) or is_joined(peel_views(s.dy)) for s in siblings):
+        return []
     copied = sum(s.columns for s in siblings if not _is_pointwise(s.dy))
     if copied > MOST_COPIED * sum(s.columns for s in siblings):
         return []
@@ -132,6 +135,7 @@ def _siblings(product: Node) -> list[Sibling]:
 
 
 def _sibling(g: Any, factor: Any, larges: list[Node]) -> Sibling | None:
+    """By the first product of dy: of several with one dy the caller takes none, as it cannot tell them apart."""
     pair: Any = g.args[0] if is_call(g, operator.getitem) and g.args[1] == 0 else None
     if not is_call(pair, operators.gradient_pair) or factor.op != "placeholder":
         return None
@@ -178,7 +182,7 @@ def _is_from_a_product(node: Any) -> bool:
 
 
 def _join(product: Node, siblings: list[Sibling]) -> None:
-    last = siblings[0].large
+    term = siblings[0].large  # the one that stays in the sum, as dX
     stack: Any = product.args[0]
     parts: list[Node] = []
     with detect_fake_mode([val(product)]):
@@ -190,10 +194,10 @@ def _join(product: Node, siblings: list[Sibling]) -> None:
             rows += [sibling.weight, sibling.factor]
         both = _emit(product, aten.cat.default, parts, 1)
         joined = _emit(product, operators.joined_mm, both, rows)
-    for term in (*(sibling.large for sibling in siblings[1:]), product):
-        drop(term)
-    last.replace_all_uses_with(joined)
-    joined.graph.erase_node(last)
+    for other in (*(sibling.large for sibling in siblings[1:]), product):
+        drop(other)
+    term.replace_all_uses_with(joined)
+    joined.graph.erase_node(term)
 
 
 def settle(graph: Graph) -> None:
@@ -215,18 +219,21 @@ def _settle(joined: Node, both: Node) -> bool:
     first, later = parts[::2], parts[1::2]  # gradients, and what is computed of them
     reading = [[*_readers(part, both)] for part in first]
     waiting = {node for found in reading for reader, _ in found for node in (reader, *descendants(reader))}
-    if any(part in waiting for part in first):
+    if any(part in waiting for part in first) or any(goes_out(peel_views(part)) for part in first):
         return False
     columns = -(-starts[-1] // ALIGNED) * ALIGNED
     with detect_fake_mode([val(joined)]):
         room = _emit(both, operators.side_by_side, list(first), starts[:-1:2], columns)
-        for found, start, width in zip(reading, starts[::2], widths[::2]):
-            there = _emit(both, aten.slice.Tensor, room, 1, start, start + width)
-            for reader, seen in found:
-                matrix = len(shape(seen)) == 2
-                view = there if matrix else _emit(both, aten.reshape.default, there, _sizes(seen, both))
-                reader.replace_input_with(seen, view)
         filled = _fill(both, room, list(later), starts[1:-1:2])
+        for found, start, width in zip(reading, starts[::2], widths[::2]):
+            # What g does not wait for reads the same after it was put there, or Inductor would put it into a copy.
+            for source, when in ((room, True), (filled, False)):
+                here = [(reader, seen) for reader, seen in found if (both in descendants(reader)) == when]
+                there = _emit(both, aten.slice.Tensor, source, 1, start, start + width) if here else None
+                for reader, seen in here:
+                    matrix = len(shape(seen)) == 2
+                    view = there if matrix else _emit(both, aten.reshape.default, there, _sizes(seen, both))
+                    reader.replace_input_with(seen, view)  # type: ignore[arg-type]  # it was made for them
         joined.update_arg(0, _emit(both, aten.slice.Tensor, filled, 1, 0, starts[-1]))
     both.graph.erase_node(both)
     return True
@@ -257,7 +264,7 @@ def _fill(like: Node, room: Node, parts: list[Node], starts: list[int]) -> Node:
 
 def _sums(parts: list[Node]) -> Node | None:
     """The sums side by side that ``parts`` are, all of them, if nobody has written them yet."""
-    stack: Any = parts[0].args[0]
+    stack: Any = parts[0].args[0] if is_call(parts[0], aten.slice.Tensor) else None
     added: Any = stack.args[0] if is_call(stack, operator.getitem) else None
     if not is_call(added, operators.sum_parts) or added.args[3:] != (True,):
         return None

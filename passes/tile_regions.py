@@ -101,7 +101,7 @@ def _neighbours(node: Node, region: Region) -> Iterator[set[Node]]:
             # over columns a kernel holds too much at once. SwiGLU backward on an H200 (M 8192, N 14336, R 16): 687 us
             # with both pairs in it, 549 in three kernels, sums of parts included. One that was split sums over rows.
             left = is_left_to_norm(user, node) or is_left_to_readers(user, region.columns)
-            if (can_compute(user, region.columns) and not left) or (
+            if (can_compute(user, region.columns) and not left and not is_joined(user)) or (
                 region.is_of(user)
                 and gradients_of(user) != {0, 1}
                 and not (is_written(node) and has_few_rows_of_tiles(user) and any(map(makes, region.nodes)))

@@ -249,6 +249,24 @@ def test_linears_share_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
     assert noted(laid(net())) == BOTH
 
 
+def test_what_may_read_one_input_follows_one_another() -> None:
+    """Gate and up, of Llama's w1, w2 and w3; not what has another parent."""
+
+    class Swiglu(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w1, self.w2, self.w3 = (
+                nn.Linear(k, n, bias=False, dtype=bf16) for k, n in ((64, 128), (128, 64), (64, 128))
+            )
+
+    model = nn.Sequential(Swiglu(), Swiglu())
+    lora_fx.install(model, LoRAConfig(rank=8))
+    assert noted(laid(model)) == [True] * 6
+    w1, w2, w3, *others = linears(model)
+    assert are_beside(w1.lora_a, w3.weight) and not are_beside(w1.lora_a, w2.weight)
+    assert are_beside(others[0].lora_a, others[2].weight)
+
+
 def test_a_weight_of_two_modules_stays_one() -> None:
     model = Net().to(bf16)
     more = model.more = nn.Linear(16, 64, bias=False, dtype=bf16)

@@ -152,6 +152,7 @@ def run(
     if found.blocks:
         arguments = found.arguments(outputs, [part.contiguous() for part in parts], scales)
         if room is not None:
+            assert room.stride(1) == 1, "its columns lie apart"
             arguments["room"] = room
         pitch = 0 if room is None else room.stride(0)
         kernel(found.scaled, found.ranks, tuple(starts), pitch)[(found.blocks,)](**arguments)

@@ -37,7 +37,11 @@ PRELOAD = [
     "tests.distributed.warm",
 ]
 CONTEXT.set_forkserver_preload([] if torch.cuda.is_available() else PRELOAD)
-SERVER = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "PYTHONPATH": str(ROOT)}
+SERVER = {
+    "OMP_NUM_THREADS": "1",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", ""))),
+}
 """Its environment beside this process's own: libraries read these when they are loaded."""
 
 

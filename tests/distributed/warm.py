@@ -17,10 +17,12 @@ tqdm.tqdm.monitor_interval = 0
 
 def compile_once() -> None:
     """Forward only: a process whose autograd engine has run should not be forked either."""
-    with torch.no_grad():
-        torch.compile(lambda x: x * 2 + 1)(torch.zeros(64))
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
+    try:
+        with torch.no_grad():
+            torch.compile(lambda x: x * 2 + 1)(torch.zeros(64))
+    finally:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
 
 
 leave_out_latency_of_guards()

@@ -297,6 +297,28 @@ def test_where_it_pays(m: Any, n: int, k: int, rank: int, expected: bool) -> Non
     assert beside.pays(m, n, k, rank) == expected
 
 
+@pytest.mark.parametrize(
+    ("m", "rank", "written", "expected"),
+    [
+        (1, 16, True, True),
+        (64, 128, False, True),
+        (512, 16, True, True),
+        (512, 16, False, False),
+        (512, 64, False, True),
+        (2048, 64, True, True),
+        (4096, 16, True, False),
+        (4096, 64, False, False),
+        (8192, 16, False, True),
+        ("any", 16, False, True),
+        ("any", 16, True, False),
+        ("any", 64, False, False),
+    ],
+)
+def test_where_siblings_pay_together(m: Any, rank: int, written: bool, expected: bool) -> None:
+    """By the tables that the function names."""
+    assert beside.pays_together(m, rank, written) == expected
+
+
 def test_a_failure_leaves_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[tuple[str, str]] = []
 
@@ -361,6 +383,17 @@ def test_the_operator_of_siblings(caplog: pytest.LogCaptureFixture) -> None:
     for result in results:
         torch.testing.assert_close(result, given @ whole.t(), rtol=2e-2, atol=2e-2)
     assert not caplog.messages
+
+
+def test_one_factor_of_siblings_that_was_moved(caplog: pytest.LogCaptureFixture) -> None:
+    given, whole = torch.randn(20, K, dtype=bf16), torch.randn(2 * (N + R), K, dtype=bf16)
+    rows = list(whole.split([N, R, N, R]))
+    rows[3] = rows[3].clone()
+    beside._say_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "lora_fx.passes"):
+        result = operators.stacked_mm(given, rows)
+    torch.testing.assert_close(result, given @ whole.t(), rtol=2e-2, atol=2e-2)
+    assert len(caplog.messages) == 1
 
 
 def test_an_address_that_others_have_by_now() -> None:

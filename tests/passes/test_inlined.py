@@ -140,6 +140,22 @@ if not INTERPRETED:
         for code in ours.codes:
             check_definitions(code)
 
+    @pytest.mark.parametrize("dynamic", [False, True])
+    def test_gradients_of_siblings_are_written_once(dynamic: bool) -> None:
+        """Beside each other, by the kernels that compute them: no kernel reads what another one wrote for it."""
+        model = harness.adapt(modules.Attention(256).to(torch.bfloat16).requires_grad_(False), rank=8)
+        lay_beside(model, "cpu")
+        x = torch.randn(2, 80, 256, dtype=torch.bfloat16, requires_grad=True)
+        with fake_gpu.recorded() as (found, backend):
+            fake_gpu.train(model, backend, x, dynamic=dynamic)
+        lines = found.codes[-1].splitlines()
+        places = {line.split()[0] for line in lines if line.endswith("# alias")}
+        runs = [re.findall(r"\bbuf\d+\b", line) for line in lines if "triton_" in line and ".run(" in line]
+        writers = [buffers for buffers in runs if buffers[-1] in places]
+        assert len(places) == len(writers) == 3  # dq, dk and dv
+        written = {buffers[-1] for buffers in runs}
+        assert not any(written.intersection(buffers[:-1]) for buffers in writers)
+
     def test_no_launch_has_more_arguments_than_inductor_can_launch() -> None:
         """The sums of all gradients of a model that is compiled as a whole."""
         parts = [torch.randn(3, 8 + i, 4) for i in range(47)]
