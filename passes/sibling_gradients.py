@@ -35,6 +35,9 @@ become ``examples/benchmarks/products.py``::
     q, k, v    8192   2048   16       218       227     227          224       248     211     216
     gate, up   8192   2048   16       579       588     585          567       579     566     571
 
+The rows are in the order of the stack, in which the linears were called. Where they lie in another one in memory, that
+of their definition, it takes a product for each that follow one another.
+
 Not where a kernel of ours computes what is multiplied, as with gate and up of a SwiGLU: it writes over what it reads.
 Nor where more than a third of the columns would be copied. v's gradient is, which attention writes.
 """
