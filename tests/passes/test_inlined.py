@@ -350,7 +350,7 @@ else:
                 function = torch.compile(model, backend=backend, dynamic=False, fullgraph=True)
                 forms[lowered] = harness.run(case, model, function, case.dtype)
             assert bool(found.ours) == lowered and bool(found.operators) != lowered
-            # Of each of two (they have 320 rows), or of all three, in forward; of a checkpoint once more, of attention dX.
+            # Each of two (of 320 rows), or all three, in forward; of a checkpoint once more, and dX of attention.
             counts = [
                 sum(code.count(f"lora_fx.{n}.default(") for code in found.codes) for n in ("stacked_mm", "joined_mm")
             ]
