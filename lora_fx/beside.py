@@ -47,8 +47,9 @@ def lay_beside(model: nn.Module, device: str = "cuda") -> None:
     adapted = [module for module in model.modules() if isinstance(module, LoRAModule)]
     alone = _alone(model, adapted, device)
     moved = [module for module in alone if not _lies(module) and _can_be_laid(module)]
-    sides = _sides(model, moved)
-    for modules in _chunks(moved, sides, _families(model)):
+    parents = {child: parent for parent in model.modules() for child in parent.children()}
+    sides = _sides(model, moved, parents)
+    for modules in _chunks(moved, sides, parents):
         # DLPack is of the current device alone; and tensors that are made here must be fit for training.
         index = modules[0].weight.device.index
         with (
@@ -84,7 +85,7 @@ def _room(module: LoRAModule) -> str:
     return side if side and b is not None and module.weight.stride(0) == module.weight.shape[1] + b.shape[1] else ""
 
 
-def _sides(model: nn.Module, modules: list[LoRAModule]) -> dict[LoRAModule, str]:
+def _sides(model: nn.Module, modules: list[LoRAModule], parents: dict[nn.Module, nn.Module]) -> dict[LoRAModule, str]:
     """Where weights get room: neighbours that may read one x, as gate and up do, on one side and on the other.
 
     For training alone: with few tokens A behind its weight is worth more. Not for a weight that others have as well,
@@ -94,7 +95,6 @@ def _sides(model: nn.Module, modules: list[LoRAModule]) -> dict[LoRAModule, str]
     if ranks.is_available() and ranks.is_initialized() and ranks.get_world_size() > 1:
         return {}
     holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    parents = _families(model)
     before: Counter[nn.Module | None] = Counter()
     found = {}
     for module in modules:
@@ -148,11 +148,6 @@ def _can_be_laid(module: LoRAModule) -> bool:
         and a.shape[0] == module._lora_rank
         and all(part.untyped_storage().nbytes() == part.numel() * part.itemsize for part in (weight, a))
     )
-
-
-def _families(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """The parent of every module."""
-    return {child: parent for parent in model.modules() for child in parent.children()}
 
 
 def _chunks(

@@ -41,7 +41,6 @@ from lora_fx.passes.graph import (
     is_beside_factor,
     is_call,
     is_sum,
-    is_tensor,
     is_transpose,
     peel_views,
     readers,
@@ -63,6 +62,12 @@ def show(site: Site) -> None:
     large = peel_views(site.base)
     if is_call(large, MM) and is_beside_factor(large) and is_call(turned := large.args[1], aten.permute.default):
         turned.args = (turned.args[0], [1, -2])
+
+
+def are_left_to_inductor() -> bool:
+    """Whether Inductor is to tune large products, or to pipeline them with collectives: those that it knows."""
+    config = inductor_config()
+    return bool(config.max_autotune or config.max_autotune_gemm or config._micro_pipeline_tp)
 
 
 def is_beside_weight(turned: Any) -> bool:
@@ -93,8 +98,7 @@ class Pair:
 
 def join(graph: Graph) -> Iterator[tuple[Node, Exception]]:
     """Rewrite every such h of ``graph``; where that fails, the graph is what it was, and gives where and why."""
-    config = inductor_config()
-    if config.max_autotune or config.max_autotune_gemm or config._micro_pipeline_tp:
+    if are_left_to_inductor():
         return
     before, place = Snapshot(graph), next(iter(graph.find_nodes(op="output")))
     try:
@@ -171,9 +175,9 @@ def _groups(down: Node, pairs: list[Pair]) -> list[list[Pair]]:
         return []
     rows = shape(down)[0]
     written = not all(map(_is_computed_on, pairs))
-    if len(pairs) > 1 and beside.pays_together(rows, max(pair.sizes[2] for pair in pairs), written):
-        return [pairs]
     alone = not written and all(beside.pays(rows, *pair.sizes) for pair in pairs)
+    if len(pairs) > 1 and beside.pays_together(rows, max(pair.sizes[2] for pair in pairs), written, alone):
+        return [pairs]
     return [[pair] for pair in pairs] if alone and not any(map(goes_out, places)) else []
 
 
@@ -204,21 +208,21 @@ def _rewrite(down: Node, pairs: list[Pair]) -> None:
     first = pairs[0].large
     with detect_fake_mode([val(down)]):
         rows = [part for pair in pairs for part in (pair.weight, pair.a)]
-        both = _emit(first, operators.stacked_mm, first.args[0], rows)
+        both = emit(first, operators.stacked_mm, first.args[0], rows)
         start, hs = 0, []
         for pair in pairs:
             n, _, rank = pair.sizes
-            base = _emit(first, aten.slice.Tensor, both, 1, start, start + n)
-            hs.append(_emit(first, aten.slice.Tensor, both, 1, start + n, start + n + rank))
+            base = emit(first, aten.slice.Tensor, both, 1, start, start + n)
+            hs.append(emit(first, aten.slice.Tensor, both, 1, start + n, start + n + rank))
             start += n + rank
             pair.large.replace_all_uses_with(base)
         kept = [place for pair in pairs for place in _places(down, pair) if goes_out(place)]
         # Of slices that nobody else reads, or Inductor copies each by itself.
-        stack = _emit(first, aten.cat.default, [_emit(first, h.target, *h.args) for h in hs], 1) if kept else None
+        stack = emit(first, aten.cat.default, [emit(first, h.target, *h.args) for h in hs], 1) if kept else None
         for pair, h in zip(pairs, hs):
             for place in _places(down, pair):
                 if stack is not None and place in kept:
-                    copy = _emit(first, aten.slice.Tensor, stack, 1, pair.start, pair.start + pair.sizes[2])
+                    copy = emit(first, aten.slice.Tensor, stack, 1, pair.start, pair.start + pair.sizes[2])
                     place.replace_all_uses_with(copy, delete_user_cb=_leads_out)
                 place.replace_all_uses_with(h)
     for pair in pairs:
@@ -229,10 +233,10 @@ def _leads_out(user: Node) -> bool:
     return user.op == "output" or (is_alias(user) and goes_out(user))
 
 
-def _emit(like: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
+def emit(like: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
     """A node before ``like``, with its value computed."""
     with like.graph.inserting_before(like):
         node = like.graph.call_function(target, args, kwargs)
     node.meta.update({name: item for name, item in like.meta.items() if name not in ("val", "tensor_meta", MARK)})
-    node.meta["val"] = target(*torch.fx.node.map_arg(args, lambda n: val(n) if is_tensor(n) else n), **kwargs)
+    node.meta["val"] = target(*torch.fx.node.map_arg(args, val), **kwargs)
     return node

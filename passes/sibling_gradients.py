@@ -53,8 +53,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from lora_fx.passes._torch import auto_functionalized, detect_fake_mode, inductor_config, stable_topological_sort
-from lora_fx.passes.beside import is_beside_weight
+from lora_fx.passes._torch import auto_functionalized, detect_fake_mode, stable_topological_sort
+from lora_fx.passes.beside import are_left_to_inductor, emit, is_beside_weight
 from lora_fx.passes.graph import (
     MM,
     aten,
@@ -96,8 +96,7 @@ class Sibling:
 
 def join(graph: Graph) -> Iterator[tuple[Node, Exception]]:
     """Rewrite every such sum of ``graph``; where that fails, the graph is what it was, and gives where and why."""
-    config = inductor_config()
-    if config.max_autotune or config.max_autotune_gemm or config._micro_pipeline_tp:
+    if are_left_to_inductor():
         return
     before, place = Snapshot(graph), next(iter(graph.find_nodes(op="output")))
     try:
@@ -192,11 +191,11 @@ def _join(product: Node, siblings: list[Sibling]) -> None:
         rows, start = [], 0
         for sibling in siblings:
             rank = int(shape(sibling.factor)[0])
-            g = _emit(product, aten.slice.Tensor, stack, 1, start, start + rank)
+            g = emit(product, aten.slice.Tensor, stack, 1, start, start + rank)
             parts, start = [*parts, sibling.dy, g], start + rank
             rows += [sibling.weight, sibling.factor]
-        both = _emit(product, aten.cat.default, parts, 1)
-        joined = _emit(product, operators.joined_mm, both, rows)
+        both = emit(product, aten.cat.default, parts, 1)
+        joined = emit(product, operators.joined_mm, both, rows)
     for other in (*(sibling.large for sibling in siblings[1:]), product):
         drop(other)
     term.replace_all_uses_with(joined)
@@ -226,18 +225,20 @@ def _settle(joined: Node, both: Node) -> bool:
         return False
     columns = -(-starts[-1] // ALIGNED) * ALIGNED
     with detect_fake_mode([val(joined)]):
-        room = _emit(both, operators.side_by_side, list(first), starts[:-1:2], columns)
+        room = emit(both, operators.side_by_side, list(first), starts[:-1:2], columns)
         filled = _fill(both, room, list(later), starts[1:-1:2])
         for found, start, width in zip(reading, starts[::2], widths[::2]):
             # What g does not wait for reads the same after it was put there, or Inductor would put it into a copy.
             for source, when in ((room, True), (filled, False)):
                 here = [(reader, seen) for reader, seen in found if (both in descendants(reader)) == when]
-                there = _emit(both, aten.slice.Tensor, source, 1, start, start + width) if here else None
+                if not here:
+                    continue
+                there = emit(both, aten.slice.Tensor, source, 1, start, start + width)
                 for reader, seen in here:
                     matrix = len(shape(seen)) == 2
-                    view = there if matrix else _emit(both, aten.reshape.default, there, _sizes(seen, both))
-                    reader.replace_input_with(seen, view)  # type: ignore[arg-type]  # it was made for them
-        joined.update_arg(0, _emit(both, aten.slice.Tensor, filled, 1, 0, starts[-1]))
+                    view = there if matrix else emit(both, aten.reshape.default, there, _sizes(seen, both))
+                    reader.replace_input_with(seen, view)
+        joined.update_arg(0, emit(both, aten.slice.Tensor, filled, 1, 0, starts[-1]))
     both.graph.erase_node(both)
     return True
 
@@ -293,15 +294,6 @@ def _readers(part: Node, both: Node) -> Iterator[tuple[Node, Node]]:
 
 def _sizes(node: Node, like: Node) -> list[Any]:
     return [
-        size if isinstance(size, int) else _emit(like, aten.sym_size.int, node, dim)
+        size if isinstance(size, int) else emit(like, aten.sym_size.int, node, dim)
         for dim, size in enumerate(shape(node))
     ]
-
-
-def _emit(like: Node, target: Any, *args: Any) -> Node:
-    """A node before ``like``, with its value computed."""
-    with like.graph.inserting_before(like):
-        node = like.graph.call_function(target, args)
-    node.meta.update({name: item for name, item in like.meta.items() if name not in ("val", "tensor_meta", MARK)})
-    node.meta["val"] = target(*torch.fx.node.map_arg(args, val))
-    return node

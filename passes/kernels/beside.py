@@ -69,8 +69,10 @@ def pays(m: Any, n: int, k: int, rank: int) -> bool:
     return few and m >= 16
 
 
-def pays_together(m: Any, rank: int, written: bool) -> bool:
+def pays_together(m: Any, rank: int, written: bool, alone: bool) -> bool:
     """Whether one product should make y and h of siblings, instead of one for each y and one for all h.
+
+    Or of one for each y and its h, where that would pay: ``alone``.
 
     Where the sum of y and its branch is ``written``, as of q, k and v, that rounds twice what a product that adds
     itself to the branch's rounds once: with many tokens it saves less than it is worth, a thousandth of the step.
@@ -96,7 +98,7 @@ def pays_together(m: Any, rank: int, written: bool) -> bool:
     """
     if written or rank > HIGH_RANK:
         return isinstance(m, int) and m <= MANY_ROWS
-    return not isinstance(m, int) or m not in EACH_ROWS
+    return not (alone and isinstance(m, int) and m in EACH_ROWS)
 
 
 def are_beside(weight: Tensor, a: Tensor) -> bool:

@@ -97,7 +97,7 @@ def test_sums_of_parts(dtype: torch.dtype) -> None:
 
     test_part_sums.check(operators.sum_parts, dtype, "cuda")
     test_part_sums.check_stacked(operators.sum_parts, dtype, "cuda")
-    test_part_sums.check_beside(operators.sum_parts_beside_, dtype, "cuda")
+    test_part_sums.check_beside(operators.sum_parts_beside_, operators.sum_parts, dtype, "cuda")
 
 
 def test_sums_of_experts_parts() -> None:

@@ -1,7 +1,6 @@
 """h in the base's product, where A lies behind its weight in memory: the graphs, that they compute the same, and where
 it must not be. The passes decide as on a GPU (`tests/passes/on_gpu.py`). K = 48, N = 128, R = 8."""
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -298,25 +297,26 @@ def test_where_it_pays(m: Any, n: int, k: int, rank: int, expected: bool) -> Non
 
 
 @pytest.mark.parametrize(
-    ("m", "rank", "written", "expected"),
+    ("m", "rank", "written", "alone", "expected"),
     [
-        (1, 16, True, True),
-        (64, 128, False, True),
-        (512, 16, True, True),
-        (512, 16, False, False),
-        (512, 64, False, True),
-        (2048, 64, True, True),
-        (4096, 16, True, False),
-        (4096, 64, False, False),
-        (8192, 16, False, True),
-        ("any", 16, False, True),
-        ("any", 16, True, False),
-        ("any", 64, False, False),
+        (1, 16, True, False, True),
+        (64, 128, False, True, True),
+        (512, 16, True, False, True),
+        (512, 16, False, True, False),
+        (512, 16, False, False, True),
+        (512, 64, False, True, True),
+        (2048, 64, True, False, True),
+        (4096, 16, True, False, False),
+        (4096, 64, False, False, False),
+        (8192, 16, False, True, True),
+        ("any", 16, False, True, True),
+        ("any", 16, True, False, False),
+        ("any", 64, False, False, False),
     ],
 )
-def test_where_siblings_pay_together(m: Any, rank: int, written: bool, expected: bool) -> None:
+def test_where_siblings_pay_together(m: Any, rank: int, written: bool, alone: bool, expected: bool) -> None:
     """By the tables that the function names."""
-    assert beside.pays_together(m, rank, written) == expected
+    assert beside.pays_together(m, rank, written, alone) == expected
 
 
 def test_a_failure_leaves_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,86 +337,3 @@ def test_a_failure_leaves_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     inferred(mlp(), x(64), step=step)
     ((before, after),) = found
     assert before == after
-
-
-# ---- the operator ----------------------------------------------------------------------------------------------------
-
-
-def operands(dtype: torch.dtype = bf16) -> tuple[Tensor, Tensor, Tensor]:
-    both = torch.randn(N + R, K, dtype=dtype)
-    return torch.randn(20, K, dtype=dtype), both[:N], both[N:]
-
-
-@pytest.mark.parametrize("dtype", [bf16, torch.float16, torch.float32])
-def test_the_operator(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
-    given, weight, a = operands(dtype)
-    assert beside.are_beside(weight, a)
-    both = operators.stacked_mm(given, [weight, a])
-    assert both.shape == (20, N + R) and both.stride() == (192, 1)
-    exact = torch.cat([given.double() @ weight.double().t(), given.double() @ a.double().t()], 1)
-    torch.testing.assert_close(both.double(), exact, rtol=2e-2, atol=2e-2)
-    assert not caplog.messages
-    torch.library.opcheck(operators.stacked_mm, (given, [weight, a]), test_utils=("test_schema", "test_faketensor"))
-
-
-def test_the_operator_where_they_lie_apart(caplog: pytest.LogCaptureFixture) -> None:
-    """The same values, and one line that says why it is slower."""
-    given, weight, a = operands()
-    beside._say_once.cache_clear()
-    with caplog.at_level(logging.WARNING, "lora_fx.passes"):
-        for _ in range(2):
-            torch.testing.assert_close(
-                operators.stacked_mm(given, [weight.clone(), a.clone()]), operators.stacked_mm(given, [weight, a])
-            )
-    assert len(caplog.messages) == 1 and "before lora_fx.compile" in caplog.messages[0]
-
-
-def test_the_operator_of_siblings(caplog: pytest.LogCaptureFixture) -> None:
-    """Together, and where only each factor lies behind its weight, which nobody needs to hear of."""
-    whole = torch.randn(2 * (N + R), K, dtype=bf16)
-    together = list(whole.split([N, R, N, R]))
-    apart = [part for half in (whole[: N + R].clone(), whole[N + R :].clone()) for part in half.split([N, R])]
-    given = torch.randn(20, K, dtype=bf16)
-    assert [len(beside._together(rows)) for rows in (together, apart)] == [1, 2]
-    results = [operators.stacked_mm(given, rows) for rows in (together, apart)]
-    assert results[0].shape == (20, 2 * (N + R)) and results[0].stride() == (320, 1)
-    for result in results:
-        torch.testing.assert_close(result, given @ whole.t(), rtol=2e-2, atol=2e-2)
-    assert not caplog.messages
-
-
-def test_one_factor_of_siblings_that_was_moved(caplog: pytest.LogCaptureFixture) -> None:
-    given, whole = torch.randn(20, K, dtype=bf16), torch.randn(2 * (N + R), K, dtype=bf16)
-    rows = list(whole.split([N, R, N, R]))
-    rows[3] = rows[3].clone()
-    beside._say_once.cache_clear()
-    with caplog.at_level(logging.WARNING, "lora_fx.passes"):
-        result = operators.stacked_mm(given, rows)
-    torch.testing.assert_close(result, given @ whole.t(), rtol=2e-2, atol=2e-2)
-    assert len(caplog.messages) == 1
-
-
-def test_an_address_that_others_have_by_now() -> None:
-    """What was remembered by an address is of use to whatever lies there next."""
-    memory = torch.randn(N + R, K, dtype=bf16)
-    for _ in range(2):
-        given = torch.randn(20, K, dtype=bf16)
-        weight, a = (part.detach() for part in memory.split([N, R]))
-        both = operators.stacked_mm(given, [weight, a])
-        torch.testing.assert_close(both, torch.cat([given @ weight.t(), given @ a.t()], 1))
-        # Another owner of the same place, as an allocator has them.
-        memory = torch.from_dlpack(memory)
-        memory.normal_()
-
-
-@pytest.mark.parametrize("change", ["dtype", "gap", "order", "width"])
-def test_what_lies_apart(change: str) -> None:
-    _, weight, a = operands()
-    both = torch.randn(N + R + 1, K, dtype=bf16)
-    pairs = {
-        "dtype": (weight, a.float()),
-        "gap": (both[:N], both[N + 1 :]),
-        "order": (both[R : N + R], both[:R]),
-        "width": (weight, both[N:, : K // 2]),
-    }
-    assert not beside.are_beside(*pairs[change])

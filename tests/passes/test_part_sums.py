@@ -50,8 +50,8 @@ def check_stacked(run: Runner, dtype: torch.dtype, device: str = "cpu") -> None:
         assert found.shape == (rows, 27) and (found.any() or not rows)
 
 
-def check_beside(run: Runner, dtype: torch.dtype, device: str = "cpu") -> None:
-    """Side by side, and in the columns of a wider matrix, of which the others stay as they are."""
+def check_beside(run: Runner, plain: Runner, dtype: torch.dtype, device: str = "cpu") -> None:
+    """The sums of ``plain`` side by side to the bit, and in columns of a wider matrix, of which the others stay."""
     for rows in (160, 7, 0):
         parts = [torch.randn(count, rows, rank, device=device) for count, rank in ((4, 16), (9, 3), (1, 8))]
         scales = [None, torch.rand((), device=device) + 0.5, None]
@@ -59,6 +59,7 @@ def check_beside(run: Runner, dtype: torch.dtype, device: str = "cpu") -> None:
         stack = run(room, parts, scales, [4, 30, 61])
         sums = [p.double().sum(0) * (1.0 if s is None else s.double()) for p, s in zip(parts, scales, strict=True)]
         exact = torch.cat(sums, 1)
+        assert torch.equal(stack, plain(parts, scales, dtype, True)[0])
         torch.testing.assert_close(stack.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
         for start, part in zip((4, 30, 61), stack.split([16, 3, 8], 1)):
             before[:, start : start + part.shape[1]] = part
@@ -72,7 +73,7 @@ def test_the_operator(dtype: torch.dtype) -> None:
     check_stacked(operators.sum_parts, dtype)
     stack = [torch.randn(4, 5, rank) for rank in (2, 3)]
     torch.library.opcheck(operators.sum_parts, (stack, [None, torch.rand(())], dtype, True))
-    check_beside(operators.sum_parts_beside_, dtype)
+    check_beside(operators.sum_parts_beside_, operators.sum_parts, dtype)
     given = (torch.zeros(5, 8, dtype=dtype), stack, [None, torch.rand(())], [0, 5])
     torch.library.opcheck(operators.sum_parts_beside_, given, test_utils=("test_schema", "test_faketensor"))
 

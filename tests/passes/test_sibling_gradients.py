@@ -1,7 +1,6 @@
 """One product for dX of siblings whose weights and factors lie together in memory: the graphs, that they compute the
 same, and where it must not be. The passes decide as on a GPU (`tests/passes/on_gpu.py`)."""
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.fx import Graph, Node
 from lora_fx.passes import sibling_gradients
 from lora_fx.passes._torch import auto_functionalized
 from lora_fx.passes.graph import aten, is_row_view, peel_views
-from lora_fx.passes.kernels import beside, operators
+from lora_fx.passes.kernels import operators
 from tests.passes.harness import Case, adapt, compare
 from tests.passes.laying import by_graphs, laid
 from tests.passes.modules import QKV, Attention, Block, Mlp
@@ -333,48 +332,3 @@ def test_a_failure_leaves_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     backward(adapted(Curves()), step=step)
     ((before, after),) = found
     assert before == after
-
-
-# ---- the operators ---------------------------------------------------------------------------------------------------
-
-PARTS = (40, 8, 16, 8)
-
-
-def matrices(dtype: torch.dtype = bf16) -> tuple[Tensor, list[Tensor], Tensor]:
-    """[M, sum of N] with gaps, the rows that it is multiplied by, and all of those."""
-    whole = torch.randn(sum(PARTS), K, dtype=dtype)
-    wide = torch.zeros(20, 128, dtype=dtype)
-    wide[:, : sum(PARTS)].normal_()
-    return wide[:, : sum(PARTS)], list(whole.split(PARTS)), whole
-
-
-@pytest.mark.parametrize("dtype", [bf16, f16])
-def test_one_product(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
-    both, rows, whole = matrices(dtype)
-    assert len(beside._together(rows)) == 1
-    result = operators.joined_mm(both, rows)
-    torch.testing.assert_close(result.double(), both.double() @ whole.double(), rtol=2e-2, atol=2e-2)
-    assert not caplog.messages
-    torch.library.opcheck(operators.joined_mm, (both, rows), test_utils=("test_schema", "test_faketensor"))
-
-
-def test_one_product_where_they_lie_apart(caplog: pytest.LogCaptureFixture) -> None:
-    """Nearly the same values, each rounded more often, and one line that says why it is slower."""
-    both, rows, whole = matrices()
-    beside._say_once.cache_clear()
-    with caplog.at_level(logging.WARNING, "lora_fx.passes"):
-        for _ in range(2):
-            result = operators.joined_mm(both, [part.clone() for part in rows])
-            torch.testing.assert_close(result.double(), both.double() @ whole.double(), rtol=5e-2, atol=2e-1)
-    assert len(caplog.messages) == 1 and "before lora_fx.compile" in caplog.messages[0]
-
-
-def test_side_by_side() -> None:
-    parts = [torch.randn(20, n, dtype=bf16) for n in PARTS]
-    room = operators.side_by_side(parts[::2], [0, 48], 128)
-    assert room.shape == (20, 128)
-    operators.put_(room, parts[1::2], [40, 64])
-    assert torch.equal(room[:, : sum(PARTS)], torch.cat(parts, 1))
-    with pytest.raises(ValueError, match="zip"):
-        operators.put_(room, parts, [0])
-    torch.library.opcheck(operators.put_, (room, parts[1::2], [40, 64]), test_utils=("test_schema", "test_faketensor"))

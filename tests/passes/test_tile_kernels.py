@@ -348,6 +348,7 @@ else:
         test_part_sums.check_stacked(part_sums.run, torch.float32)
         test_part_sums.check_beside(
             lambda room, parts, scales, starts: part_sums.run(parts, scales, room.dtype, True, room, starts)[0],
+            part_sums.run,
             torch.float32,
         )
 
