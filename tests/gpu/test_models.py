@@ -1,4 +1,4 @@
-"""Tile programs as kernels on a CUDA device, by themselves and in compiled models."""
+"""Compiled models on a CUDA device: values, launches, CUDA graphs."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -10,117 +10,16 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lora_fx
-from lora_fx.passes.kernels.tile_choice import choose
-from lora_fx.passes.kernels.tile_program import Program, Tile
-from lora_fx.passes.tile_nodes import MAX_RANK
-from tests.passes import expert_cases, few_rows_cases, pointwise_cases, test_part_sums, tile_checks
 from tests.passes.harness import adapt
-from tests.passes.high_rank_cases import HIGH_RANKS
 from tests.passes.modules import Block, Mlp
 from tests.passes.test_grouped import SwiGLU
-from tests.passes.tile_cases import CASES, SIZES, TILES, Case
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-f16, bf16 = torch.float16, torch.bfloat16
-
-
-def run(program: Program, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-    from lora_fx.passes.kernels import tile_launch  # needs Triton, which is there where there is a GPU
-
-    tile_launch.run(program.dumps(), inputs, outputs)
-
-
-# ---- kernels by themselves -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [f16, bf16])
-@pytest.mark.parametrize("tile", TILES, ids=lambda t: f"{t.walk} {t.rows}x{t.columns}")
-@pytest.mark.parametrize("case", [*CASES, *expert_cases.CASES], ids=str)
-def test_against_float64(case: Case, tile: Tile, dtype: torch.dtype) -> None:
-    """The cases that the interpreter runs, every walk with every size; two runs are equal to the bit."""
-    for rows, columns in SIZES:
-        tile_checks.check(case, case.program(columns, dtype, tile), rows, run, "cuda")
-    tile_checks.check(case, case.program(72, dtype, tile), 90, run, "cuda", batch=3)
-
-
-@pytest.mark.parametrize("dtype", [f16, bf16])
-@pytest.mark.parametrize("tile", TILES, ids=lambda t: f"{t.walk} {t.rows}x{t.columns}")
-@pytest.mark.parametrize("case", [c for c in CASES if any(kind[0] == "full" for kind in c.inputs)], ids=str)
-def test_sequences_in_turns(case: Case, tile: Tile, dtype: torch.dtype) -> None:
-    tile_checks.check_order(case, case.program(72, dtype, tile), run, "cuda")
-
-
-@pytest.mark.parametrize("dtype", [f16, bf16])
-def test_the_largest_of_what_is_not_finite(dtype: torch.dtype) -> None:
-    tile_checks.check_not_finite(run, dtype, "cuda")
-
-
-@pytest.mark.parametrize("dtype", [f16, bf16])
-@pytest.mark.parametrize(("rows", "columns"), [(2048, 1024), (1027, 4096), (3001, 1016), (4096, 14336)])
-@pytest.mark.parametrize(
-    "case", [*(case for case in CASES if case.rank <= MAX_RANK), *HIGH_RANKS, *expert_cases.CASES], ids=str
-)
-def test_the_tiles_that_are_chosen(case: Case, rows: int, columns: int, dtype: torch.dtype) -> None:
-    tile = choose(case.inputs, case.body, rows, columns)
-    if tile is None:
-        pytest.skip("a kernel would not pay here")
-    tile_checks.check(case, case.program(columns, dtype, tile), rows, run, "cuda")
-
-
-FEW = [case for case in (*CASES, *few_rows_cases.CASES, *expert_cases.CASES) if case.rank <= MAX_RANK]
-
-
-@pytest.mark.parametrize("dtype", [f16, bf16])
-@pytest.mark.parametrize("rows", [1, 9, 16, 64, 131, 255])
-@pytest.mark.parametrize("case", FEW, ids=str)
-def test_few_rows(case: Case, rows: int, dtype: torch.dtype) -> None:
-    for columns in (1000, 4096):
-        tile = choose(case.inputs, case.body, rows, columns)
-        if tile is not None:
-            tile_checks.check(case, case.program(columns, dtype, tile), rows, run, "cuda")
-
-
-@pytest.mark.parametrize("dtype", [f16, bf16])
-def test_programs_that_share_a_launch(dtype: torch.dtype) -> None:
-    from lora_fx.passes.kernels import tile_launch
-
-    few_rows_cases.check_joint(tile_launch.run, dtype, "cuda")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, bf16, f16])
-def test_sums_of_parts(dtype: torch.dtype) -> None:
-    from lora_fx.passes.kernels import operators
-
-    test_part_sums.check(operators.sum_parts, dtype, "cuda")
-    test_part_sums.check_stacked(operators.sum_parts, dtype, "cuda")
-    test_part_sums.check_beside(operators.sum_parts_beside_, operators.sum_parts, dtype, "cuda")
-
-
-def test_sums_of_experts_parts() -> None:
-    from lora_fx.passes.kernels import operators
-
-    expert_cases.check_sums(operators.sum_expert_parts, "cuda")
-
-
-def test_the_masks_of_experts() -> None:
-    expert_cases.check_masks(run, "cuda")
-
-
-def test_anything_in_nobodys_rows() -> None:
-    expert_cases.check_nobodys_rows(run, "cuda")
-    expert_cases.check_left(run, "cuda")
-
-
-@pytest.mark.parametrize("case", pointwise_cases.every(), ids=str)
-def test_pointwise(case: Case) -> None:
-    pointwise_cases.check(case, run, "cuda")
-
-
-# ---- compiled models -------------------------------------------------------------------------------------------------
+bf16 = torch.bfloat16
 
 
 def error(found: Tensor, exact: Tensor) -> float:
@@ -236,18 +135,6 @@ def test_launches_are_inductors_own(name: str) -> None:
     assert not any("lora_fx.tile_" in line or "lora_fx.sum_" in line for line in lines)
     for operator in ("stacked_mm", "joined_mm"):  # of q, k and v, in either direction
         assert any(f"lora_fx.{operator}." in line for line in lines) == (name == "two blocks")
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_products_in_float32_of_16_bits(dtype: torch.dtype) -> None:
-    """As g and dB have them: of rows, and of rows that are transposed."""
-    from lora_fx.passes.kernels import operators
-
-    dy, b, h = (torch.randn(*size, device="cuda", dtype=dtype) for size in ((1024, 1016), (1016, 104), (1024, 104)))
-    for left, right in ((dy, b), (dy.t(), h)):
-        found = operators.float_mm(left, right)
-        assert found.dtype == torch.float32
-        assert error(found, left.double() @ right.double()) < 1e-4, "half a rounding to float16 at most"
 
 
 def test_any_number_of_tokens() -> None:
