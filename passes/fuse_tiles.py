@@ -186,7 +186,7 @@ def _accumulate(like: Node, base: Node, product: Node) -> Node:
     """``base``, times what `beta_for` says, with a large product added to it, in place if Inductor agrees."""
     with detect_fake_mode([val(base)]):
         value = torch.empty_like(val(base))
-    a, b = product.args[:2]
+    a, b = product.args[-2:]  # behind a bias, which ``base`` has
     operands = {"base": base, "a": a, "b": b, "scale": None, "beta": operators.beta_for(value.dtype)}
     wrapper = _call(like, auto_functionalized, (operators.accumulate_,), (None, value), operands)
     return _call(like, operator.getitem, (wrapper, 1), value)

@@ -299,6 +299,14 @@ def operand_kind(operand: Any, node: Node, columns: int) -> str | None:
     return None
 
 
+def bias_of(product: Any) -> Node | None:
+    """What a product with a bias adds to each of its rows; None if ``product`` is none."""
+    if not is_call(product, aten.addmm.default) or product.kwargs or len(shape(product.args[0])) != 1:
+        return None
+    bias: Node = product.args[0]
+    return bias if has_shape(bias, shape(product)[1]) else None
+
+
 def is_reduction(node: Node) -> bool:
     """Whether Inductor's kernel of ``node`` computes what it reduces as it goes."""
     return is_call(node, *_REDUCTIONS)

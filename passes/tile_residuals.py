@@ -29,7 +29,7 @@ from torch.fx import Node
 from lora_fx.passes._torch import inductor_config
 from lora_fx.passes.graph import MM, is_call, is_pointwise, is_sum, peel_views, readers, shape, stays_in_kernel, val
 from lora_fx.passes.kernels import operators
-from lora_fx.passes.tile_nodes import can_compute, is_part_of_stacked, is_reduction, makes
+from lora_fx.passes.tile_nodes import bias_of, can_compute, is_part_of_stacked, is_reduction, makes
 
 
 def is_left_to_readers(total: Node, columns: int) -> bool:
@@ -70,7 +70,7 @@ def _products(value: Node) -> list[Node] | None:
         node: Any = peel_views(pending.pop())
         if is_call(node, operators.accumulate):
             pending.append(node.args[0])
-        elif is_call(node, MM, operators.scaled_mm):
+        elif is_call(node, MM, operators.scaled_mm) or bias_of(node) is not None:
             found.append(node)
         elif is_sum(node):
             pending += node.args[:2]

@@ -17,6 +17,7 @@ from lora_fx.passes.kernels.tile_program import OUTPUTS, Statement
 from lora_fx.passes.tile_copies import descendants
 from lora_fx.passes.tile_nodes import (
     POINTWISE,
+    bias_of,
     constant_of,
     ends_of,
     gradients_of,
@@ -49,6 +50,11 @@ class Writer:
         self.places: dict[Node, int] = {}
         self.outputs: list[tuple[Node, int]] = []
         """What each output is for: a member, and for a gradient pair which of its two results."""
+        for product in self.accumulated[:1]:
+            # A kernel that adds itself to a matrix adds no bias: all that is here of such a product is its bias.
+            if (bias := bias_of(product)) is not None:
+                self.absent.remove(product)
+                self.places[product] = self._append(["load", self._input(bias, ["column"])])
 
     def write(self, member: Node) -> None:
         """Append the statements of one member, whose operands have been written."""
@@ -324,7 +330,9 @@ def _accumulated(region: Region, members: list[Node]) -> list[Node]:
     terms = [n for n in found if n not in region.nodes]
     dtype = val(results[0]).dtype
     # All of them or none: a sum of the branch with a residual stream would be rounded twice at its full size.
-    if not all(is_call(n, MM) and _dies_in(n, region) and val(n).dtype == dtype for n in terms):
+    if not all(is_call(n, MM) or bias_of(n) is not None for n in terms):
+        return []
+    if not all(_dies_in(n, region) and val(n).dtype == dtype for n in terms):
         return []
     return sorted(terms, key=_inner, reverse=True) if _are_terms(terms, members, set(sums), region) else []
 
@@ -344,7 +352,7 @@ def _are_terms(products: list[Node], members: list[Node], sums: set[Node], regio
 
 def _inner(product: Node) -> int:
     """The size that a product sums over; 0 where it is not known."""
-    size = shape(product.all_input_nodes[0])[1]
+    size = shape(product.all_input_nodes[-1])[0]
     return size if isinstance(size, int) else 0
 
 
