@@ -9,8 +9,10 @@ import torch
 
 from lora_fx.passes.kernels import native
 from tests.anew import collect_garbage_seldom, leave_out_latency_of_guards
+from tests.together import compile_kernels_of_a_graph_together
 
 leave_out_latency_of_guards()
+compile_kernels_of_a_graph_together()
 
 
 def pytest_collection_finish() -> None:

@@ -10,6 +10,7 @@ import torch
 import tqdm
 
 from tests.anew import collect_garbage_seldom, leave_out_latency_of_guards
+from tests.together import compile_kernels_of_a_graph_together
 
 # Inductor shows its progress; what watches the bar is a thread, and a process with threads should not be forked.
 tqdm.tqdm.monitor_interval = 0
@@ -26,6 +27,7 @@ def compile_once() -> None:
 
 
 leave_out_latency_of_guards()
+compile_kernels_of_a_graph_together()
 with contextlib.suppress(Exception):  # without a compiler each rank is to say so
     compile_once()
 collect_garbage_seldom()  # freezing also keeps a collection from copying the server's pages into every rank
