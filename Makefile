@@ -66,8 +66,8 @@ test-gpu: $(call ready,test)
 # Each tensor is an allocation of its own: a caching allocator would hide a read behind its end in the next one. Some
 # kernels of cuBLAS ask whether they can run at all, which is no fault of theirs: calls that report an error are let be.
 test-gpu-memory: $(call ready,test)
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --report-api-errors no --target-processes all \
-	  --error-exitcode 3 $(PY) -m pytest tests/gpu/test_kernels.py $(ARGS)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 3 \
+	  $(PY) -m pytest tests/gpu/test_kernels.py $(ARGS)
 
 lint: $(call ready,test)
 	$(PY) -m ruff check
