@@ -75,22 +75,32 @@ def test_a_large_product_is_added_as_it_is_and_once(
 # ---- a residual stream -----------------------------------------------------------------------------------------------
 
 
+class Gated(nn.Linear):
+    """Its product cannot add itself to a branch."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * torch.sigmoid(input)
+
+
 class Stream(nn.Module):
     """A linear whose output is added to its input, and what reads the sum."""
 
-    def __init__(self, function: Callable[[Tensor, Tensor], Any], bias: bool = False) -> None:
+    def __init__(
+        self, function: Callable[[Tensor, Tensor], Any], bias: bool = False, kind: type[nn.Linear] = nn.Linear
+    ) -> None:
         super().__init__()
-        self.linear = nn.Linear(K, K, bias=bias)
+        self.linear = kind(K, K, bias=bias)
         self.function = function
 
     def forward(self, x: Tensor) -> Any:
         return self.function(x, self.linear(x))
 
 
-def stream(function: Callable[[Tensor, Tensor], Any], bias: bool = False) -> nn.Module:
-    return adapt(Stream(function, bias).to(bf16))
+def stream(function: Callable[[Tensor, Tensor], Any], **more: Any) -> nn.Module:
+    return adapt(Stream(function, **more).to(bf16))
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     "function",
     [
@@ -101,23 +111,23 @@ def stream(function: Callable[[Tensor, Tensor], Any], bias: bool = False) -> nn.
     ],
     ids=["rms", "rms of the sum alone", "layer", "and the branch is returned"],
 )
-def test_a_sum_that_a_norm_reads_is_the_norms(function: Callable[[Tensor, Tensor], Any]) -> None:
+def test_a_sum_that_a_norm_reads_is_the_norms(function: Callable[[Tensor, Tensor], Any], bias: bool) -> None:
     """The region ends with the branch, to which the large product adds: the norm's kernel adds the stream."""
-    captured = compared(lambda: stream(function), 1)
-    assert forward_operations(captured) == [[]] and added(captured) == 1
+    captured = compared(lambda: stream(function, bias=bias), 1)
+    assert forward_operations(captured) == [["add"] * bias] and added(captured) == 1
 
 
 @pytest.mark.parametrize(
-    ("function", "bias"),
+    ("function", "kind"),
     [
-        (lambda x, y: x + y, False),
-        (lambda x, y: (total := x + y, total.float().pow(2).mean(0)), False),
-        (lambda x, y: (total := x + y, nn.functional.rms_norm(total, (K,))), True),
+        (lambda x, y: x + y, nn.Linear),
+        (lambda x, y: (total := x + y, total.float().pow(2).mean(0)), nn.Linear),
+        (lambda x, y: (total := x + y, nn.functional.rms_norm(total, (K,))), Gated),
     ],
     ids=["no norm", "over tokens", "no large product that can add"],
 )
-def test_a_sum_that_is_the_regions(function: Callable[[Tensor, Tensor], Any], bias: bool) -> None:
-    captured = compared(lambda: stream(function, bias), 1)
+def test_a_sum_that_is_the_regions(function: Callable[[Tensor, Tensor], Any], kind: type[nn.Linear]) -> None:
+    captured = compared(lambda: stream(function, kind=kind), 1)
     (names,) = forward_operations(captured)
     assert names.count("add") == 2 and added(captured) == 0
 

@@ -1,7 +1,7 @@
 """Tile programs with what they compute, in float64 and by hand; shared by the tests of every form of them.
 
 What runs them and compares is in `tests/passes/tile_checks.py`. `tests/passes/test_tile_program.py` holds ATen against
-these cases, `tests/passes/test_tile_kernels.py` the kernels in Triton's interpreter, and `tests/gpu/test_kernels.py` the
+these cases, `tests/passes/test_tile_kernels.py` the kernels in the interpreter, and `tests/gpu/test_kernels.py` the
 kernels on a GPU. M tokens, N columns, R rank.
 """
 
