@@ -56,7 +56,8 @@ def draw_cases(path: Path, title: str, cases: Sequence[str], series: Mapping[str
             sign = 1 if bar.get_height() >= 0 else -1
             axes.annotate(
                 f"{round(bar.get_height())}", (bar.get_x() + bar.get_width() / 2, bar.get_height()), color=INK,
-                fontsize=8, xytext=(0, 2 * sign), textcoords="offset points", ha="center", va="bottom" if sign > 0 else "top",
+                fontsize=8, xytext=(0, 2 * sign), textcoords="offset points", ha="center",
+                va="bottom" if sign > 0 else "top",
             )  # fmt: skip
     axes.set_xticks(range(len(cases)), cases, rotation=35, ha="right")
     axes.set_ylabel("time over the frozen block, %", color=INK)
