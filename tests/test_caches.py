@@ -80,6 +80,7 @@ def run(folder: Path, *arguments: str, source: Path | None = None, **environment
     return result
 
 
+@pytest.mark.slow
 def test_memory_that_is_laid_out_has_entries_of_its_own(tmp_path: Path) -> None:
     """The same graph, of a model whose weights and factors lie together, or have room on a side, is compiled anew.
 
@@ -92,6 +93,7 @@ def test_memory_that_is_laid_out_has_entries_of_its_own(tmp_path: Path) -> None:
             assert found["fxgraph_miss"] > 0
 
 
+@pytest.mark.slow
 def test_a_second_process_hits_both_caches(tmp_path: Path) -> None:
     first, second = run(tmp_path / "cache"), run(tmp_path / "cache")
     assert first["runs"] == [2]

@@ -150,6 +150,7 @@ def test_an_unknown_option_or_mode_is_refused() -> None:
         assert not lora_fx.is_installed(model) and model._compiled_call_impl is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [True, None])
 def test_dynamic(dynamic: bool | None, reports: list[GraphReport]) -> None:
     model = warm(lora_fx.compile(Mlp(), lora_fx.LoRAConfig(rank=4), dynamic=dynamic, fullgraph=True))

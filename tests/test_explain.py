@@ -98,6 +98,7 @@ def test_graphs_are_text_of_every_stage() -> None:
     assert "tangent" in graph.after and "tangent" not in graph.forward and "tangent" in graph.backward
 
 
+@pytest.mark.slow
 def test_saved_bytes_are_those_of_the_real_compilation() -> None:
     """The estimate from the graphs against what autograd holds after a compiled forward."""
     model, x = adapted(lora_fx.LoRAConfig(rank=8, dropout=0.1), Mlp()).bfloat16(), inputs().bfloat16()
@@ -157,6 +158,7 @@ def test_ranks_that_differ_are_reported() -> None:
     assert "layers.{0,2}.gate" in str(report)
 
 
+@pytest.mark.slow
 def test_verify_states_true_errors() -> None:
     model = adapted(lora_fx.LoRAConfig(rank=8, dropout=0.5)).bfloat16()
     report = lora_fx.explain(model, inputs().bfloat16(), verify=True)
@@ -275,6 +277,7 @@ def test_a_linear_by_itself() -> None:
     assert "(root)" in str(report) and report.rewritten == 1
 
 
+@pytest.mark.slow
 def test_the_worst_gradient_is_named() -> None:
     errors = lora_fx.explain(adapted(), inputs(), verify=True).verification
     assert errors is not None and errors.worst_gradient is not None

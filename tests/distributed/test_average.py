@@ -71,6 +71,7 @@ def as_ddp_does(rank: int, folder: Path) -> object:
     return found
 
 
+@pytest.mark.slow
 def test_a_gradient_that_one_rank_misses(tmp_path: Path) -> None:
     """It is zero there, and comes from the others; what nobody has stays None. DDP does so with unused parameters."""
     results = run_ranks(as_ddp_does, 2, tmp_path)

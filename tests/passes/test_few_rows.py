@@ -221,6 +221,7 @@ def test_the_rank_of_a_stack_is_that_of_its_factors_together() -> None:
         assert chosen == tile_choice.choose([["full"], ["factor", 48, "RN"]], whole, rows, 4096)
 
 
+@pytest.mark.slow
 def test_launches_of_several_programs_compile_with_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor's own code around them, forward and backward."""
     merge = mock.Mock(wraps=tile_joint._merge)

@@ -109,6 +109,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [harness.by_graphs, on_gpu.by_graphs], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("one", CASES, ids=str)
 def test_as_accurate_as_plain_compile(one: Case, how: harness.How, monkeypatch: pytest.MonkeyPatch) -> None:

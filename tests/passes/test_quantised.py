@@ -155,9 +155,8 @@ def slow_if(slow: bool) -> list[pytest.MarkDecorator]:
     return [pytest.mark.slow] * slow
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=slow_if(c.name in ("int4", "float8 by rows")), id=c.name) for c in CASES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_graphs(case: Case) -> None:
     check_case(case)
 

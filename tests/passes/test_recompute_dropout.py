@@ -263,6 +263,7 @@ SAVED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SAVED, ids=str)
 def test_at_least_two_fifths_less_is_kept(case: Case) -> None:
     result = check_case(case)

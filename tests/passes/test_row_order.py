@@ -43,6 +43,7 @@ def copies(code: str) -> Counter[int]:
     return Counter(size for size in map(int, found) if size >= TOKENS[0] * TOKENS[1] * WIDTH // 2)
 
 
+@pytest.mark.slow
 def test_no_value_is_copied_that_is_not_in_the_frozen_model():
     """Neither is what is gathered, nor what is scattered, nor a gradient between a product and a program."""
     frozen, ours = codes(False), codes(True)
@@ -75,6 +76,7 @@ def test_what_a_kernel_cannot_write_is_copied_once():
     assert copies(forward) == {every: 4 + 2}
 
 
+@pytest.mark.slow
 def test_any_number_of_sequences():
     """Which is a symbol then: values are as they were, and copied."""
     torch._dynamo.reset()

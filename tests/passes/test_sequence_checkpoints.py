@@ -149,6 +149,7 @@ def check(build: Callable[[bool], Any], h: int) -> None:
     assert kept(ours) <= kept(before) + h
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved", POLICIES)
 def test_what_a_policy_saves(saved):
     # h of this rank's rows of two outputs; of all rows, of four products with inputs.
@@ -189,6 +190,7 @@ def test_a_checkpointed_h_that_is_gathered_is_kept():
     assert sorted(rows) == [8, 16]  # down's of this rank's rows, up's of all
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved", POLICIES)
 def test_with_pipelined_collectives(saved):
     """As much is kept as where h and g travel with others; Inductor pipelines what it does in the frozen model."""

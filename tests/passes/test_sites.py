@@ -315,6 +315,7 @@ def test_kernels_where_plain_ones_have_extra_precision() -> None:
     assert all(ours <= 1.25 * plain for plain, ours in extra.values())
 
 
+@pytest.mark.slow
 def test_module_paths() -> None:
     """The report names the modules, however the compiled function is made of them."""
     module = adapt(Layers())

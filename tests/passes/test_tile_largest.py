@@ -36,6 +36,7 @@ def wanted(graph: Graph) -> list[int]:
     return [count for count in counts if count]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [float8_mlp, torchao_mlp])
 @pytest.mark.usefixtures("without_onednn")
 def test_swiglu_over_float8(build: Callable[[], nn.Module]) -> None:
