@@ -27,7 +27,18 @@ from typing import Any
 from torch.fx import Node
 
 from lora_fx.passes._torch import inductor_config
-from lora_fx.passes.graph import MM, is_call, is_pointwise, is_sum, peel_views, readers, shape, stays_in_kernel, val
+from lora_fx.passes.graph import (
+    MM,
+    is_call,
+    is_pointwise,
+    is_sum,
+    peel_views,
+    readers,
+    same_count,
+    shape,
+    stays_in_kernel,
+    val,
+)
 from lora_fx.passes.kernels import operators
 from lora_fx.passes.tile_nodes import bias_of, can_compute, is_part_of_stacked, is_reduction, makes
 
@@ -51,14 +62,23 @@ def is_left_to_norm(total: Node, value: Node) -> bool:
     if not (is_sum(total) and _can_accumulate(value)):
         return False
     other = next((peel_views(a) for a in total.args[:2] if peel_views(a) is not value), None)
-    return other is not None and _products(other) is None and _is_normed(total)
+    return other is not None and _stays(other) and _is_normed(total)
+
+
+def _stays(stream: Node) -> bool:
+    """Whether no large product that ``stream`` is the sum of could add itself in the place of the branch's."""
+    products = _products(stream)
+    return products is None or (not all(map(makes, products)) and not _can_accumulate(stream))
 
 
 def _can_accumulate(value: Node) -> bool:
     """Whether a large product may add to the rest of what ``value`` is the sum of, which nobody else reads."""
     large = [product for product in _products(value) or () if not makes(product)]
     return bool(large) and all(
-        len(list(readers(n))) == 1 and val(n).dtype == val(value).dtype and not inductor_config()._micro_pipeline_tp
+        len(list(readers(n))) == 1
+        and val(n).dtype == val(value).dtype
+        and same_count(n, value)
+        and not inductor_config()._micro_pipeline_tp
         for n in large
     )
 

@@ -9,7 +9,19 @@ import torch
 from torch.fx import Node
 
 from lora_fx.passes._torch import inductor_config
-from lora_fx.passes.graph import MM, aten, is_call, is_tangent, is_tensor, is_transpose, peel_views, readers, shape, val
+from lora_fx.passes.graph import (
+    MM,
+    aten,
+    is_call,
+    is_tangent,
+    is_tensor,
+    is_transpose,
+    peel_views,
+    readers,
+    same_count,
+    shape,
+    val,
+)
 from lora_fx.passes.grouped_site import GROUPED_MM, is_swap
 from lora_fx.passes.kernels import grouped, operators, tile_choice
 from lora_fx.passes.kernels.operators import beta_for
@@ -309,7 +321,8 @@ def _accumulated(region: Region, members: list[Node]) -> list[Node]:
 
     The kernel of the first adds it to the result for little: cuBLAS reads what it adds to while it computes. On an H200
     (M 8192, N 4096, K 4096) that is 0 to 4% of 371 us, where reading the product again to add the branch takes 15 us
-    and writing the sum as much. And the small term is rounded on the way, instead of the large one. The others are
+    and writing the sum as much. And the small term is rounded on the way, instead of the large one, with its bias if it
+    has one (which errs more where a bias is much larger than the result, and the product cancels it). The others are
     left to whatever reads the sum, as they are without LoRA: to accumulate them too rounds the growing sum each time.
     Where Inductor overlaps products with collectives, it has to find them as they are.
     """
@@ -332,7 +345,8 @@ def _accumulated(region: Region, members: list[Node]) -> list[Node]:
     # All of them or none: a sum of the branch with a residual stream would be rounded twice at its full size.
     if not all(is_call(n, MM) or bias_of(n) is not None for n in terms):
         return []
-    if not all(_dies_in(n, region) and val(n).dtype == dtype for n in terms):
+    # What has one row for all of them is added to each, which no product does by itself.
+    if not all(_dies_in(n, region) and val(n).dtype == dtype and same_count(n, results[0]) for n in terms):
         return []
     return sorted(terms, key=_inner, reverse=True) if _are_terms(terms, members, set(sums), region) else []
 

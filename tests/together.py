@@ -11,10 +11,12 @@ Private names of torch, checked on 2.13. Where the text of its bindings differs,
 
 import hashlib
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import CppPythonBindingsCodeCache, cache_dir, write_atomic
 from torch._inductor.cpp_builder import CppBuilder, CppTorchDeviceOptions
@@ -28,6 +30,8 @@ ENTRY = '{{"{entry_func}", {entry_func}_py, METH_VARARGS, ""}},'
 DEFINITION = re.compile(r'^extern "C"\s+void\s+kernel\(', re.MULTILINE)
 INCLUDE = re.compile(r"^\s*#include.*$", re.MULTILINE)
 
+THIS = Path(__file__).read_text()
+
 _loaded: dict[str, Kernel] = {}
 """By flags, types of arguments and source. What is in here stays loaded, whatever becomes of its file."""
 
@@ -39,12 +43,15 @@ class Pending(NamedTuple):
     source: str
 
     def key(self, flags: str) -> str:
-        return hashlib.sha256(repr((flags, *self)).encode()).hexdigest()
+        """What it is found by: nothing of another torch, or of this file as it was, is."""
+        parts = CppPythonBindingsCodeCache.suffix_template
+        return hashlib.sha256(repr((torch.__version__, parts, THIS, flags, *self)).encode()).hexdigest()
 
 
 def compile_kernels_of_a_graph_together() -> None:
     parts = CppPythonBindingsCodeCache.suffix_template
     if not all(parts.count(part) == 1 for part in (FUNCTION, TABLE, ENTRY)):
+        warnings.warn("Inductor's bindings have changed: each kernel is compiled by itself", stacklevel=2)
         return
     alone, wait = AsyncCompile.cpp_pybinding, AsyncCompile.wait
 

@@ -151,6 +151,8 @@ def _choose(kinds: list[list[Any]], body: list[Statement], m: int, columns: int,
     # One product that is written is cuBLAS's as well, for a large one to accumulate into (:mod:`tile_stacks`).
     if rank > 64 and (m < FEW_ROWS or (names.count("product") == 1 and "load" not in names)):
         return None
+    if not any(s[0] == "load" and kinds[s[1]][0] == "full" for s in body):
+        names = [name for name in names if name != "load"]  # a bias is nothing to wait for
     if m < FEW_ROWS and "across" not in names:
         return _few(kinds, names, rank, m, columns)
     if "across" in names:

@@ -18,7 +18,6 @@ def only(model: str, base: str, dtype: str, checkpointing: str) -> list[str]:
     return ["--models", model, "--bases", base, "--dtypes", dtype, "--checkpointing", checkpointing]
 
 
-@pytest.mark.slow
 def test_a_row_of_a_checkpointed_model(tmp_path, capsys):
     """The fast tier's only model that is traced: the others are in tests/test_transformers.py."""
     out = tmp_path / "rows.json"

@@ -155,8 +155,9 @@ def slow_if(slow: bool) -> list[pytest.MarkDecorator]:
     return [pytest.mark.slow] * slow
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=slow_if(c.name not in ("int8", "fake quantisation")), id=c.name) for c in CASES]
+)
 def test_graphs(case: Case) -> None:
     check_case(case)
 

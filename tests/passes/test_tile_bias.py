@@ -6,6 +6,7 @@ after       u = bias + h B;             y = u + x W         the product reads u 
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +75,51 @@ return %18, %0, %2, %5, %6, %8, %12
     )
 
 
+def checkpointed(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize(
+    ("build", "more"),
+    [
+        (lambda: adapt(nn.Linear(K, N, dtype=torch.float16)), {"dtype": torch.float16}),
+        (lambda: adapt(nn.Linear(K, N, dtype=bf16), rank=64), {}),
+        (lambda: strided(adapt(nn.Linear(K, N, dtype=bf16))), {}),
+        (lambda: adapt(nn.Linear(K, N)), {"dtype": torch.float32, "autocast": True}),
+        (lambda: adapt(nn.Linear(K, N, dtype=bf16)), {"dynamic": True, "shapes": ((160, K), (93, K)), "seeds": 1}),
+        (lambda: adapt(nn.Linear(K, N, dtype=bf16)), {"wrap": checkpointed}),
+    ],
+    ids=["float16", "rank 64", "strided", "autocast", "any number of tokens", "checkpointed"],
+)
+def test_of_all_kinds(build: Callable[[], nn.Module], more: dict[str, Any]) -> None:
+    assert counts(compared(build, 1, **more)) == (1, 1, 0)
+
+
+def strided(linear: nn.Module) -> nn.Module:
+    """With a bias that is every second of some numbers."""
+    linear.bias = nn.Parameter(torch.randn(2 * N).to(bf16)[::2], requires_grad=False)
+    return linear
+
+
+@pytest.mark.parametrize("width", [64, 512])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("sizes", [(160,), (2, 80)], ids=["matrix", "sequences"])
+def test_one_row_for_all_is_no_term(sizes: tuple[int, ...], bias: bool, width: int) -> None:
+    """As the embedding of a time step: no product adds one row to many by itself, be it the largest of the sum."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.step = nn.Linear(K, N, bias=bias), nn.Linear(width, N, bias=bias)
+            self.register_buffer("row", torch.randn(*[1] * len(sizes), width))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x) + self.step(self.row)
+
+    captured = compared(lambda: adapt(Model().to(bf16), target_modules=["linear"]), 1, shape=(*sizes, K))
+    assert counts(captured)[0] == 0
+
+
 def test_of_a_sum_the_other_product_keeps_its_own() -> None:
     """Which Inductor's kernel adds as it is, to the result of the one."""
     assert counts(compared(lambda: biased(lambda x, one, other: one(x) + other(x)), 2)) == (1, 1, 1)
@@ -124,3 +170,18 @@ def test_a_stream_that_takes_it_up_is_left_to_the_norm() -> None:
             return stream + self.norm(stream)
 
     assert counts(compared(lambda: adapt(Model().to(bf16), target_modules=["linear"]), 1)) == (1, 1, 0)
+
+
+def test_a_stream_that_is_a_biased_product_is_left_to_the_norm_as_well() -> None:
+    """Others read it, so it cannot add itself: what reads the sum is the norm's kernel, as with any other stream."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.linear, self.norm = nn.Linear(K, K), nn.Linear(K, K), nn.RMSNorm(K)
+
+        def forward(self, x: Tensor) -> Tensor:
+            stream = self.before(x)
+            return self.norm(stream + self.linear(stream.sin()))
+
+    assert counts(compared(lambda: adapt(Model().to(bf16), target_modules=["linear"]), 1)) == (1, 1, 1)

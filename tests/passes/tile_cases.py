@@ -81,6 +81,16 @@ def branch(r: int, order: str, scaled: bool) -> Case:
     )
 
 
+def biased(r: int) -> Case:
+    """What a large product with a bias adds itself to: the bias, and s h B^T."""
+    return Case(
+        f"bias and branch, rank {r}",
+        [["column"], ["thin", r], ["factor", r, "NR"], ["number"]],
+        [["load", 0], ["product", 1, 2, 3], ["op", "add", [0, 1]], ["op", "mul", [2, [0.5]]], ["store", 3, "model"]],
+        lambda bias, h, b, s: (0.5 * (bias + s * (h @ b.t())),),
+    )
+
+
 def pair(r: int, order: str) -> Case:
     """g = dy B and dB = dy^T h."""
     return Case(
@@ -324,6 +334,7 @@ def dropped(r: int, p: float) -> Case:
 
 CASES = [
     *(branch(r, order, scaled) for r, order, scaled in ((1, "NR", True), (16, "RN", False), (128, "NR", False))),
+    biased(16),
     *(pair(r, order) for r, order in ((1, "NR"), (5, "RN"), (16, "NR"), (33, "RN"), (128, "NR"))),
     swiglu(8, 24),
     swiglu_backward(3),
