@@ -31,8 +31,10 @@ DEFINITION = re.compile(r'^extern "C"\s+void\s+kernel\(', re.MULTILINE)
 INCLUDE = re.compile(r"^\s*#include.*$", re.MULTILINE)
 
 THIS = Path(__file__).read_text()
+ALONE = AsyncCompile.cpp_pybinding
+"""How torch compiles a kernel."""
 
-_loaded: dict[str, Kernel] = {}
+LOADED: dict[str, Kernel] = {}
 """By flags, types of arguments and source. What is in here stays loaded, whatever becomes of its file."""
 
 
@@ -53,12 +55,12 @@ def compile_kernels_of_a_graph_together() -> None:
     if not all(parts.count(part) == 1 for part in (FUNCTION, TABLE, ENTRY)):
         warnings.warn("Inductor's bindings have changed: each kernel is compiled by itself", stacklevel=2)
         return
-    alone, wait = AsyncCompile.cpp_pybinding, AsyncCompile.wait
+    wait = AsyncCompile.wait
 
     def cpp_pybinding(self: AsyncCompile, argtypes: list[str], source_code: str) -> Any:
         if len(DEFINITION.findall(source_code)) == 1:
             return Pending(tuple(argtypes), source_code)
-        return alone(self, argtypes, source_code)
+        return ALONE(self, argtypes, source_code)
 
     def wait_for_all(self: AsyncCompile, scope: dict[str, Any]) -> None:
         pending = {name: value for name, value in scope.items() if isinstance(value, Pending)}
@@ -81,20 +83,20 @@ def load(kernels: Sequence[Pending]) -> dict[Pending, Kernel]:
     folder = Path(cache_dir()) / "together"
     new = []
     for kernel, key in keys.items():
-        if key not in _loaded:
+        if key not in LOADED:
             try:
                 number, _, source = (folder / key).read_text().partition("\n")
             except FileNotFoundError:
                 new.append(kernel)
             else:
-                _loaded[key] = getattr(CppPythonBindingsCodeCache.load(source), f"kernel{number}")
+                LOADED[key] = getattr(CppPythonBindingsCodeCache.load(source), f"kernel{number}")
     if new:
         source = together(new)
         module = CppPythonBindingsCodeCache.load(source)
         for i, kernel in enumerate(new):
-            _loaded[keys[kernel]] = getattr(module, f"kernel{i}")
+            LOADED[keys[kernel]] = getattr(module, f"kernel{i}")
             write_atomic(str(folder / keys[kernel]), f"{i}\n{source}", make_dirs=True)
-    return {kernel: _loaded[key] for kernel, key in keys.items()}
+    return {kernel: LOADED[key] for kernel, key in keys.items()}
 
 
 def together(kernels: Sequence[Pending]) -> str:
