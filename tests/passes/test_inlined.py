@@ -140,7 +140,6 @@ if not INTERPRETED:
         for code in ours.codes:
             check_definitions(code)
 
-    @pytest.mark.slow
     @pytest.mark.parametrize("dynamic", [False, True])
     def test_gradients_of_siblings_are_written_once(dynamic: bool) -> None:
         """Beside each other, by the kernels that compute them: no kernel reads what another one wrote for it."""
