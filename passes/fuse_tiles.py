@@ -43,7 +43,8 @@ from lora_fx.passes.tile_nodes import (
 )
 from lora_fx.passes.tile_regions import Region, grow
 from lora_fx.passes.tile_siblings import join
-from lora_fx.passes.tile_writer import Writer, is_read_last_in
+from lora_fx.passes.tile_terms import is_read_last_in
+from lora_fx.passes.tile_writer import Writer
 
 Choose = Callable[[list[list[Any]], list[Statement], Any, int], Tile | None]
 
