@@ -21,6 +21,9 @@ prims = torch.ops.prims
 
 MM = aten.mm.default
 VIEWS = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
+GATHERS = (aten.index.Tensor, aten.index_select.default, aten.gather.default)
+"""Elements of another value, by their places: Inductor computes them in the kernel that reads them."""
+
 COPIES = frozenset({aten.clone.default, aten.alias.default, aten.detach.default})
 CONVERT = prims.convert_element_type.default
 

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from torch.fx import Node
+
 from lora_fx.passes._torch import CheckpointPolicy
-from lora_fx.passes.graph import peel, stays_in_kernel
+from lora_fx.passes.graph import GATHERS, is_call, peel, stays_in_kernel, val
 from lora_fx.passes.grouped_site import GroupedSite, made_of_stack
 from lora_fx.passes.recompute_branch import REGION
 from lora_fx.passes.recompute_input import pointwise_chain
@@ -42,7 +44,14 @@ def rewrite(group: list[GroupedSite], rewriter: Rewriter) -> None:
         if site.grad_a is None or site.dropout:
             continue
         chain = pointwise_chain(peel(site.down.args[0]), sums)
+        if any(_is_gathered(operand) for node in chain for operand in node.all_input_nodes):
+            continue
         for node in chain:
             rewriter.tag(node, recompute=CheckpointPolicy.PREFER_RECOMPUTE, ac_graph_id=REGION)
         if chain:
             site.forward_rewrites.append("recompute x")
+
+
+def _is_gathered(node: Node) -> bool:
+    """Whether a value is rows that were sorted by expert: not kept anyway, as large as x, and x is in memory."""
+    return is_call(peel(node), *GATHERS) and val(node).dim() > 1

@@ -78,10 +78,9 @@ class Case:
     def is_compared(self) -> bool:
         """Whether all forms compute the same, up to rounding.
 
-        With dropout each draws masks of its own, and a router sends tokens that two experts score nearly alike to one
-        or to the other, as it is rounded.
+        With dropout each draws masks of its own.
         """
-        return (not self.dropout or self.no_grad) and not self.experts
+        return not self.dropout or self.no_grad
 
     @property
     def shrunk(self) -> "Case":

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_fx
 from llama3 import Experts, LlamaConfig, TransformerBlock, rope_table
+from llama3.moe import MixtureOfExperts, Router
 
 FROZEN, EAGER, PLAIN, TUNED, PEFT, OURS = "frozen", "eager", "plain", "max-autotune", "peft", "lora_fx"
 # name on the command line -> what the tables call it; in the order in which they are built and shown.
@@ -62,6 +63,25 @@ class Checkpointed(nn.Module):
         return checkpoint(self.block, x, rope, use_reentrant=False)
 
 
+class PlacedRouter(Router):
+    """A router that sends a token where its place in the sequence says, at random; how much of each it still asks.
+
+    Adapters, and what is rounded otherwise, would move tokens to other experts: forms would multiply different rows,
+    and no gradient could be compared. torchtitan forces the load of a benchmark's experts likewise, to an even one.
+    """
+
+    experts: Tensor
+
+    def __init__(self, config: LlamaConfig, length: int) -> None:
+        super().__init__(config)
+        self.register_buffer("experts", torch.rand(length, config.n_experts).topk(self.chosen).indices)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As the router's, of whole sequences [B * S, D]."""
+        experts = self.experts.repeat(x.shape[0] // self.experts.shape[0], 1)
+        return self.gate(x).gather(1, experts).softmax(-1, dtype=torch.float32).to(x.dtype), experts
+
+
 class Block(nn.Module):
     """The block of a case, which brings its rotary angles along: [B, S, D] -> [B, S, D]. Weights are random, frozen."""
 
@@ -75,6 +95,8 @@ class Block(nn.Module):
         for path, module in block.named_modules():
             if isinstance(module, nn.Linear) and path.endswith(_BIASED[case.bias]):
                 module.bias = nn.Parameter(torch.empty(module.out_features))
+            if isinstance(module, MixtureOfExperts):
+                module.router = PlacedRouter(config, case.length)
         for module in block.modules():
             if isinstance(module, (nn.Linear, Experts)):
                 for parameter in module.parameters():

@@ -31,7 +31,9 @@ it.
                                                                2 stages; M 512: 32.3 with steps of 32
     SwiGLU backward and dA, M 2048 *               86.3    70  94.5 with 512 rows, 83.9 with 1024
     SwiGLU backward and dA under a mask *         324.6   279  319.1 with steps of 32, 400 with 2 stages
-    SwiGLU backward, dA and both dB, R 64 *       538.5   292  624 with 512 rows, 580 with products [N, R] x [R, M]
+    SwiGLU backward, dA and both dB, R 64 *       550.2   292  602.5 with 2048 rows, 595.7 with 4096, 585.4 with 512;
+                                                               580 of 538.5 with products [N, R] x [R, M]
+    the same of N 8192 *                          260.9   167  279.3 with 1024 rows, 266.4 with 4096
     silu(gate) * up and h of its result, R 64 *   264.1   168  303.8 in one part (two take another kernel 5 to sum),
                                                                257.5 in 128 x 7168 with 8 warps, which may not fit
     h of q, k and v under a mask each              66.6    17  89.5 with steps of 128
@@ -57,7 +59,8 @@ programs, of 252 registers, on a multiprocessor. Tried, of these 451: 4 stages 4
 of 16 545, with 168 registers, so that there may be three programs, 549, with sums as [R, N] as well 518. Forward took
 231 in one part. Other forms than tiles were variants of the source that are not kept. Right after a large product
 backward takes 552, and 392 without its sums. With one of the three products left to cuBLAS, which takes 95 of R 128 to
-write it: of R 128 588 instead of 597, of R 64 535.
+write it: of R 128 588 instead of 597, of R 64 535. Of gate and up that are in memory whole (with room for B) it takes
+687 with all three sums, for Triton computes them in three layouts; in two kernels, dA in its own, 609.
 
 Also tried of high ranks: values that are loaded straight into the registers of a product's result, rows and columns in
 the order in which a warp group has them (64 x 64, wgmma, none of a value's bytes through shared memory). Right after a
@@ -161,7 +164,7 @@ def _choose(kinds: list[list[Any]], body: list[Statement], m: int, columns: int,
                 return _pair_of_experts([kind[0] for kind in kinds].count("full"), m, columns)
             if names.count("across") > 1:
                 return Tile(rows=_capped(256, m), columns=128, step=64, walk="rows", stages=2)
-        return _across(names, rank, m, columns)
+        return _across(names, rank, m, columns, experts)
     if "down" in names:
         return _down(names, rank, m, columns)
     if rank > 32 and names.count("product") > 1 and "keep" not in names:
@@ -207,13 +210,15 @@ def _few(kinds: list[list[Any]], names: list[str], rank: int, m: int, columns: i
     return Tile(rows=16 if m <= 64 else 64, columns=width, step=64 if narrow else 128, walk="columns", stages=stages)
 
 
-def _across(names: list[str], rank: int, m: int, columns: int) -> Tile:
+def _across(names: list[str], rank: int, m: int, columns: int, experts: bool) -> Tile:
     """For sums over rows, which are kept in registers while a program walks down."""
     if "product" in names:
         if rank <= 32:
             height = _height(512, 64, m, columns, 2)
-        else:
+        elif "keep" in names or experts:
             height = _shrunk(1024, 64, m, columns, 64, 2 * _enough(m))
+        else:
+            height = _shortest(2048, 64, m, columns, 2)
         # Half as many rows at a time take registers of which more programs share a multiprocessor.
         half = rank <= 32 if "keep" in names else rank <= 16 and m > SHORT
         return Tile(rows=height, columns=64, step=16 if half else 32, walk="rows", stages=3)
@@ -296,6 +301,21 @@ def _height(most: int, width: int, m: int, columns: int, slots: int) -> int:
     while height > 64 and 10 * time(height // 2) <= 9 * time(height):
         height //= 2
     return height
+
+
+def _shortest(most: int, width: int, m: int, columns: int, slots: int) -> int:
+    """The rows, ``most`` or halved any number of times, with which a launch and the sums of its parts take least time.
+
+    In steps of a row: to write and read a part of three sums of R 64 takes as long as 70 of N 14336.
+    """
+    heights = [_capped(most, m)]
+    while heights[-1] > 256:
+        heights.append(heights[-1] // 2)
+
+    def time(height: int) -> int:
+        return height * _waves(height, width, m, columns, slots) + -(-m // height) * columns // 200
+
+    return min(heights, key=time)
 
 
 def _waves(height: int, width: int, m: int, columns: int, slots: int) -> int:

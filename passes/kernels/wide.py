@@ -39,9 +39,9 @@ LEFT, RIGHT = "left", "right"
 """On which side of a weight the room is: two that read one x can have their h on either side of it."""
 
 MIN_RANK = 65
-"""Of lower ranks the kernels that read y make the sums by the way, and what is computed of the results as well (rank
-64, by ``block.py --case r64`` with 64 in the place of this: 1.077 of the frozen block's time as before, and a fifth
-more activations)."""
+"""Of lower ranks the kernels that read y make the sums by the way, and what is computed of the results as well (by
+``block.py`` with 64 in the place of this, on two cards: ``--case r64`` 1.077 of the frozen block's time as before and
+1.052 for 1.053, ``--case llama3.2-3b-r64`` 1.088 for 1.086; a fifth more activations)."""
 
 MIN_ROWS = 4096
 """Of fewer rows y is too small for copies of B and x to be worth it."""

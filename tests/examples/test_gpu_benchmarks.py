@@ -152,9 +152,9 @@ def test_all_forms_compute_the_same(case):
 
 
 def test_all_forms_of_experts_compute_the_same():
-    """In float64: a router that rounds sends a token elsewhere now and then, so that forms are not compared."""
+    """In float64; all send the same tokens to the same experts, whatever their adapters are."""
     case = dataclasses.replace(TOY, experts=4)
-    assert TOY.is_compared and not case.is_compared
+    assert case.is_compared
     torch.manual_seed(0)
     base = forms.Block(case)
     adapters = forms.random_adapters(base, case.rank, seed=1)

@@ -155,3 +155,40 @@ def test_on_a_gpu_programs_of_grouped_products_leave_nobodys_rows():
         1,
         2,
     ]
+
+
+class Routed(nn.Module):
+    """Experts, given rows that are gathered; what they make is weighted, and added up for each token."""
+
+    sources: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = SwiGLU()
+        rows = self.experts.ends[-1]
+        self.register_buffer("sources", torch.arange(64).repeat(2)[torch.randperm(128)][: int(rows) + 8])
+        self.weight = nn.Parameter(torch.rand(len(self.sources), 1).to(bf16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mine = (torch.arange(len(self.sources)) < self.experts.ends[-1])[:, None]
+        rows = torch.where(mine, x[self.sources], 0.0)
+        y = torch.where(mine, self.experts(rows), 0.0) * self.weight
+        return torch.zeros_like(x).index_add(0, self.sources, y)
+
+
+def test_on_a_gpu_gathered_rows_are_written_once():
+    """In forward those that experts read, and kept; in backward the gradient that they give, by what gathers it."""
+    one = case("routed", lambda: adapted(Routed(), *(f"experts.{w}" for w in ("w", "w2", "w3"))), 3, forward={})
+    result = compare(one, on_gpu.by_graphs)
+    result.assert_as_accurate()
+    (forward,), (backward,) = (
+        [graph.graph for graph in graphs] for graphs in (result.captured.forward, result.captured.backward)
+    )
+    aten = torch.ops.aten
+    (gathered,) = [
+        n for n in forward.find_nodes(op="call_function", target=aten.index.Tensor) if n.args[0].op == "placeholder"
+    ]
+    (rows,) = gathered.users
+    assert rows.target is aten.where.self and forward.output_node() in rows.users
+    (pair,) = [p for p in on_gpu.programs(backward) if p.columns == 32 and {s[0] for s in p.body} >= {"down", "across"}]
+    assert [s[0] for s in pair.body] == ["load", "down", "across"]

@@ -156,3 +156,11 @@ def test_any_shape_has_a_tile_that_a_kernel_can_have(case: Case) -> None:
         for size in (height, width):
             assert size >= 16 and size & (size - 1) == 0, (tile, rows, columns)
         assert tile.rows <= max(64, 2 * rows), (tile, rows, columns)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "height"), [(8192, 14336, 1024), (8192, 8192, 2048), (2048, 14336, 2048), (512, 14336, 512)]
+)
+def test_high_ranks_sum_over_as_many_rows_as_waves_and_parts_make_fastest(rows: int, columns: int, height: int) -> None:
+    program = chosen(swiglu_backward(64), rows, columns)
+    assert program is not None and program.tile.rows == height
