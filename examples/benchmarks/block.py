@@ -81,6 +81,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default=0.4,
         help="seconds of one measurement, after as many that are not measured (%(default)s)",
     )
+    option("--compiles", type=int, default=1, help="compile a form so often; its time is the median (%(default)s)")
     option(
         "--profile", action="store_true", help=f"list the kernels of a step of {', '.join(PROFILED)}, where they run"
     )
@@ -97,8 +98,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     several = options.suite or options.case is not None
     if options.rounds is None:
         options.rounds = 6 if several else 8
-    if options.rounds < 1 or options.window <= 0:
-        parser.error("--rounds and --window must be positive")
+    if min(options.rounds, options.compiles) < 1 or options.window <= 0:
+        parser.error("--rounds, --compiles and --window must be positive")
     if options.forms is None:
         options.forms = list(FORMS) if several else [form for form in LABELS if form != TUNED]
     options.forms = {FROZEN, *options.forms, *([TUNED] if options.max_autotune else [])}
@@ -148,7 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(str(error))
     forms, missing = available(options.forms)
-    settings = Settings(options.rounds, options.window, PROFILED if options.profile else (), options.strict)
+    profiled = PROFILED if options.profile else ()
+    settings = Settings(options.rounds, options.window, profiled, options.strict, options.compiles)
     found = environment(device)
     print(", ".join(f"{name} {value}" for name, value in found.items()), *missing, sep="\n", flush=True)
     document = {**found, "settings": dataclasses.asdict(settings), "smoke": options.smoke}

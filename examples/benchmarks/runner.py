@@ -1,6 +1,7 @@
 """Runs one case: builds its forms, holds them against float64, times them in turns."""
 
 import dataclasses
+import functools
 import gc
 import statistics
 import time
@@ -37,12 +38,14 @@ class Settings:
         window: seconds of queued steps in one measurement (:func:`benchmarks.timing.alternate`).
         profiled: forms whose kernels are listed.
         strict: whether `lora_fx` fails where it leaves a branch as it was; otherwise it is measured as it is.
+        compiles: how often a form, but the frozen one, is compiled from empty caches; its time is the median of these.
     """
 
     rounds: int = 8
     window: float = 0.4
     profiled: tuple[str, ...] = ()
     strict: bool = True
+    compiles: int = 1
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Result:
         error: the worst error of the output, the input's gradient and every adapter's, against float64, relative to
             that tensor's norm; None for the frozen form, and where forms do not compute the same (`Case.is_compared`).
         worst: the tensor that has it.
-        compile_seconds: of the first step, for compiled forms.
+        compile_seconds: of the first step, for compiled forms (the median of several, `Settings.compiles`).
     """
 
     form: str
@@ -137,20 +140,27 @@ def run_case(
             if name == PEFT and case.experts:
                 outcome.failed[name] = "its adapters are on linears here, and not on experts: nothing to compare"
                 continue
+            build = functools.partial(
+                build_form,
+                name,
+                base,
+                rank=case.rank,
+                dropout=case.dropout,
+                adapters=adapters,
+                fp8=case.fp8,
+                mode=case.mode,
+                strict=settings.strict,
+            )
             # The frozen block is the same in several cases, and its time to compile is compared with nothing.
-            turn_to_cache(name if name == FROZEN else f"{name}-{zlib.crc32(repr(case).encode())}")
+            cache = name if name == FROZEN else f"{name}-{zlib.crc32(repr(case).encode())}"
+            times = []
             try:
-                form = build_form(
-                    name,
-                    base,
-                    rank=case.rank,
-                    dropout=case.dropout,
-                    adapters=adapters,
-                    fp8=case.fp8,
-                    mode=case.mode,
-                    strict=settings.strict,
-                )
-                running[name] = _start(form, case, x, upstream, None if name == FROZEN else exact, device)
+                for again in range(1, 1 if name == FROZEN else settings.compiles):
+                    turn_to_cache(f"{cache}-{again}")
+                    times.append(_first_step(build(), x, upstream, device)[1])
+                    device.free()
+                turn_to_cache(cache)
+                running[name] = _start(build(), case, x, upstream, None if name == FROZEN else exact, device, times)
             except Exception as failure:
                 if name == FROZEN:
                     raise
@@ -180,17 +190,32 @@ def describe(failure: BaseException) -> str:
     return f"{type(failure).__name__}: {str(failure).strip()[:600]} ({last.name}, line {last.lineno})"
 
 
-def _start(
-    form: LoRAForm, case: Case, x: Tensor, upstream: Tensor | None, exact: dict[str, Tensor] | None, device: Device
-) -> _Running:
-    """Compile a form by its first step, check what it computes, and measure its memory."""
+def _first_step(form: LoRAForm, x: Tensor, upstream: Tensor | None, device: Device) -> tuple[dict[str, Tensor], float]:
+    """What a form computes, and the seconds of its first step, in which it is compiled."""
     gc.collect()
     gc.freeze()  # what other forms have left is not this one's to walk through while it compiles
     device.synchronise()
     began = time.perf_counter()
     found = form.values(x, upstream)
     device.synchronise()
-    compile_seconds = time.perf_counter() - began if form.compiled else None
+    return found, time.perf_counter() - began
+
+
+def _start(
+    form: LoRAForm,
+    case: Case,
+    x: Tensor,
+    upstream: Tensor | None,
+    exact: dict[str, Tensor] | None,
+    device: Device,
+    before: Sequence[float],
+) -> _Running:
+    """Compile a form by its first step, check what it computes, and measure its memory.
+
+    ``before``: seconds that its first step took when it was compiled before.
+    """
+    found, seconds = _first_step(form, x, upstream, device)
+    compile_seconds = statistics.median([*before, seconds]) if form.compiled else None
     error = None if exact is None else worst_error(found, exact)
     del found
     step = form.stepper(x, upstream)

@@ -86,6 +86,7 @@ def test_the_suite_is_chosen_by_name():
         (["--no-grad", "--checkpoint"], "without a backward"),
         (["--case", "none"], "invalid choice"),
         (["--rounds", "0"], "must be positive"),
+        (["--compiles", "0"], "must be positive"),
     ],
 )
 def test_refused_command_lines(arguments, text, capsys):
@@ -242,6 +243,22 @@ def test_a_case_that_fails_does_not_end_the_suite(capsys):
     report = suite.run_suite(chosen, suite.FORMS, settings, CPU, no_cache, 60.0, lambda r: saved.append(len(r.failed)))
     assert list(report.failed) == ["m8192", "prefill"] and saved == [1, 2] and not report.outcomes
     assert "no room for frozen" in capsys.readouterr().out
+
+
+def test_a_form_is_compiled_from_empty_caches_every_time(monkeypatch):
+    caches: list[str] = []
+    seconds = iter([9.0, 3.0, 1.0, 2.0])
+
+    def first_step(form, x, upstream, device):
+        return form.values(x, upstream), next(seconds)
+
+    monkeypatch.setattr(runner, "_first_step", first_step)
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)
+    settings = runner.Settings(rounds=1, window=0.001, compiles=3)
+    outcome = runner.run_case(TOY, [FROZEN, PLAIN], settings, CPU, caches.append)
+    name = caches[-1]
+    assert caches == [FROZEN, f"{name}-1", f"{name}-2", name] and name.startswith(f"{PLAIN}-")
+    assert [outcome.results[form].compile_seconds for form in (FROZEN, PLAIN)] == [9.0, 2.0]
 
 
 def test_the_charts(tmp_path):
