@@ -253,9 +253,9 @@ def test_a_form_is_compiled_from_empty_caches_every_time(monkeypatch):
         return form.values(x, upstream), next(seconds)
 
     monkeypatch.setattr(runner, "_first_step", first_step)
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
     settings = runner.Settings(rounds=1, window=0.001, compiles=3)
-    outcome = runner.run_case(TOY, [FROZEN, PLAIN], settings, CPU, caches.append)
+    with torch._dynamo.config.patch(disable=True):
+        outcome = runner.run_case(TOY, [FROZEN, PLAIN], settings, CPU, caches.append)
     name = caches[-1]
     assert caches == [FROZEN, f"{name}-1", f"{name}-2", name] and name.startswith(f"{PLAIN}-")
     assert [outcome.results[form].compile_seconds for form in (FROZEN, PLAIN)] == [9.0, 2.0]
