@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from torch.fx import Node
 
 from lora_fx.passes._torch import CheckpointPolicy
-from lora_fx.passes.graph import GATHERS, is_call, peel, stays_in_kernel, val
+from lora_fx.passes.graph import GATHERS, is_call, peel, same_count, stays_in_kernel
 from lora_fx.passes.grouped_site import GroupedSite, made_of_stack
 from lora_fx.passes.recompute_branch import REGION
 from lora_fx.passes.recompute_input import pointwise_chain
@@ -43,8 +43,9 @@ def rewrite(group: list[GroupedSite], rewriter: Rewriter) -> None:
     for site in group:
         if site.grad_a is None or site.dropout:
             continue
-        chain = pointwise_chain(peel(site.down.args[0]), sums)
-        if any(_is_gathered(operand) for node in chain for operand in node.all_input_nodes):
+        x = peel(site.down.args[0])
+        chain = pointwise_chain(x, sums)
+        if any(_is_gathered(operand, x) for node in chain for operand in node.all_input_nodes):
             continue
         for node in chain:
             rewriter.tag(node, recompute=CheckpointPolicy.PREFER_RECOMPUTE, ac_graph_id=REGION)
@@ -52,6 +53,6 @@ def rewrite(group: list[GroupedSite], rewriter: Rewriter) -> None:
             site.forward_rewrites.append("recompute x")
 
 
-def _is_gathered(node: Node) -> bool:
-    """Whether a value is rows that were sorted by expert: not kept anyway, as large as x, and x is in memory."""
-    return is_call(peel(node), *GATHERS) and val(node).dim() > 1
+def _is_gathered(operand: Node, x: Node) -> bool:
+    """Whether x is made of rows of its size that were sorted by expert: kept in its place, not beside anything."""
+    return is_call(peel(operand), *GATHERS) and same_count(operand, x)

@@ -149,22 +149,21 @@ def _siblings(product: Node) -> list[Sibling]:
 
 
 def _alone(total: Node) -> Sibling | None:
-    """The linear whose dX ``total`` is, if that is written as it is, and Inductor computes dy."""
+    """The linear whose dX ``total`` is, which is written, if Inductor computes dy."""
     operands: Any = total.args
     large, g, factor, *scale = operands
     if any(scale) or val(total).device.type != "cuda" or not is_half(total):
         return None
-    if not is_call(large, MM) or len(large.users) > 1 or any(is_pointwise(reader) for reader in readers(total)):
-        return None  # a kernel of ours may add the product by the way
+    if not is_call(large, MM) or len(large.users) > 1:
+        return None
     if is_transpose(factor) and is_transpose(factor.args[0]):
         factor = factor.args[0].args[0]
     found = _sibling(g, factor, [large])
-    if found is None or not _is_pointwise(found.dy):
+    dy = None if found is None else peel_views(found.dy)
+    if dy is None or not is_pointwise(dy) or goes_out(dy) or is_joined(dy):
         return None
-    dy = peel_views(found.dy)
     # As a residual stream is: what others compute with no kernel of ours computes.
-    elsewhere = any(is_pointwise(reader) for reader in readers(dy)) or not _is_from_a_product(dy)
-    return found if elsewhere and not goes_out(dy) and not is_joined(dy) else None
+    return found if any(is_pointwise(reader) for reader in readers(dy)) or not _is_from_a_product(dy) else None
 
 
 def _sibling(g: Any, factor: Any, larges: list[Node]) -> Sibling | None:
@@ -326,14 +325,18 @@ def _sums(parts: list[Node]) -> Node | None:
 
 
 def _readers(part: Node, both: Node) -> Iterator[tuple[Node, Node]]:
-    """What reads a gradient from memory, but for ``both``, and the view of it that it reads."""
+    """What reads a gradient from memory, but for ``both``, and the view of it that it reads.
+
+    A kernel of Inductor's computes gradients of siblings, and what else it computes of them reads none from memory. A
+    gradient by itself is a residual stream's, which goes on from there.
+    """
     pending = [peel_views(part)]
     while pending:
         node = pending.pop()
         for user in node.users:
             if is_row_view(user):
                 pending.append(user)
-            elif user is not both and not is_pointwise(user):
+            elif user is not both and not (is_pointwise(user) and len(both.args[0]) > 2):  # type: ignore[arg-type]  # cat
                 yield user, node
 
 

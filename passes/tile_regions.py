@@ -30,7 +30,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from lora_fx.passes.graph import GATHERS, aten, is_call, is_pointwise, is_sum, peel_views, readers, shape
+from lora_fx.passes.graph import GATHERS, aten, is_call, is_pointwise, is_sum, peel_views, readers, same_shape
 from lora_fx.passes.kernels import operators
 from lora_fx.passes.tile_nodes import (
     can_compute,
@@ -118,8 +118,8 @@ def producers(source: Node, region: Region) -> set[Node] | None:
     Products always: that is what a region is for. Pointwise operations down to what is in memory anyway; but not when
     they need a sum over rows that this graph computes (whose kernel has the operands at hand), nor when the value is
     written to memory for others and has pointwise readers besides. Where all that is missing is one value, it is
-    written in the place of the source, which may be that value under one of several masks; a source that is written in
-    any case is read.
+    written in the place of the source, which may be that value under one of several masks. And not where all that a
+    source is made of, which is written in any case, is rows of something else: Inductor gathers and computes in one.
     """
     found: set[Node] = set()
     loaded: set[Node] = set()
@@ -149,21 +149,25 @@ def producers(source: Node, region: Region) -> set[Node] | None:
             return None
         else:
             (loaded if is_written(node) else missing).add(node)
-    if missing and (is_written(source) or len(missing) > 1 or loaded or not all(is_half(node) for node in missing)):
+    if missing and not (len(missing) == 1 and not loaded and all(is_half(node) for node in missing)):
         return None
+    if is_written(source) and not any(map(makes, found)) and not missing and len(loaded) == 1:
+        (value,) = loaded
+        if _is_gathered(value) and all(is_pointwise(reader) or is_reduction(reader) for reader in readers(value)):
+            return None
     return found
 
 
 def is_written(node: Node) -> bool:
     """Whether a value is in memory whatever the region does."""
-    return not (is_pointwise(node) or node.target is operators.keep or _is_gathered(node)) or any(
+    return not (is_pointwise(node) or node.target is operators.keep) or any(
         not (is_pointwise(r) or is_reduction(r) or columns_of(r) is not None) for r in readers(node)
     )
 
 
 def _is_gathered(node: Node) -> bool:
     """Whether a value is rows of another, as autograd of a gather has them: expanded to the size that they are of."""
-    while is_call(node, aten.expand.default) and shape(node) == shape(node.args[0]):  # type: ignore[arg-type]  # a tensor
+    while is_call(node, aten.expand.default) and same_shape(node, node.args[0]):  # type: ignore[arg-type]  # a tensor
         node = node.args[0]  # type: ignore[assignment]  # a tensor
     return is_call(node, *GATHERS)
 

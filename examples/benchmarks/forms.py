@@ -64,22 +64,27 @@ class Checkpointed(nn.Module):
 
 
 class PlacedRouter(Router):
-    """A router that sends a token where its place in the sequence says, at random; how much of each it still asks.
+    """A router that sends a token where its place says, drawn at random; how much of each it still asks.
 
     Adapters, and what is rounded otherwise, would move tokens to other experts: forms would multiply different rows,
     and no gradient could be compared. torchtitan forces the load of a benchmark's experts likewise, to an even one.
+
+    Places begin anew after as many sequences as `exact_values` takes at a time.
     """
 
     experts: Tensor
 
-    def __init__(self, config: LlamaConfig, length: int) -> None:
+    def __init__(self, config: LlamaConfig, case: Case) -> None:
         super().__init__(config)
-        self.register_buffer("experts", torch.rand(length, config.n_experts).topk(self.chosen).indices)
+        places = min(case.tokens, sequences_at_once(case.length) * case.length)
+        self.register_buffer("experts", torch.rand(places, config.n_experts).topk(self.chosen).indices)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """As the router's, of whole sequences [B * S, D]."""
-        experts = self.experts.repeat(x.shape[0] // self.experts.shape[0], 1)
-        return self.gate(x).gather(1, experts).softmax(-1, dtype=torch.float32).to(x.dtype), experts
+        experts = self.experts.repeat(-(-x.shape[0] // self.experts.shape[0]), 1)[: x.shape[0]]
+        scores = self.gate(x).gather(1, experts)
+        accurate = torch.promote_types(scores.dtype, torch.float32)
+        return scores.softmax(-1, dtype=accurate).to(x.dtype), experts
 
 
 class Block(nn.Module):
@@ -96,7 +101,7 @@ class Block(nn.Module):
             if isinstance(module, nn.Linear) and path.endswith(_BIASED[case.bias]):
                 module.bias = nn.Parameter(torch.empty(module.out_features))
             if isinstance(module, MixtureOfExperts):
-                module.router = PlacedRouter(config, case.length)
+                module.router = PlacedRouter(config, case)
         for module in block.modules():
             if isinstance(module, (nn.Linear, Experts)):
                 for parameter in module.parameters():
@@ -305,7 +310,7 @@ def exact_values(
     rank = next(iter(adapters.values())).shape[0]
     oracle = build_form(EAGER, base, rank=rank, adapters=adapters)
     oracle.model.double()
-    count = max(1, 2048 // x.shape[1])
+    count = sequences_at_once(x.shape[1])
     parts: list[dict[str, Tensor]] = []
     for start in range(0, x.shape[0], count):
         some = x[start : start + count].detach().double().requires_grad_(upstream is not None)
@@ -313,6 +318,11 @@ def exact_values(
         parts.append(oracle.values(some, dy))
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name in ("y", "x")}
     return whole | {name: torch.stack([p[name] for p in parts]).sum(0) for name in parts[0] if name not in whole}
+
+
+def sequences_at_once(length: int) -> int:
+    """Of how many sequences of this length `exact_values` computes at a time."""
+    return max(1, 2048 // length)
 
 
 def worst_error(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> tuple[str, float]:

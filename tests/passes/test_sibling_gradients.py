@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch import Tensor, nn
 from torch._inductor import config
@@ -19,7 +18,7 @@ from lora_fx.passes.kernels import operators
 from tests.passes.harness import Case, adapt, compare
 from tests.passes.laying import by_graphs, laid
 from tests.passes.modules import QKV, Attention, Block, Mlp
-from tests.passes.on_gpu import calls, capture, programs, text
+from tests.passes.on_gpu import calls, capture, text
 
 bf16, f16 = torch.bfloat16, torch.float16
 K, R = 64, 8
@@ -209,58 +208,6 @@ def test_a_gradient_of_a_gradient() -> None:
     assert count(graph) == count(graph, operators.side_by_side) == 1
 
 
-class Stream(nn.Module):
-    """A linear that adds to a residual stream, of which a norm follows, and of what it reads a function."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-        self.o, self.norm, self.last = nn.Linear(K, K, bias=False), nn.RMSNorm(K), nn.Linear(K, K, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        u = x + self.o(self.function(x))
-        return u + self.last(self.norm(u))
-
-
-def softmax(x: Tensor) -> Tensor:
-    """An operation whose gradient is no pointwise function of dX."""
-    return F.scaled_dot_product_attention(*[x.unflatten(-1, (4, -1)).transpose(1, 2)] * 3).transpose(1, 2).flatten(2)
-
-
-def test_one_by_itself() -> None:
-    """dX is one product; the stream goes on from where its gradient lies, and nothing of its size is copied."""
-    graph = backward(adapted(Stream(softmax), target_modules=["o"]))
-    (joined,) = graph.find_nodes(op="call_function", target=operators.joined_mm)
-    assert len(joined.args[1]) == 2
-    (room,) = graph.find_nodes(op="call_function", target=operators.side_by_side)
-    (dy,) = room.all_input_nodes
-    assert room.args[1:] == ([0], 128) and dy.meta["val"].shape == (160, K)
-    assert not graph.find_nodes(op="call_function", target=aten.cat.default)
-    given: list[Any] = [call.kwargs["inputs"] for call in calls(graph)]
-    inputs = [peel_views(each[0]) for each in given]
-    assert [each.args[:1] == (room,) for each in inputs].count(True) == 1  # the pair
-    assert not any(statement[0] == "product" for program in programs(graph) for statement in program.body)  # g A
-    assert len({user for view in _views(peel_views(dy)) for user in view.users} - {room}) > 0  # the stream
-
-
-def _views(node: Node) -> list[Node]:
-    return [node, *(view for user in node.users if is_row_view(user) for view in _views(user))]
-
-
-@pytest.mark.parametrize(
-    ("build", "options"),
-    [
-        (lambda: Stream(torch.tanh), {}),
-        (lambda: Stream(softmax), {"dropout": 0.1}),
-        (lambda: nn.Sequential(nn.RMSNorm(K), nn.Linear(K, K, bias=False)), {"target_modules": ["1"]}),
-        (lambda: Mlp(K, 128), {"target_modules": ["down"]}),
-    ],
-    ids=["what reads dX computes on", "dropout", "a caller's gradient", "a kernel of ours computes on"],
-)
-def test_not_of_one_by_itself(build: Callable[[], nn.Module], options: dict[str, Any]) -> None:
-    assert count(backward(adapted(build(), **{"target_modules": ["o"], **options}))) == 0
-
-
 class Late(nn.Module):
     """The gradient of one linear's output is that of another's, which reads another x and comes later."""
 
@@ -280,16 +227,16 @@ def test_what_reads_a_gradient_later_reads_it_where_g_is_by_then() -> None:
     (put,) = [user for user in room.users if user.target is auto_functionalized]
     order = {node: place for place, node in enumerate(graph.nodes)}
     views = [user for user in room.users if user is not put]
-    assert views and all(order[reader] < order[put] for view in views for reader in _ends(view))
+    assert views and all(order[reader] < order[put] for view in views for reader in ends(view))
     (filled,) = [node for node in put.users if node.args[1] == 1 and put.args[0] is operators.put_]
     assert len(filled.users) == 2  # all of it, and the gradient that the other linear has as well
 
 
-def _ends(view: Node) -> list[Node]:
+def ends(view: Node) -> list[Node]:
     """What reads a value, seen in any shape."""
     found = []
     for user in view.users:
-        found += _ends(user) if is_row_view(user) or user.target is aten.reshape.default else [user]
+        found += ends(user) if is_row_view(user) or user.target is aten.reshape.default else [user]
     return found
 
 
@@ -310,7 +257,6 @@ CASES = [
     case("a chain", lambda: adapted(Chain())),
     case("a late reader", lambda: adapted(Late(), target_modules=["a", "b"]), shape=(2, 80, K)),
     case("block", lambda: adapted(Block(K))),
-    case("one by itself", lambda: adapted(Stream(softmax), target_modules=["o"])),
 ]
 
 
