@@ -192,3 +192,26 @@ def test_on_a_gpu_gathered_rows_are_written_once():
     assert rows.target is aten.where.self and forward.output_node() in rows.users
     (pair,) = [p for p in on_gpu.programs(backward) if p.columns == 32 and {s[0] for s in p.body} >= {"down", "across"}]
     assert [s[0] for s in pair.body] == ["load", "down", "across"]
+
+
+class Scaled(SwiGLU):
+    """Hidden values under weights that are sorted as the rows are."""
+
+    scores: Tensor
+    order: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scores", torch.rand(64, 1).to(bf16))
+        self.register_buffer("order", torch.randperm(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.silu(self.product(x, self.w)) * self.product(x, self.w3)
+        return self.product(hidden * self.scores[self.order], self.w2)
+
+
+def test_on_a_gpu_hidden_values_under_gathered_weights_are_computed_again():
+    one = case("weights", lambda: adapted(Scaled(), "w", "w2", "w3"), 3, forward={})
+    result = compare(one, on_gpu.by_graphs)
+    result.assert_as_accurate()
+    assert result.captured.count("forward")["recompute x"] == 1

@@ -228,22 +228,6 @@ def test_masks_from_forward() -> None:
     assert programs(captured.backward[0].graph)
 
 
-def test_rows_that_data_count() -> None:
-    """Whether a gradient that is expanded to them has their number is no question that a graph can be asked."""
-
-    class Chosen(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(K, K, bias=False, dtype=bf16)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return (self.linear(x[torch.nonzero(x[:, 0] > 0)[:, 0]]) * 0.5).sum(0, keepdim=True)
-
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        captured = capture(adapt(Chosen()), x())
-    assert all(programs(half[0].graph) for half in (captured.forward, captured.backward))
-
-
 def test_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "Seeded", on_gpu.Masked)
     captured = compared(lambda: mlp(dropout=on_gpu.P), 3, random=True)
