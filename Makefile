@@ -4,7 +4,7 @@
 #
 #   make demo        fine-tune a Llama-3 debug model through lora_fx.compile; writes loss_curves.png
 #   make test        lint beside the fast tests, then the slow ones: what CI runs
-#   make test-fast   the tests to run while working (five minutes on 2 cores)
+#   make test-fast   the tests to run while working (five to seven minutes on 2 cores)
 #   make test-slow   the others
 #   make test-gpu    tests/gpu, on a machine with a CUDA device
 #   make test-gpu-memory  every kernel under compute-sanitizer's memory checker, there

@@ -19,6 +19,7 @@ pass                    before                                        after
 ``beside``              ``mm(x, W^T), mm(x, A^T)``, base not kept     ``stacked_mm(x, [W, A])``: A lies behind W (on a
                                                                       GPU); of siblings as well
 ``sibling_gradients``   ``mm(dq, W_q) + mm(dk, W_k) + mm(g, A)``      ``joined_mm([dq, g_q, dk, g_k], [W_q, A_q, ...])``
+                                                                      of a linear by itself as well (attention's out)
 ``unflatten_products``  ``tile(mm(reshape(x), W^T))``                 with reshapes in between, which Inductor looks
                                                                       for to pipeline products with collectives
 ``fuse_tiles``          products of rank R, pointwise between; those  ``tile(program, inputs)``: one kernel (on a GPU)

@@ -54,5 +54,8 @@ def rewrite(group: list[GroupedSite], rewriter: Rewriter) -> None:
 
 
 def _is_gathered(operand: Node, x: Node) -> bool:
-    """Whether x is made of rows of its size that were sorted by expert: kept in its place, not beside anything."""
+    """Whether x is made of rows of its size that were sorted by expert.
+
+    Autograd would keep these in its place, as large, and forward would write both.
+    """
     return is_call(peel(operand), *GATHERS) and same_count(operand, x)

@@ -15,7 +15,7 @@ class Case:
         dim, ffn, heads, kv_heads: width of the residual stream and of the feed-forward, and the numbers of query and of
             key/value heads.
         experts: routed experts of a mixture in the place of the feed-forward, each as wide, two for a token, beside a
-            shared one; 0 for none. They have adapters, too.
+            shared one; 0 for none. They have adapters, too. Which two, a token's place says, in all forms alike.
         bias: which linears have a bias: "none", "qkv" (as Qwen 2.5) or "all".
         tokens, length: tokens a step, and tokens a sequence; the batch is `tokens // length` sequences.
         rank, dropout: of the adapters, on all seven linears; alpha is twice the rank.

@@ -79,12 +79,10 @@ class PlacedRouter(Router):
         places = min(case.tokens, sequences_at_once(case.length) * case.length)
         self.register_buffer("experts", torch.rand(places, config.n_experts).topk(self.chosen).indices)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """As the router's, of whole sequences [B * S, D]."""
-        experts = self.experts.repeat(-(-x.shape[0] // self.experts.shape[0]), 1)[: x.shape[0]]
-        scores = self.gate(x).gather(1, experts)
-        accurate = torch.promote_types(scores.dtype, torch.float32)
-        return scores.softmax(-1, dtype=accurate).to(x.dtype), experts
+    def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """As the router's, of the tokens of whole sequences."""
+        experts = self.experts.repeat(-(-scores.shape[0] // self.experts.shape[0]), 1)[: scores.shape[0]]
+        return scores.gather(1, experts), experts
 
 
 class Block(nn.Module):

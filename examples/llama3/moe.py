@@ -89,9 +89,14 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """For tokens `x` [T, D]: the weights of their experts [T, P], which sum to 1, and the experts [T, P]."""
-        scores, experts = self.gate(x).topk(self.chosen)
+        scores, experts = self.choose(self.gate(x))
         accurate = torch.promote_types(scores.dtype, torch.float32)
         return scores.softmax(-1, dtype=accurate).to(x.dtype), experts
+
+    def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the scores of all experts [T, E]: those of the best P, and which these are."""
+        best, experts = scores.topk(self.chosen)
+        return best, experts
 
 
 class MixtureOfExperts(nn.Module):

@@ -33,7 +33,7 @@ it.
     SwiGLU backward and dA under a mask *         324.6   279  319.1 with steps of 32, 400 with 2 stages
     SwiGLU backward, dA and both dB, R 64 *       550.2   292  602.5 with 2048 rows, 595.7 with 4096, 585.4 with 512;
                                                                580 of 538.5 with products [N, R] x [R, M]
-    the same of N 8192 *                          260.9   167  279.3 with 1024 rows, 266.4 with 4096
+    the same of N 8192 *                          260.9        279.3 with 1024 rows, 266.4 with 4096
     silu(gate) * up and h of its result, R 64 *   264.1   168  303.8 in one part (two take another kernel 5 to sum),
                                                                257.5 in 128 x 7168 with 8 warps, which may not fit
     h of q, k and v under a mask each              66.6    17  89.5 with steps of 128
@@ -60,7 +60,8 @@ of 16 545, with 168 registers, so that there may be three programs, 549, with su
 231 in one part. Other forms than tiles were variants of the source that are not kept. Right after a large product
 backward takes 552, and 392 without its sums. With one of the three products left to cuBLAS, which takes 95 of R 128 to
 write it: of R 128 588 instead of 597, of R 64 535. Of gate and up that are in memory whole (with room for B) it takes
-687 with all three sums, for Triton computes them in three layouts; in two kernels, dA in its own, 609.
+687 with all three sums, for Triton computes them in three layouts; in two kernels, dA in its own, 609 in a step, where
+clocks are lower still.
 
 Also tried of high ranks: values that are loaded straight into the registers of a product's result, rows and columns in
 the order in which a warp group has them (64 x 64, wgmma, none of a value's bytes through shared memory). Right after a
