@@ -39,9 +39,10 @@ identity; ``printer`` and ``report`` say what happened; ``kernels`` holds the op
 ``tile_regions`` says what ``fuse_tiles`` cuts out of a GPU's forward and backward graphs, ``tile_nodes`` what a node
 is to it, ``tile_copies`` what is computed twice for it, ``tile_siblings`` what is read once, ``tile_pairs`` and
 ``tile_stacks`` what is left to the matrix library at high ranks, ``tile_residuals`` what is left to a norm,
-``tile_largest`` what a float8 base wants to know of a value; ``tile_writer`` writes a region's program, ``tile_sums``
-adds up what programs leave in parts, ``tile_outputs`` gives them memory that nobody else reads, ``tile_joint`` gives
-several of them one launch, ``row_order`` has them take rows in the order that pipelined collectives need.
+``tile_terms`` what a large product adds to by itself, ``tile_largest`` what a float8 base wants to know of a value;
+``tile_writer`` writes a region's program, ``tile_sums`` adds up what programs leave in parts, ``tile_outputs`` gives
+them memory that nobody else reads, ``tile_joint`` gives several of them one launch, ``row_order`` has them take rows in
+the order that pipelined collectives need.
 ``kernels.tile_program`` says what a program means, ``kernels.tile_triton`` writes its kernel, ``kernels.tile_launch``
 says with what to launch it, ``kernels.tile_rows`` where values may lie, ``kernels.tile_experts`` whose rows a tile has,
 ``kernels.tile_memory`` whether it fits a GPU, and ``kernels.inlined`` has Inductor launch it among its own. The entry
