@@ -34,8 +34,10 @@ it.
     SwiGLU backward, dA and both dB, R 64 *       550.2   292  602.5 with 2048 rows, 595.7 with 4096, 585.4 with 512;
                                                                580 of 538.5 with products [N, R] x [R, M]
     the same of N 8192 *                          260.9        279.3 with 1024 rows, 266.4 with 4096
-    silu(gate) * up and h of its result, R 64 *   264.1   168  303.8 in one part (two take another kernel 5 to sum),
-                                                               257.5 in 128 x 7168 with 8 warps, which may not fit
+    silu(gate) * up and h of its result, R 64 *   270.1   168  304.0 in 64 x 7168 with 4 warps and 4 stages (another
+                                                               run: 257.5 and 264.1; in one part 303.8, two take
+                                                               another kernel 5 to sum)
+    the same of N 8192 *                          149.2    96  166.0 in 64 x 4096 with 4 warps and 4 stages
     h of q, k and v under a mask each              66.6    17  89.5 with steps of 128
     dX of q, k and v under a mask each             61.3    16  68.8 with 32 rows
     dA of q, k and v under a mask each             66.0    27  72.4 in one strip (H100)
@@ -62,6 +64,11 @@ backward takes 552, and 392 without its sums. With one of the three products lef
 write it: of R 128 588 instead of 597, of R 64 535. Of gate and up that are in memory whole (with room for B) it takes
 687 with all three sums, for Triton computes them in three layouts; in two kernels, dA in its own, 609 in a step, where
 clocks are lower still.
+
+Tried with tensor descriptors, which the TMA unit moves, for what is loaded and stored (R 64, right after a large
+product): backward 468.8 us in steps of 64 rows with 2 stages, next 502.1, of 481.1 without; forward 251.7 in 128 x 7168
+with 8 warps and 3 stages, next 301.8, of 270.1 without. Of N 8192: 275.5 of 287.7, and 138.6 of 149.2. Not kept, as
+launches would have to make descriptors for a gain of 0.2% of a step.
 
 Also tried of high ranks: values that are loaded straight into the registers of a product's result, rows and columns in
 the order in which a warp group has them (64 x 64, wgmma, none of a value's bytes through shared memory). Right after a
@@ -167,7 +174,7 @@ def _choose(kinds: list[list[Any]], body: list[Statement], m: int, columns: int,
                 return Tile(rows=_capped(256, m), columns=128, step=64, walk="rows", stages=2)
         return _across(names, rank, m, columns, experts)
     if "down" in names:
-        return _down(names, rank, m, columns)
+        return _down(names, rank, m, columns, experts)
     if rank > 32 and names.count("product") > 1 and "keep" not in names:
         if rank > 64 and names.count("product") > 2:  # wide: the factors, which stay, are read by fewer programs
             height = _shrunk(1024, 128, m, columns, 64, 2 * _enough(m))
@@ -265,9 +272,14 @@ def _pair_of_experts(values: int, m: int, columns: int) -> Tile:
     return Tile(rows=_shrunk(1024, 128, m, columns, 64, 256), columns=128, step=64, walk="rows", stages=3)
 
 
-def _down(names: list[str], rank: int, m: int, columns: int) -> Tile:
+def _down(names: list[str], rank: int, m: int, columns: int, experts: bool) -> Tile:
     """For sums over columns, which are kept in registers while a program walks along."""
     if "product" in names and rank > 32:
+        plain = names.count("load") <= 2 and "keep" not in names and not experts
+        if rank <= 64 and m > MOST_FOR_LAUNCHES and plain:
+            # 128 rows read the factors of a step once, and leave a third stage room: one program on a multiprocessor.
+            width = 64 * -(-columns // (64 * max(MULTIPROCESSORS // -(-m // 128), 1)))
+            return Tile(rows=128, columns=width, step=64, walk="columns", warps=8, stages=3)
         parts = -(-2 * _enough(m) // -(-m // 64))
         width = max(128, 64 * -(-columns // (64 * parts)))
         return Tile(rows=64, columns=width, step=64, walk="columns", stages=4)

@@ -1,7 +1,7 @@
 """Whether the kernel of a tile program fits a GPU's shared memory, before anybody has compiled it.
 
 Tiles are chosen for Hopper (:mod:`lora_fx.passes.kernels.tile_choice`). Where one does not fit, a shallower pipeline
-does: Inductor would fail with a kernel that no launch of it fits.
+does, or half as many rows with half as many warps: Inductor would fail with a kernel that no launch of it fits.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lora_fx.passes.kernels.tile_arithmetic import padded
-from lora_fx.passes.kernels.tile_program import Program, join, split
+from lora_fx.passes.kernels.tile_program import Program, Tile, join, split
 
 
 def bound(program: Program, itemsizes: tuple[int, ...], major: int) -> int:
@@ -46,6 +46,10 @@ def bound(program: Program, itemsizes: tuple[int, ...], major: int) -> int:
     if major == 9:
         ranks = [program.rank(s[2]) for s in program.body if s[0] in ("down", "across")]
         copies = rows * padded(max(ranks)) * 4 if program.sums_both_ways else 2 * value
+        if not down and "product" in names:
+            # Thin matrices that stay are in registers, as the instruction may have them; they pass one after the other.
+            thin = [rows * padded(kind[1]) * 2 for kind in program.inputs if kind[0] == "thin"]
+            fixed, copies = fixed - sum(thin), max([copies, *(value + size for size in thin)])
     # What the pipeline loads, an instruction reads that nobody waits for: of 64 rows, or of sums over rows or columns.
     ahead = major >= 9 and (rows >= 64 or "down" in names or "across" in names)
     return step * (tile.stages if ahead else max(tile.stages - 1, 1)) + fixed + copies
@@ -66,10 +70,18 @@ def fitted(text: str, itemsizes: list[int], device: torch.device) -> str | None:
 def _fitted(text: str, itemsizes: tuple[int, ...], major: int, limit: int) -> str | None:
     texts = []
     for program, sizes in split(text, list(itemsizes)):
-        tiles = [dataclasses.replace(program.tile, stages=stages) for stages in range(program.tile.stages, 0, -1)]
-        forms = (dataclasses.replace(program, tile=tile) for tile in tiles)
+        forms = (dataclasses.replace(program, tile=tile) for tile in _smaller(program.tile))
         fit = next((form for form in forms if bound(form, tuple(sizes), major) < limit), None)
         if fit is None:
             return None
         texts.append(fit.dumps())
     return join(texts)
+
+
+def _smaller(tile: Tile) -> list[Tile]:
+    """The tile with fewer and fewer stages; before it has one, which is no pipeline, half as high with one stage more
+    than it has, if a program of it can be: of 8 warps that walk along columns."""
+    shallower = [dataclasses.replace(tile, stages=stages) for stages in range(tile.stages, 0, -1)]
+    if tile.walk != "columns" or tile.warps != 8:
+        return shallower
+    return shallower[:-1] + _smaller(dataclasses.replace(tile, rows=tile.rows // 2, warps=4, stages=tile.stages + 1))

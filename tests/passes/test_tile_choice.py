@@ -86,6 +86,9 @@ def test_what_measurements_found() -> None:
         (swiglu(16, 16), 8192, 14336),
         (swiglu(64, 64), 8192, 14336),
         (swiglu(64, 64), 16384, 14336),
+        (swiglu(64, 64), 5000, 14336),
+        (swiglu(64, 64), 2048, 14336),
+        (swiglu(64, 64), 8192, 8192),
         (swiglu_backward(16, ("store", "across")), 8192, 14336),
         (swiglu_backward(16, ("store", "across")), 2048, 14336),
         (swiglu_backward(16, ("store", "across")), 512, 14336),
@@ -96,6 +99,7 @@ def test_what_measurements_found() -> None:
         (of_experts(terms(16), 8), 16384, 2048),
         (of_experts(pair(64, "NR"), 8), 16384, 5632),
         (of_experts(swiglu(16, 16), 8), 16384, 5632),
+        (of_experts(swiglu(64, 64), 8), 16384, 5632),
     ]
     for program in (chosen(*found) for found in programs):
         assert program is not None and bound(program, (2,) * len(program.inputs), 9) < HOPPER, "fewer stages would run"
@@ -127,8 +131,11 @@ gradient pair, rank 64, NR; M 8192, N 4096: 1024 x 256 down by 64, 4 warps, 3 st
 gradient pair, rank 64, NR; M 8192, N 3072: 1024 x 256 down by 64, 4 warps, 3 stages, 2 strips
 gradient pair, rank 64, NR; M 8192, N 1024: 512 x 128 down by 64, 8 warps, 3 stages
 SwiGLU, ranks 16 and 16; M 8192, N 14336: 64 x 512 along by 64, 4 warps, 3 stages
-SwiGLU, ranks 64 and 64; M 8192, N 14336: 64 x 7168 along by 64, 4 warps, 4 stages
-SwiGLU, ranks 64 and 64; M 16384, N 14336: 64 x 14336 along by 64, 4 warps, 4 stages
+SwiGLU, ranks 64 and 64; M 8192, N 14336: 128 x 7168 along by 64, 8 warps, 3 stages
+SwiGLU, ranks 64 and 64; M 16384, N 14336: 128 x 14336 along by 64, 8 warps, 3 stages
+SwiGLU, ranks 64 and 64; M 5000, N 14336: 128 x 4800 along by 64, 8 warps, 3 stages
+SwiGLU, ranks 64 and 64; M 2048, N 14336: 64 x 1792 along by 64, 4 warps, 4 stages
+SwiGLU, ranks 64 and 64; M 8192, N 8192: 128 x 4096 along by 64, 8 warps, 3 stages
 SwiGLU backward, rank 16, store and across; M 8192, N 14336: 512 x 64 down by 16, 4 warps, 3 stages
 SwiGLU backward, rank 16, store and across; M 2048, N 14336: 256 x 64 down by 16, 4 warps, 3 stages
 SwiGLU backward, rank 16, store and across; M 512, N 14336: 512 x 64 down by 32, 4 warps, 3 stages
@@ -138,7 +145,8 @@ gradient pair, rank 16, NR, of 8 experts; M 16384, N 5632: 1024 x 128 down by 64
 two sums, rank 16, of 8 experts; M 16384, N 2048: 256 x 128 down by 64, 4 warps, 2 stages
 five terms, rank 16, of 8 experts; M 16384, N 2048: 256 x 64 down by 32, 4 warps, 3 stages
 gradient pair, rank 64, NR, of 8 experts; M 16384, N 5632: 1024 x 256 down by 64, 4 warps, 3 stages, 2 strips
-SwiGLU, ranks 16 and 16, of 8 experts; M 16384, N 5632: 64 x 512 along by 64, 4 warps, 3 stages""",
+SwiGLU, ranks 16 and 16, of 8 experts; M 16384, N 5632: 64 x 512 along by 64, 4 warps, 3 stages
+SwiGLU, ranks 64 and 64, of 8 experts; M 16384, N 5632: 64 x 5632 along by 64, 4 warps, 4 stages""",
     )
 
 
