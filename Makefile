@@ -26,6 +26,9 @@ TORCH_INDEX ?= auto
 VENV        ?= .venv
 ARGS        ?=
 
+# Python compiles what is imported when it is; most of what is installed never is.
+pip := "$(VENV)/bin/python" -m pip install --no-compile
+
 ifdef PY
 ready =
 else
@@ -105,8 +108,8 @@ distclean: clean
 # data sets and dashboards, is 40 packages that nothing here runs.
 $(VENV)/.ready-%: $(VENV)/.torch pyproject.toml
 	@echo "installing lora_fx[$*] into $(VENV)"
-	@$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
-	@test "$*" != test || $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps torchtitan
+	@$(pip) --quiet --constraint constraints.txt --editable ".[$*]"
+	@test "$*" != test || $(pip) --quiet --constraint constraints.txt --no-deps torchtitan
 	@touch $@
 .PRECIOUS: $(VENV)/.ready-%
 
@@ -137,5 +140,5 @@ $(VENV)/.torch: constraints.txt
 	fi; \
 	set -- --constraint constraints.txt --no-deps torch; \
 	test "$$index" = none || set -- --extra-index-url "$$index" "$$@"; \
-	"$(VENV)/bin/python" -m pip install "$$@"
+	$(pip) "$$@"
 	@touch $@

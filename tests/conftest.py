@@ -15,6 +15,11 @@ leave_out_latency_of_guards()
 compile_kernels_of_a_graph_together()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those that may take long come first, so that no process is left alone with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
+
+
 def pytest_collection_finish() -> None:
     """Once all tests are imported."""
     collect_garbage_seldom()

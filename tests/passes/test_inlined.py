@@ -140,7 +140,7 @@ if not INTERPRETED:
         for code in ours.codes:
             check_definitions(code)
 
-    @pytest.mark.parametrize("dynamic", [False, True])
+    @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
     def test_gradients_of_siblings_are_written_once(dynamic: bool) -> None:
         """Beside each other, by the kernels that compute them: no kernel reads what another one wrote for it."""
         model = harness.adapt(modules.Attention(256).to(torch.bfloat16).requires_grad_(False), rank=8)

@@ -260,7 +260,13 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+SLOW = ("any number of tokens", "block")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] * (case.name in SLOW), id=case.name) for case in CASES],
+)
 def test_as_accurate_as_plain(case: Case) -> None:
     """Outputs and every gradient, against float64."""
     result = compare(case, by_graphs)

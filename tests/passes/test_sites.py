@@ -263,7 +263,10 @@ def layers(depth: int) -> list[Case]:
     ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] * (case.name == "dynamic MLP"), id=str(case)) for case in CASES],
+)
 def test_graphs(case: Case) -> None:
     check_case(case)
 
