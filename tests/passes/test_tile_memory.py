@@ -209,7 +209,9 @@ def test_high_tiles_become_lower_before_their_pipeline_ends(
     found = SimpleNamespace(major=major, minor=0, shared_memory_per_block_optin=limit)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
     case = next(case for case in HIGH_RANKS if str(case) == "SwiGLU, ranks 64 and 64")
-    program = case.program(MANY_ROWS[1], torch.bfloat16, choose(case.inputs, case.body, *MANY_ROWS))
+    chosen = choose(case.inputs, case.body, *MANY_ROWS)
+    assert chosen is not None
+    program = case.program(MANY_ROWS[1], torch.bfloat16, chosen)
     text = tile_memory.fitted(_without_unread(program).dumps(), [2] * len(program.inputs), torch.device("cuda", 0))
     assert text is not None
     fit = loads(text).tile
