@@ -26,7 +26,8 @@ TORCH_INDEX ?= auto
 VENV        ?= .venv
 ARGS        ?=
 
-# Python compiles what is imported when it is; most of what is installed never is.
+# Python compiles what is imported when it is, and keeps it; most of what is installed never is.
+export PYTHONDONTWRITEBYTECODE :=
 pip := "$(VENV)/bin/python" -m pip install --no-compile
 
 ifdef PY

@@ -34,10 +34,10 @@ it.
     SwiGLU backward, dA and both dB, R 64 *       550.2   292  602.5 with 2048 rows, 595.7 with 4096, 585.4 with 512;
                                                                580 of 538.5 with products [N, R] x [R, M]
     the same of N 8192 *                          260.9        279.3 with 1024 rows, 266.4 with 4096
-    silu(gate) * up and h of its result, R 64 *   270.1   168  304.0 in 64 x 7168 with 4 warps and 4 stages (another
-                                                               run: 257.5 and 264.1; in one part 303.8, two take
-                                                               another kernel 5 to sum)
-    the same of N 8192 *                          149.2    96  166.0 in 64 x 4096 with 4 warps and 4 stages
+    silu(gate) * up and h of its result, R 64 *   270.1   168  304.0 in 64 x 7168 with 4 warps and 4 stages; in another
+                                                               run 257.5, 264.1, and 303.8 in 64 x 14336 (two parts
+                                                               take another kernel 5 to sum)
+    the same of N 8192 *                          149.2        166.0 in 64 x 4096 with 4 warps and 4 stages
     h of q, k and v under a mask each              66.6    17  89.5 with steps of 128
     dX of q, k and v under a mask each             61.3    16  68.8 with 32 rows
     dA of q, k and v under a mask each             66.0    27  72.4 in one strip (H100)
@@ -66,9 +66,10 @@ write it: of R 128 588 instead of 597, of R 64 535. Of gate and up that are in m
 clocks are lower still.
 
 Tried with tensor descriptors, which the TMA unit moves, for what is loaded and stored (R 64, right after a large
-product): backward 468.8 us in steps of 64 rows with 2 stages, next 502.1, of 481.1 without; forward 251.7 in 128 x 7168
-with 8 warps and 3 stages, next 301.8, of 270.1 without. Of N 8192: 275.5 of 287.7, and 138.6 of 149.2. Not kept, as
-launches would have to make descriptors for a gain of 0.2% of a step.
+product, in a run of its own, of a copy of the source without masks): backward 468.8 us in steps of 64 rows with 2
+stages, next 502.1, of 481.1 without; forward 251.7 in 128 x 7168 with 8 warps and 3 stages, next 301.8 in 64 x 7168
+with 4, and 505.4 with 8, of 270.1 without. Of N 8192: 275.5 of 287.7, and 138.6 of 149.2. Not kept, as launches would
+have to make descriptors for a gain of 0.2% of a step.
 
 Also tried of high ranks: values that are loaded straight into the registers of a product's result, rows and columns in
 the order in which a warp group has them (64 x 64, wgmma, none of a value's bytes through shared memory). Right after a
@@ -174,7 +175,11 @@ def _choose(kinds: list[list[Any]], body: list[Statement], m: int, columns: int,
                 return Tile(rows=_capped(256, m), columns=128, step=64, walk="rows", stages=2)
         return _across(names, rank, m, columns, experts)
     if "down" in names:
-        return _down(names, rank, m, columns, experts)
+        # What the bound of shared memory was found for (:func:`lora_fx.passes.kernels.tile_memory.bound`).
+        few = (
+            [kind[0] for kind in kinds].count("full") <= 2 and names.count("product") <= 2 and names.count("down") == 1
+        )
+        return _down(names, rank, m, columns, few and not experts and not {"keep", "largest"} & set(names))
     if rank > 32 and names.count("product") > 1 and "keep" not in names:
         if rank > 64 and names.count("product") > 2:  # wide: the factors, which stay, are read by fewer programs
             height = _shrunk(1024, 128, m, columns, 64, 2 * _enough(m))
@@ -272,13 +277,16 @@ def _pair_of_experts(values: int, m: int, columns: int) -> Tile:
     return Tile(rows=_shrunk(1024, 128, m, columns, 64, 256), columns=128, step=64, walk="rows", stages=3)
 
 
-def _down(names: list[str], rank: int, m: int, columns: int, experts: bool) -> Tile:
-    """For sums over columns, which are kept in registers while a program walks along."""
+def _down(names: list[str], rank: int, m: int, columns: int, simple: bool) -> Tile:
+    """For sums over columns, which are kept in registers while a program walks along.
+
+    ``simple``: a program of one sum of at most two values and products, which may be high.
+    """
     if "product" in names and rank > 32:
-        plain = names.count("load") <= 2 and "keep" not in names and not experts
-        if rank <= 64 and m > MOST_FOR_LAUNCHES and plain:
-            # 128 rows read the factors of a step once, and leave a third stage room: one program on a multiprocessor.
-            width = 64 * -(-columns // (64 * max(MULTIPROCESSORS // -(-m // 128), 1)))
+        if rank <= 64 and m > MOST_FOR_LAUNCHES and simple:
+            # 128 rows read the factors of a step once, and leave a third stage room. One runs on a multiprocessor.
+            widths = [max(128, 64 * -(-columns // (64 * parts))) for parts in range(1, 9)]
+            width = min(widths, key=lambda width: width * _waves(128, width, m, columns, 1))
             return Tile(rows=128, columns=width, step=64, walk="columns", warps=8, stages=3)
         parts = -(-2 * _enough(m) // -(-m // 64))
         width = max(128, 64 * -(-columns // (64 * parts)))

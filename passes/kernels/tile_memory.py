@@ -23,7 +23,8 @@ def bound(program: Program, itemsizes: tuple[int, ...], major: int) -> int:
     ``tests/passes/test_tile_memory.py`` does again: what a step loads, once for each stage of the pipeline (one less
     before Hopper, and for products of fewer rows than Hopper's instruction for them takes), what is loaded once, and a
     copy of each value that is an operand or a result of a product. On Hopper, where a pair of sums is near the limit,
-    fewer are copied: two, or one sum of a pair while it is written.
+    fewer are copied: two, or one sum of a pair while it is written. There thin matrices that stay, for one or two
+    products and a sum along columns, are in registers, and only pass through it.
 
     Args:
         program: it.
@@ -46,8 +47,7 @@ def bound(program: Program, itemsizes: tuple[int, ...], major: int) -> int:
     if major == 9:
         ranks = [program.rank(s[2]) for s in program.body if s[0] in ("down", "across")]
         copies = rows * padded(max(ranks)) * 4 if program.sums_both_ways else 2 * value
-        if not down and "product" in names:
-            # Thin matrices that stay are in registers, as the instruction may have them; they pass one after the other.
+        if not down and names.count("product") in (1, 2) and names.count("down") == 1:
             thin = [rows * padded(kind[1]) * 2 for kind in program.inputs if kind[0] == "thin"]
             fixed, copies = fixed - sum(thin), max([copies, *(value + size for size in thin)])
     # What the pipeline loads, an instruction reads that nobody waits for: of 64 rows, or of sums over rows or columns.
@@ -70,7 +70,7 @@ def fitted(text: str, itemsizes: list[int], device: torch.device) -> str | None:
 def _fitted(text: str, itemsizes: tuple[int, ...], major: int, limit: int) -> str | None:
     texts = []
     for program, sizes in split(text, list(itemsizes)):
-        forms = (dataclasses.replace(program, tile=tile) for tile in _smaller(program.tile))
+        forms = (dataclasses.replace(program, tile=tile) for tile in _smaller(program))
         fit = next((form for form in forms if bound(form, tuple(sizes), major) < limit), None)
         if fit is None:
             return None
@@ -78,10 +78,15 @@ def _fitted(text: str, itemsizes: tuple[int, ...], major: int, limit: int) -> st
     return join(texts)
 
 
-def _smaller(tile: Tile) -> list[Tile]:
-    """The tile with fewer and fewer stages; before it has one, which is no pipeline, half as high with one stage more
-    than it has, if a program of it can be: of 8 warps that walk along columns."""
+def _smaller(program: Program) -> list[Tile]:
+    """The tile with fewer and fewer stages; a high one of 8 warps is halved with its warps before one stage is left.
+
+    Not where outputs have a part for each tile of rows: they are allocated by then.
+    """
+    tile = program.tile
     shallower = [dataclasses.replace(tile, stages=stages) for stages in range(tile.stages, 0, -1)]
-    if tile.walk != "columns" or tile.warps != 8:
+    is_high = tile.walk == "columns" and tile.rows == 128 and tile.warps == 8
+    if not is_high or any(statement[0] in ("across", "largest") for statement in program.body):
         return shallower
-    return shallower[:-1] + _smaller(dataclasses.replace(tile, rows=tile.rows // 2, warps=4, stages=tile.stages + 1))
+    halves = [dataclasses.replace(tile, rows=64, warps=4, stages=stages) for stages in range(tile.stages + 1, 0, -1)]
+    return [*shallower[:-1], *halves]

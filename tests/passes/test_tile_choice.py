@@ -13,6 +13,7 @@ from lora_fx.passes.kernels.tile_choice import choose
 from lora_fx.passes.kernels.tile_memory import bound
 from lora_fx.passes.kernels.tile_program import Program, Tile
 from tests.passes.expert_cases import of_experts
+from tests.passes.high_rank_cases import HIGH_RANKS
 from tests.passes.tile_cases import CASES, Case, branch, pair, swiglu, swiglu_backward, swiglu_backward_written
 
 HOPPER = 232448
@@ -150,7 +151,7 @@ SwiGLU, ranks 64 and 64, of 8 experts; M 16384, N 5632: 64 x 5632 along by 64, 4
     )
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if "keep" not in [s[0] for s in c.body]], ids=str)
+@pytest.mark.parametrize("case", [c for c in [*CASES, *HIGH_RANKS] if "keep" not in [s[0] for s in c.body]], ids=str)
 def test_any_shape_has_a_tile_that_a_kernel_can_have(case: Case) -> None:
     draw = random.Random(str(case))
     for _ in range(200):
@@ -164,6 +165,7 @@ def test_any_shape_has_a_tile_that_a_kernel_can_have(case: Case) -> None:
         for size in (height, width):
             assert size >= 16 and size & (size - 1) == 0, (tile, rows, columns)
         assert tile.rows <= max(64, 2 * rows), (tile, rows, columns)
+        assert down or tile.columns < max(columns, 512) + tile.step, (tile, rows, columns)
 
 
 @pytest.mark.parametrize(
