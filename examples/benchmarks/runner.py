@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import gc
 import statistics
+import sys
 import time
 import traceback
 import zlib
@@ -154,6 +155,7 @@ def run_case(
             # The frozen block is the same in several cases, and its time to compile is compared with nothing.
             cache = name if name == FROZEN else f"{name}-{zlib.crc32(repr(case).encode())}"
             times = []
+            began = time.perf_counter()
             try:
                 for again in range(1, 1 if name == FROZEN else settings.compiles):
                     turn_to_cache(f"{cache}-{again}")
@@ -165,6 +167,9 @@ def run_case(
                 if name == FROZEN:
                     raise
                 outcome.failed[name] = describe(failure)
+            # With max-autotune it takes minutes until there is a first time to print.
+            state = "failed" if name in outcome.failed else "compiled and checked"
+            print(f"{LABELS[name]}: {state} in {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
         del exact
         seconds = alternate(
             {name: each.step for name, each in running.items()}, settings.rounds, settings.window, device
