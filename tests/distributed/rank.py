@@ -31,6 +31,7 @@ def main(
         for descriptor in (1, 2):
             os.dup2(log.fileno(), descriptor)
     end_with_parent()
+    faulthandler.enable()
     faulthandler.dump_traceback_later(timeout, exit=True)
     os.environ.clear()
     os.environ.update(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)})

@@ -31,6 +31,12 @@ def fail(rank: int, folder: Path) -> None:
     torch.distributed.barrier()
 
 
+def crash(rank: int, folder: Path) -> None:
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    torch.distributed.barrier()
+
+
 def hang(rank: int, folder: Path) -> None:
     (folder / f"pid-{rank}").write_text(str(os.getpid()))
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
@@ -86,6 +92,11 @@ def test_an_exception_is_told_and_ends_the_others(tmp_path):
         run_ranks(fail, 2, tmp_path, timeout=200)
     assert time.monotonic() - start < 100
     gone(tmp_path, ["pid-0", "pid-1"])
+
+
+def test_a_rank_that_crashes_shows_its_stack(tmp_path):
+    with pytest.raises(RankFailed, match=r"(?s)rank 1, exit status -11.*Fatal Python error.*in crash"):
+        run_ranks(crash, 2, tmp_path, timeout=200)
 
 
 def test_a_rank_that_hangs_shows_its_stack(tmp_path):
