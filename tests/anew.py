@@ -18,7 +18,9 @@ def compiled_anew() -> Iterator[None]:
     torch._dynamo.reset()
     with (
         torch._inductor.config.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
-        torch._functorch.config.patch(enable_autograd_cache=False, enable_remote_autograd_cache=False),
+        torch._functorch.config.patch(
+            enable_autograd_cache=False, enable_remote_autograd_cache=False, force_non_lazy_backward_lowering=True
+        ),
         torch._dynamo.config.patch(automatic_dynamic_local_pgo=False, automatic_dynamic_remote_pgo=False),
     ):
         yield

@@ -1,4 +1,4 @@
-"""How kernels are compiled in tests: by graph, and as Inductor compiles them elsewhere."""
+"""How kernels are compiled in tests: together, and as Inductor compiles them elsewhere."""
 
 import random
 
@@ -13,24 +13,27 @@ from tests.anew import compiled_anew
 THERE = AsyncCompile.cpp_pybinding is not together.ALONE
 
 
-def two_kernels() -> None:
-    """Two kernels that nobody has compiled, around a product, and what they compute."""
+def three_kernels() -> None:
+    """Two kernels of forward and one of backward that nobody has compiled, and what they compute."""
     a, b = random.uniform(1, 2), random.uniform(1, 2)
 
     def function(x: Tensor, w: Tensor) -> Tensor:
         return torch.cos(torch.sin(x * a) @ w * b)
 
-    x, w = torch.randn(32, 48), torch.randn(48, 40)
+    x, w = torch.randn(32, 48), torch.randn(48, 40, requires_grad=True)
     with compiled_anew():
-        torch.testing.assert_close(torch.compile(function)(x, w), function(x, w))
+        ours, exact = torch.compile(function)(x, w), function(x, w)
+        torch.testing.assert_close(ours, exact, atol=1e-4, rtol=1e-4)
+        found, expected = (torch.autograd.grad(y.square().sum(), w) for y in (ours, exact))
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.skipif(not THERE, reason="Inductor's bindings have changed")
-def test_kernels_of_a_graph_are_one_library() -> None:
+def test_kernels_of_forward_and_backward_are_one_library() -> None:
     before = set(together.LOADED)
-    two_kernels()
+    three_kernels()
     kernels = [together.LOADED[key] for key in together.LOADED.keys() - before]
-    assert len(kernels) == 2
+    assert len(kernels) == 3
     assert len({id(kernel.__self__) for kernel in kernels}) == 1  # type: ignore[attr-defined]  # of a C function
 
 
@@ -38,5 +41,5 @@ def test_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor's own way, which all other processes go."""
     monkeypatch.setattr(AsyncCompile, "cpp_pybinding", together.ALONE)
     before = set(together.LOADED)
-    two_kernels()
+    three_kernels()
     assert set(together.LOADED) == before

@@ -1,10 +1,10 @@
-"""Inductor's kernels of one graph in one call of the C++ compiler.
+"""Inductor's kernels of forward and backward in one call of the C++ compiler.
 
 Most of what the compiler does for a kernel of these tests is the same for each: it reads 150 MB of precompiled headers,
-instantiates what they left open, and links. Kernels of a graph therefore share a source, with their code as it was and
-a namespace each, and a Python module whose functions they are. A kernel that any process has compiled with the same
-flags is found again in the folder in which Inductor keeps kernels, as before: a file there says which source has it.
-With all its 48 tests of kernels, tests/passes/test_sites.py takes 237 seconds of CPU so, and 338 without.
+instantiates what they left open, and links. Kernels are therefore compiled when one of them is called, together with
+all that wait by then: those of a model's two graphs share a source, with their code as it was and a namespace each, and
+a Python module whose functions they are. A kernel that any process has compiled with the same flags is found again in
+the folder in which Inductor keeps kernels, as before: a file there says which source has it.
 
 Private names of torch, checked on 2.13. Where the text of its bindings differs, Inductor goes its own way.
 """
@@ -39,7 +39,7 @@ LOADED: dict[str, Kernel] = {}
 
 
 class Pending(NamedTuple):
-    """Stands for a kernel in the module of a graph until all its kernels are known."""
+    """Stands for a kernel in the module of a graph until all of that is read."""
 
     argtypes: tuple[str, ...]
     source: str
@@ -48,6 +48,22 @@ class Pending(NamedTuple):
         """What it is found by: nothing of another torch, or of this file as it was, is."""
         parts = CppPythonBindingsCodeCache.suffix_template
         return hashlib.sha256(repr((torch.__version__, parts, THIS, flags, *self)).encode()).hexdigest()
+
+
+class Awaited:
+    """Stands for a kernel that no process has compiled until it, or another that waits with it, is called."""
+
+    def __init__(self, kernel: Pending, key: str, flags: str) -> None:
+        self.kernel, self.key, self.flags = kernel, key, flags
+
+    def __call__(self, *arguments: Any) -> None:
+        if self.key not in LOADED:
+            compile_with_all_that_wait(self.flags)
+        LOADED[self.key](*arguments)
+
+
+WAITING: dict[str, Awaited] = {}
+"""By the same as `LOADED`."""
 
 
 def compile_kernels_of_a_graph_together() -> None:
@@ -65,38 +81,44 @@ def compile_kernels_of_a_graph_together() -> None:
     def wait_for_all(self: AsyncCompile, scope: dict[str, Any]) -> None:
         pending = {name: value for name, value in scope.items() if isinstance(value, Pending)}
         if pending:
-            kernels = load(list(dict.fromkeys(pending.values())))
-            scope.update({name: kernels[value] for name, value in pending.items()})
+            flags = compiler_flags()
+            scope.update({name: found_or_awaited(value, flags) for name, value in pending.items()})
         wait(self, scope)
 
     AsyncCompile.cpp_pybinding = cpp_pybinding  # type: ignore[method-assign]
     AsyncCompile.wait = wait_for_all  # type: ignore[method-assign]
 
 
-def load(kernels: Sequence[Pending]) -> dict[Pending, Kernel]:
-    """Those that no process has compiled are compiled here, together."""
+def compiler_flags() -> str:
     options = CppTorchDeviceOptions(
         vec_isa=pick_vec_isa(), device_type="cpu", **CppPythonBindingsCodeCache.cpp_compile_command_flags
     )
-    flags = CppBuilder(name="o", sources="i", BuildOption=options).get_command_line()
-    keys = {kernel: kernel.key(flags) for kernel in kernels}
-    folder = Path(cache_dir()) / "together"
-    new = []
-    for kernel, key in keys.items():
-        if key not in LOADED:
-            try:
-                number, _, source = (folder / key).read_text().partition("\n")
-            except FileNotFoundError:
-                new.append(kernel)
-            else:
-                LOADED[key] = getattr(CppPythonBindingsCodeCache.load(source), f"kernel{number}")
-    if new:
-        source = together(new)
-        module = CppPythonBindingsCodeCache.load(source)
-        for i, kernel in enumerate(new):
-            LOADED[keys[kernel]] = getattr(module, f"kernel{i}")
-            write_atomic(str(folder / keys[kernel]), f"{i}\n{source}", make_dirs=True)
-    return {kernel: LOADED[key] for kernel, key in keys.items()}
+    return CppBuilder(name="o", sources="i", BuildOption=options).get_command_line()
+
+
+def found_or_awaited(kernel: Pending, flags: str) -> Kernel:
+    key = kernel.key(flags)
+    if key not in LOADED:
+        try:
+            number, _, source = (folder() / key).read_text().partition("\n")
+        except FileNotFoundError:
+            return WAITING.setdefault(key, Awaited(kernel, key, flags))
+        LOADED[key] = getattr(CppPythonBindingsCodeCache.load(source), f"kernel{number}")
+    return LOADED[key]
+
+
+def compile_with_all_that_wait(flags: str) -> None:
+    assert flags == compiler_flags(), "these options of the C++ compiler are no longer set when the kernel is called"
+    new = {key: WAITING.pop(key).kernel for key, awaited in list(WAITING.items()) if awaited.flags == flags}
+    source = together(list(new.values()))
+    module = CppPythonBindingsCodeCache.load(source)
+    for i, key in enumerate(new):
+        LOADED[key] = getattr(module, f"kernel{i}")
+        write_atomic(str(folder() / key), f"{i}\n{source}", make_dirs=True)
+
+
+def folder() -> Path:
+    return Path(cache_dir()) / "together"
 
 
 def together(kernels: Sequence[Pending]) -> str:

@@ -167,9 +167,9 @@ def run_case(
                 if name == FROZEN:
                     raise
                 outcome.failed[name] = describe(failure)
-            # With max-autotune it takes minutes until there is a first time to print.
-            state = "failed" if name in outcome.failed else "compiled and checked"
-            print(f"{LABELS[name]}: {state} in {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
+            # With max-autotune it takes minutes until there is anything else to print.
+            state = "failed" if name in outcome.failed else "ready"
+            print(f"{LABELS[name]}: {state} after {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
         del exact
         seconds = alternate(
             {name: each.step for name, each in running.items()}, settings.rounds, settings.window, device

@@ -40,8 +40,8 @@ def needed(program: Program, capability: int, *, whole: bool = False) -> int:
         if name in kinds:
             signature[name] = types.get(kinds[name], "*bf16")
         elif name in stores:
-            of_rows = program.is_whole(stores[name]) and stores[name][-1] != "float32"
-            signature[name] = "*bf16" if of_rows else "*fp32"
+            as_it_is = program.is_whole(stores[name]) and stores[name][-1] != "float32"
+            signature[name] = "*bf16" if as_it_is else "*fp32"
         elif name in names.constants:
             values = {"stride": program.columns, "along": 0, "apart": 0, "ROWS": True}
             signature[name], constants[name] = "constexpr", values[name.rpartition("_")[2]]
