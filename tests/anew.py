@@ -13,7 +13,8 @@ def compiled_anew() -> Iterator[None]:
     """Within, every graph is traced and goes through the passes: none comes from a cache, or from an earlier test.
 
     Kernels do come from Inductor's cache of C++, whose keys are their text and the compiler's flags: without it
-    (`force_disable_caches`) the tests compile most kernels many times, and that is most of their time.
+    (`force_disable_caches`) the tests compile most kernels many times, and that is most of their time. Backward is
+    lowered with forward, as it is with torch's caches: so its kernels are there when the first one is compiled.
     """
     torch._dynamo.reset()
     with (

@@ -109,11 +109,12 @@ def found_or_awaited(kernel: Pending, flags: str) -> Kernel:
 
 def compile_with_all_that_wait(flags: str) -> None:
     assert flags == compiler_flags(), "these options of the C++ compiler are no longer set when the kernel is called"
-    new = {key: WAITING.pop(key).kernel for key, awaited in list(WAITING.items()) if awaited.flags == flags}
+    new = {key: awaited.kernel for key, awaited in WAITING.items() if awaited.flags == flags}
     source = together(list(new.values()))
     module = CppPythonBindingsCodeCache.load(source)
     for i, key in enumerate(new):
         LOADED[key] = getattr(module, f"kernel{i}")
+        del WAITING[key]  # and not before: where the compiler fails, the next call is to say so again
         write_atomic(str(folder() / key), f"{i}\n{source}", make_dirs=True)
 
 
